@@ -1,0 +1,98 @@
+"""Examples as two tensors: the form in which data sets, batches and generated problems are all held."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from calcformer.data.vocab import Vocabulary
+
+__all__ = ["Examples", "Task", "held_out_side"]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """N problems with their answers.
+
+    Args:
+        source: (N, S) int64, the problem, ending with the end token, then padding.
+        target: (N, T) int64, the begin token, the answer, the end token, then padding.
+    """
+
+    source: torch.Tensor
+    target: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.source.shape[0]
+
+    @property
+    def decoder_input(self) -> torch.Tensor:
+        """(N, T - 1): what the decoder reads."""
+        return self.target[:, :-1]
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """(N, T - 1): what it must say at each of those places."""
+        return self.target[:, 1:]
+
+    def select(self, index: torch.Tensor) -> "Examples":
+        """The rows `index` (M,) int64, in that order."""
+        return Examples(self.source.index_select(0, index), self.target.index_select(0, index))
+
+    def to(self, device: torch.device | str) -> "Examples":
+        return Examples(self.source.to(device), self.target.to(device))
+
+    def batches(self, size: int, order: torch.Tensor | None = None) -> Iterator["Examples"]:
+        """Consecutive batches of `size` rows (the last may be smaller), in the `order` (N,) given, if any."""
+        chosen = self if order is None else self.select(order)
+        for start in range(0, len(self), size):
+            yield Examples(chosen.source[start:start + size], chosen.target[start:start + size])
+
+
+class Task(Protocol):
+    """What training, decoding and the command line need to know of a kind of problem."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Shared by source and target."""
+
+    @property
+    def source_length(self) -> int:
+        """Tokens of the longest source, end token included."""
+
+    @property
+    def target_length(self) -> int:
+        """Tokens of the longest target, begin and end token included."""
+
+    def split(self) -> tuple[Examples, Examples]:
+        """Training and held-out examples."""
+
+    def encode_question(self, text: str) -> list[int]:
+        """The ids of a problem typed by a user; ValueError in one line where the model cannot know it."""
+
+    def decode_answer(self, ids: list[int]) -> str:
+        """The answer as text."""
+
+
+def held_out_side(key: torch.Tensor, fraction: float, seed: int = 0) -> torch.Tensor:
+    """Which problems are held out, decided by a hash of the problem and nothing else.
+
+    A problem therefore falls on the same side in every stream that is drawn, on every device: training on
+    generated problems cannot leak into the held-out side.
+
+    Args:
+        key: (N,) int64, one number for each distinct problem.
+        fraction: the share held out, in 0..1.
+        seed: chooses another split.
+
+    Returns:
+        (N,) bool, True = held out.
+
+    Source: the finalizer of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
+    """
+    value = key + (seed + 1) * 0x1E3779B97F4A7C15  # products wrap modulo 2^64, as the hash wants
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        value = (value ^ ((value >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    value = value ^ ((value >> 31) & ((1 << 33) - 1))
+    return (value & 0xFFFFFFFF) < int(fraction * 2**32)
