@@ -1,0 +1,248 @@
+"""Fused attention for any shape: the forward kernel, and the pieces its backward shares.
+
+    O = dropout(softmax(scale * Q K^T + mask)) V
+
+A program owns BLOCK_Q queries of one head and walks along the keys in tiles of BLOCK_K, keeping for each row the largest
+score so far and the sum of exponentials relative to it, so that no L x S matrix is ever stored: online softmax
+(Milakov and Gimelshein 2018), tiled for attention as FlashAttention-2 does it (Dao 2023, section 3.1). Fused into one
+kernel: both products, scaling, causal and given masks, softmax, dropout.
+
+Work of one head: 4 L S E flops (half when causal; E = Ev). Bytes: Q, K, V and O once each, plus 8 a row for the
+statistics; K and V are read again by every query tile, from L2 as long as one head's fit there. Unfused, the L x S
+scores travel to memory and back at least three times.
+
+Scores are kept in base 2: exp(x) = exp2(x log2(e)), with log2(e) folded into the scale. The statistics of a row are
+`row_max` (base 2, -inf for a row that may attend to nothing) and `row_sum` (of 2^(score - row_max)). Two numbers rather
+than their log-sum-exp: under a float mask of finfo.min the sum would drown in the maximum.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.attention.tiles import block_of, forward_tile
+from kernels.launch import capability, launch_on
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+NO_MASK, BOOL_MASK, FLOAT_MASK = (tl.constexpr(i) for i in range(3))
+FLOAT32_MIN = tl.constexpr(torch.finfo(torch.float32).min)
+
+
+@triton.jit
+def load_rows(ptr, rows, n_rows, stride_row, stride_col, N_COLS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of a matrix as a tile (len(rows), BLOCK), zero beyond `n_rows` and `N_COLS`. rows: int64."""
+    cols = tl.arange(0, BLOCK)
+    pointers = ptr + rows[:, None] * stride_row + cols[None, :] * stride_col
+    if N_COLS == BLOCK:
+        return tl.load(pointers, mask=rows[:, None] < n_rows, other=0.0)
+    return tl.load(pointers, mask=(rows[:, None] < n_rows) & (cols[None, :] < N_COLS), other=0.0)
+
+
+@triton.jit
+def zero_nonfinite(x):
+    """x with NaN and Inf replaced by zero, so that a product with a weight of zero is zero."""
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+
+
+@triton.jit
+def restrict(scores, i, j, S, mask_ptr, stride_ml, stride_ms, L, IS_CAUSAL: tl.constexpr, MASK: tl.constexpr):
+    """Add a float mask to base-2 scores and put -inf wherever query i may not attend to key j.
+
+    scores: (A, B) in either orientation; i, j: int64 indices that broadcast to it, (A, 1) and (1, B) or the reverse.
+    mask_ptr: start of this head's (L, S) mask, a byte (not zero = may attend) or a float (natural units) an entry.
+    """
+    allowed = j < S
+    if IS_CAUSAL:
+        allowed = allowed & (j <= i)
+    if MASK != NO_MASK:
+        entry = tl.load(mask_ptr + i * stride_ml + j * stride_ms, mask=(i < L) & (j < S), other=0)
+        if MASK == BOOL_MASK:
+            allowed = allowed & (entry != 0)
+        else:
+            bias = entry.to(tl.float32)
+            allowed = allowed & (bias != float("-inf"))
+            # finfo.min times log2(e) would overflow to -inf, which says "never"; torch means "least of all".
+            scores += tl.maximum(bias * LOG2_E, FLOAT32_MIN)
+    return tl.where(allowed, scores, float("-inf"))
+
+
+@triton.jit
+def kept(seed, i, j, head, dropout_p):
+    """Whether dropout keeps the weight of (query i, key j) in this head of this batch entry: Philox 4x32-10 counters.
+
+    The counter is the position itself, so every kernel and every tile size draws the same mask from a seed.
+    """
+    i, j = i.to(tl.int32), j.to(tl.int32)
+    zero = (i + j) * 0
+    random, _, _, _ = tl.philox(seed, zero + j, zero + i, zero + head, zero)
+    return tl.uint_to_uniform_float(random) >= dropout_p
+
+
+@triton.jit
+def load_statistics(row_max_ptr, row_sum_ptr, delta_ptr, offs, L):
+    """Of the rows at `offs`: the pivot of the exponentials, one over their sum (0 where there is none), and delta."""
+    inside = offs < L
+    row_max = tl.load(row_max_ptr + offs, mask=inside, other=0.0)
+    row_sum = tl.load(row_sum_ptr + offs, mask=inside, other=0.0)
+    delta = tl.load(delta_ptr + offs, mask=inside, other=0.0)
+    pivot = tl.where(row_max == float("-inf"), 0.0, row_max)
+    empty = row_sum == 0.0
+    return pivot, tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, row_sum)), delta
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, out_ptr, row_max_ptr, row_sum_ptr,
+    stride_qb, stride_qh, stride_ql, stride_qe,
+    stride_kb, stride_kh, stride_ks, stride_ke,
+    stride_vb, stride_vh, stride_vs, stride_ve,
+    stride_mb, stride_mh, stride_ml, stride_ms,
+    stride_ob, stride_oh, stride_ol, stride_oe,
+    n_heads, group, L, S, scale, dropout_p,
+    E: tl.constexpr, EV: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Output and statistics of BLOCK_Q queries of one head.
+
+    q_ptr (B, n_heads, L, E), k_ptr (B, n_heads / group, S, E), v_ptr (B, n_heads / group, S, EV): inputs.
+    mask_ptr (B, n_heads, L, S): bytes or floats by MASK; strides are 0 along broadcast axes.
+    seed_ptr (1,): int64 seed of the dropout, read when HAS_DROPOUT.
+    out_ptr (B, n_heads, L, EV): output; row_max_ptr, row_sum_ptr (B, n_heads, L): float32 statistics, contiguous.
+    scale: factor of Q K^T, times log2(e). dropout_p: probability of dropping a weight.
+    """
+    n_tiles = tl.cdiv(L, BLOCK_Q)
+    pid = tl.program_id(0)
+    tile = pid % n_tiles
+    head = pid // n_tiles  # over batch and heads
+    if IS_CAUSAL:
+        tile = n_tiles - 1 - tile  # the longest rows first, so that no straggler starts last
+    b = (head // n_heads).to(tl.int64)
+    h = (head % n_heads).to(tl.int64)
+    h_kv = h // group
+    k_ptr += b * stride_kb + h_kv * stride_kh
+    v_ptr += b * stride_vb + h_kv * stride_vh
+    if MASK != NO_MASK:
+        mask_ptr += b * stride_mb + h * stride_mh
+
+    offs_q = tile.to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    q = load_rows(q_ptr + b * stride_qb + h * stride_qh, offs_q, L, stride_ql, stride_qe, E, BLOCK_E)
+    row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_Q,), tl.float32)
+    acc = tl.zeros((BLOCK_Q, BLOCK_EV), tl.float32)
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+
+    # Keys [0, open_end) are allowed for every row of the tile, keys [open_end, end) need a look, later ones are skipped.
+    end = tl.minimum(S, (tile + 1) * BLOCK_Q) if IS_CAUSAL else S
+    open_end = (tl.minimum(S, tile * BLOCK_Q + 1) if IS_CAUSAL else S) // BLOCK_K * BLOCK_K
+    if MASK != NO_MASK:
+        open_end = 0
+    for CHECKED in tl.static_range(2):
+        for start in range(open_end if CHECKED else 0, end if CHECKED else open_end, BLOCK_K):
+            offs_k = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_K)
+            k = load_rows(k_ptr, offs_k, S, stride_ks, stride_ke, E, BLOCK_E)
+            v = load_rows(v_ptr, offs_k, S, stride_vs, stride_ve, EV, BLOCK_EV)
+            i, j = offs_q[:, None], offs_k[None, :]
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            if CHECKED:
+                scores = restrict(scores, i, j, S, mask_ptr, stride_ml, stride_ms, L, IS_CAUSAL, MASK)
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
+            pivot = tl.where(new_max == float("-inf"), 0.0, new_max) if CHECKED else new_max
+            weights = tl.exp2(scores - pivot[:, None])
+            shrink = tl.exp2(row_max - pivot)
+            row_sum = row_sum * shrink + tl.sum(weights, 1)
+            row_max = new_max
+            if HAS_DROPOUT:
+                weights = tl.where(kept(seed, i, j, head, dropout_p), weights, 0.0)
+            if CHECKED and (IS_CAUSAL or MASK != NO_MASK):
+                # A weight of zero times NaN is NaN: take such values out, and give NaN to the rows that may see them.
+                finite = tl.min((tl.abs(v) < float("inf")).to(tl.int32), 1)
+                weights = tl.where((scores != float("-inf")) & (finite == 0)[None, :], float("nan"), weights)
+                v = zero_nonfinite(v)
+            acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+
+    divisor = row_sum * (1.0 - dropout_p) if HAS_DROPOUT else row_sum
+    acc /= tl.where(divisor == 0.0, 1.0, divisor)[:, None]  # zero: no key allowed, or all dropped
+    offs_e = tl.arange(0, BLOCK_EV)
+    tl.store(
+        out_ptr + b * stride_ob + h * stride_oh + offs_q[:, None] * stride_ol + offs_e[None, :] * stride_oe,
+        acc.to(out_ptr.dtype.element_ty),
+        mask=(offs_q[:, None] < L) & (offs_e[None, :] < EV),
+    )
+    offs_stats = head.to(tl.int64) * L + offs_q
+    tl.store(row_max_ptr + offs_stats, row_max, mask=offs_q < L)
+    tl.store(row_sum_ptr + offs_stats, row_sum, mask=offs_q < L)
+
+
+def mask_kind(attn_mask: torch.Tensor | None) -> int:
+    """NO_MASK, BOOL_MASK or FLOAT_MASK."""
+    if attn_mask is None:
+        return NO_MASK.value
+    return BOOL_MASK.value if attn_mask.dtype == torch.bool else FLOAT_MASK.value
+
+
+def mask_arguments(attn_mask: torch.Tensor | None) -> tuple:
+    """Pointer and strides of a mask of four axes, each full or of size 1 (stride 0: broadcast)."""
+    if attn_mask is None:
+        return None, 0, 0, 0, 0
+    strides = (0 if size == 1 else stride for size, stride in zip(attn_mask.shape, attn_mask.stride(), strict=True))
+    return attn_mask.view(torch.uint8) if attn_mask.dtype == torch.bool else attn_mask, *strides
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of tl.dot: float32 products follow torch.get_float32_matmul_precision()."""
+    return "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def empty_rows(like: torch.Tensor, last: int) -> torch.Tensor:
+    """An empty (B, H, L, last) tensor whose memory has heads and rows in the order in which `like` has them.
+
+    So the result of a query that is a transposed view of (B, L, H, E) goes back to (B, L, H * E) without a copy.
+    """
+    b, h, n, _ = like.shape
+    if h > 1 and like.stride(1) < like.stride(2):
+        return like.new_empty(b, n, h, last).transpose(1, 2)
+    return like.new_empty(b, h, n, last)
+
+
+def forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch the forward kernel.
+
+    Args:
+        query: (B, Hq, L, E), any strides; key: (B, Hkv, S, E); value: (B, Hkv, S, Ev).
+        attn_mask: bool (True = may attend) or float (added), four axes, each of size 1 or full; or None.
+        seed: int64 (1,), the dropout's seed; None without dropout.
+
+    Returns:
+        output (B, Hq, L, Ev), row_max and row_sum (B, Hq, L) float32 (module docstring).
+    """
+    batch, n_heads, n_queries, e = query.shape
+    n_keys, ev = value.shape[-2:]
+    output = empty_rows(query, ev)
+    row_max = query.new_empty((batch, n_heads, n_queries), dtype=torch.float32)
+    row_sum = torch.empty_like(row_max)
+    tile = forward_tile(max(e, ev), query.element_size(), n_queries, capability(query.device))
+    grid = (triton.cdiv(n_queries, tile.block_q) * n_heads * batch,)  # query tiles fastest, then heads, then batch
+    if grid[0] == 0:
+        return output, row_max, row_sum
+    mask_ptr, *mask_strides = mask_arguments(attn_mask)
+    with launch_on(query.device):
+        forward_kernel[grid](
+            query, key, value, mask_ptr, seed, output, row_max, row_sum,
+            *query.stride(), *key.stride(), *value.stride(), *mask_strides, *output.stride(),
+            n_heads, n_heads // max(key.shape[1], 1), n_queries, n_keys, scale * LOG2_E.value, dropout_p,
+            E=e, EV=ev, BLOCK_E=block_of(e), BLOCK_EV=block_of(ev), BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k,
+            IS_CAUSAL=is_causal, MASK=mask_kind(attn_mask), HAS_DROPOUT=seed is not None,
+            PRECISION=dot_precision(query.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+    return output, row_max, row_sum

@@ -1,0 +1,285 @@
+"""Fused attention for any shape: the backward kernels.
+
+With P = softmax(scale Q K^T + mask), D the dropout mask over 1 - p, and dO the gradient of the output,
+
+    dV = (D P)^T dO        dP = D (dO V^T)        delta = rowsum(dO O) = rowsum(P dP)
+    dS = P (dP - delta)    dQ = scale dS K        dK = scale dS^T Q
+
+(FlashAttention-2, Dao 2023, section 3.1). P is recomputed from the saved statistics, tile by tile. Each output has one
+owner: dQ a program per query tile, dK and dV a program per key tile (which walks the query heads of its group). So there
+are no atomics, and repeated runs agree bit for bit. The mask's gradient has a file of its own, mask_gradient.py.
+
+Work of one head: 14 L S E flops for dQ, dK and dV (7 products; half when causal, E = Ev). Bytes: Q, K, V, O, dO read and
+dQ, dK, dV written once, and 12 a row for statistics and delta.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.attention.general import (
+    LOG2_E,
+    NO_MASK,
+    dot_precision,
+    empty_rows,
+    kept,
+    load_rows,
+    load_statistics,
+    mask_arguments,
+    mask_kind,
+    restrict,
+    zero_nonfinite,
+)
+from kernels.attention.mask_gradient import mask_gradient
+from kernels.attention.tiles import backward_tile, block_of
+from kernels.launch import capability, launch_on
+
+DELTA_ROWS = 16  # rows a program of the delta kernel
+
+
+@triton.jit
+def delta_kernel(
+    out_ptr, grad_ptr, delta_ptr,
+    stride_ob, stride_oh, stride_ol, stride_oe,
+    stride_gb, stride_gh, stride_gl, stride_ge,
+    n_heads, L,
+    EV: tl.constexpr, BLOCK_EV: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """delta_ptr (B, n_heads, L): float32 row sums of out_ptr times grad_ptr, both (B, n_heads, L, EV)."""
+    n_tiles = tl.cdiv(L, BLOCK_Q)
+    pid = tl.program_id(0)
+    head = pid // n_tiles
+    b = (head // n_heads).to(tl.int64)
+    h = (head % n_heads).to(tl.int64)
+    offs_q = (pid % n_tiles).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    out = load_rows(out_ptr + b * stride_ob + h * stride_oh, offs_q, L, stride_ol, stride_oe, EV, BLOCK_EV)
+    grad = load_rows(grad_ptr + b * stride_gb + h * stride_gh, offs_q, L, stride_gl, stride_ge, EV, BLOCK_EV)
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    tl.store(delta_ptr + head.to(tl.int64) * L + offs_q, delta, mask=offs_q < L)
+
+
+@triton.jit
+def query_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, row_max_ptr, row_sum_ptr, delta_ptr, grad_ptr, dq_ptr,
+    stride_qb, stride_qh, stride_ql, stride_qe,
+    stride_kb, stride_kh, stride_ks, stride_ke,
+    stride_vb, stride_vh, stride_vs, stride_ve,
+    stride_mb, stride_mh, stride_ml, stride_ms,
+    stride_gb, stride_gh, stride_gl, stride_ge,
+    stride_dqb, stride_dqh, stride_dql, stride_dqe,
+    n_heads, group, L, S, scale, dq_scale, dropout_p,
+    E: tl.constexpr, EV: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of BLOCK_Q queries of one head. grad_ptr (B, n_heads, L, EV): dO. The rest as in forward_kernel."""
+    n_tiles = tl.cdiv(L, BLOCK_Q)
+    pid = tl.program_id(0)
+    tile = pid % n_tiles
+    head = pid // n_tiles
+    if IS_CAUSAL:
+        tile = n_tiles - 1 - tile
+    b = (head // n_heads).to(tl.int64)
+    h = (head % n_heads).to(tl.int64)
+    h_kv = h // group
+    k_ptr += b * stride_kb + h_kv * stride_kh
+    v_ptr += b * stride_vb + h_kv * stride_vh
+    if MASK != NO_MASK:
+        mask_ptr += b * stride_mb + h * stride_mh
+
+    offs_q = tile.to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    q = load_rows(q_ptr + b * stride_qb + h * stride_qh, offs_q, L, stride_ql, stride_qe, E, BLOCK_E)
+    grad = load_rows(grad_ptr + b * stride_gb + h * stride_gh, offs_q, L, stride_gl, stride_ge, EV, BLOCK_EV)
+    stats = head.to(tl.int64) * L
+    pivot, inverse_sum, delta = load_statistics(
+        row_max_ptr + stats, row_sum_ptr + stats, delta_ptr + stats, offs_q, L
+    )
+    dq = tl.zeros((BLOCK_Q, BLOCK_E), tl.float32)
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+
+    end = tl.minimum(S, (tile + 1) * BLOCK_Q) if IS_CAUSAL else S
+    open_end = (tl.minimum(S, tile * BLOCK_Q + 1) if IS_CAUSAL else S) // BLOCK_K * BLOCK_K
+    if MASK != NO_MASK:
+        open_end = 0
+    for CHECKED in tl.static_range(2):
+        for start in range(open_end if CHECKED else 0, end if CHECKED else open_end, BLOCK_K):
+            offs_k = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_K)
+            k = load_rows(k_ptr, offs_k, S, stride_ks, stride_ke, E, BLOCK_E)
+            v = load_rows(v_ptr, offs_k, S, stride_vs, stride_ve, EV, BLOCK_EV)
+            i, j = offs_q[:, None], offs_k[None, :]
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            if CHECKED:
+                scores = restrict(scores, i, j, S, mask_ptr, stride_ml, stride_ms, L, IS_CAUSAL, MASK)
+            weights = tl.exp2(scores - pivot[:, None]) * inverse_sum[:, None]
+            dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+            if HAS_DROPOUT:
+                dp = tl.where(kept(seed, i, j, head, dropout_p), dp / (1.0 - dropout_p), 0.0)
+            ds = weights * (dp - delta[:, None])
+            if CHECKED:
+                ds = tl.where(scores == float("-inf"), 0.0, ds)  # dp is NaN where a forbidden value is
+            if CHECKED and (IS_CAUSAL or MASK != NO_MASK):
+                k = zero_nonfinite(k)  # as is a forbidden key; an allowed one has made ds NaN already
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+    offs_e = tl.arange(0, BLOCK_E)
+    tl.store(
+        dq_ptr + b * stride_dqb + h * stride_dqh + offs_q[:, None] * stride_dql + offs_e[None, :] * stride_dqe,
+        (dq * dq_scale).to(dq_ptr.dtype.element_ty),
+        mask=(offs_q[:, None] < L) & (offs_e[None, :] < E),
+    )
+
+
+@triton.jit
+def key_value_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, row_max_ptr, row_sum_ptr, delta_ptr, grad_ptr, dk_ptr, dv_ptr,
+    stride_qb, stride_qh, stride_ql, stride_qe,
+    stride_kb, stride_kh, stride_ks, stride_ke,
+    stride_vb, stride_vh, stride_vs, stride_ve,
+    stride_mb, stride_mh, stride_ml, stride_ms,
+    stride_gb, stride_gh, stride_gl, stride_ge,
+    stride_dkb, stride_dkh, stride_dks, stride_dke,
+    stride_dvb, stride_dvh, stride_dvs, stride_dve,
+    n_heads, group, L, S, scale, dk_scale, dropout_p,
+    E: tl.constexpr, EV: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of BLOCK_K keys of one key head, summed over the `group` query heads that share it.
+
+    Works on transposed scores (BLOCK_K, BLOCK_Q), so that the weights are the left operand of both products as they are.
+    """
+    n_tiles = tl.cdiv(S, BLOCK_K)
+    pid = tl.program_id(0)
+    tile = pid % n_tiles  # the first key tiles see the most queries: already the longest first
+    n_kv_heads = n_heads // group
+    b = (pid // n_tiles // n_kv_heads).to(tl.int64)
+    h_kv = (pid // n_tiles % n_kv_heads).to(tl.int64)
+    offs_k = tile.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    k = load_rows(k_ptr + b * stride_kb + h_kv * stride_kh, offs_k, S, stride_ks, stride_ke, E, BLOCK_E)
+    v = load_rows(v_ptr + b * stride_vb + h_kv * stride_vh, offs_k, S, stride_vs, stride_ve, EV, BLOCK_EV)
+    dk = tl.zeros((BLOCK_K, BLOCK_E), tl.float32)
+    dv = tl.zeros((BLOCK_K, BLOCK_EV), tl.float32)
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+
+    # Queries [first, open_start) need a look, queries [open_start, L) may attend to every key of the tile. Keys beyond S
+    # may hold anything: their rows of dK and dV are not stored.
+    first = tl.minimum(L, tile * BLOCK_K // BLOCK_Q * BLOCK_Q) if IS_CAUSAL else 0
+    open_start = tl.minimum(L, tl.cdiv((tile + 1) * BLOCK_K - 1, BLOCK_Q) * BLOCK_Q) if IS_CAUSAL else 0
+    if MASK != NO_MASK:
+        open_start = L
+    for member in range(0, group):
+        h = h_kv * group + member
+        head = b * n_heads + h
+        stats = head * L
+        q_head = q_ptr + b * stride_qb + h * stride_qh
+        grad_head = grad_ptr + b * stride_gb + h * stride_gh
+        mask_head = mask_ptr
+        if MASK != NO_MASK:
+            mask_head = mask_ptr + b * stride_mb + h * stride_mh
+        for CHECKED in tl.static_range(2):
+            for start in range(first if CHECKED else open_start, open_start if CHECKED else L, BLOCK_Q):
+                offs_q = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_Q)
+                q = load_rows(q_head, offs_q, L, stride_ql, stride_qe, E, BLOCK_E)
+                grad = load_rows(grad_head, offs_q, L, stride_gl, stride_ge, EV, BLOCK_EV)
+                pivot, inverse_sum, delta = load_statistics(
+                    row_max_ptr + stats, row_sum_ptr + stats, delta_ptr + stats, offs_q, L
+                )
+                i, j = offs_q[None, :], offs_k[:, None]
+                scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+                if CHECKED:
+                    scores = restrict(scores, i, j, S, mask_head, stride_ml, stride_ms, L, IS_CAUSAL, MASK)
+                weights = tl.exp2(scores - pivot[None, :]) * inverse_sum[None, :]
+                dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+                if HAS_DROPOUT:
+                    keep = kept(seed, i, j, head.to(tl.int32), dropout_p)
+                    dp = tl.where(keep, dp / (1.0 - dropout_p), 0.0)
+                    dropped = tl.where(keep, weights / (1.0 - dropout_p), 0.0)
+                else:
+                    dropped = weights
+                dv = tl.dot(dropped.to(grad.dtype), grad, dv, input_precision=PRECISION)
+                ds = weights * (dp - delta[None, :])
+                if CHECKED:
+                    ds = tl.where(scores == float("-inf"), 0.0, ds)
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+
+    offs_e = tl.arange(0, BLOCK_E)
+    tl.store(
+        dk_ptr + b * stride_dkb + h_kv * stride_dkh + offs_k[:, None] * stride_dks + offs_e[None, :] * stride_dke,
+        (dk * dk_scale).to(dk_ptr.dtype.element_ty),
+        mask=(offs_k[:, None] < S) & (offs_e[None, :] < E),
+    )
+    offs_ev = tl.arange(0, BLOCK_EV)
+    tl.store(
+        dv_ptr + b * stride_dvb + h_kv * stride_dvh + offs_k[:, None] * stride_dvs + offs_ev[None, :] * stride_dve,
+        dv.to(dv_ptr.dtype.element_ty),
+        mask=(offs_k[:, None] < S) & (offs_ev[None, :] < EV),
+    )
+
+
+def backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    output: torch.Tensor,
+    row_max: torch.Tensor,
+    row_sum: torch.Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    needs: list[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """Launch the backward kernels.
+
+    Args:
+        grad: (B, Hq, L, Ev), gradient of the output, any strides.
+        query, key, value, attn_mask, seed, dropout_p, is_causal, scale: as given to the forward.
+        output, row_max, row_sum: what the forward returned.
+        needs: which of the gradients of query, key, value and mask are wanted (key and value come together).
+
+    Returns:
+        The gradients of query, key, value and mask, in the shapes and dtypes of those; None where not wanted.
+    """
+    batch, n_heads, n_queries, e = query.shape
+    n_kv_heads, n_keys, ev = value.shape[1:]
+    tile = backward_tile(max(e, ev), query.element_size(), n_queries, capability(query.device))
+    shape = {"E": e, "EV": ev, "BLOCK_E": block_of(e), "BLOCK_EV": block_of(ev), "BLOCK_Q": tile.block_q}
+    flags = {"HAS_DROPOUT": seed is not None, "IS_CAUSAL": is_causal, "PRECISION": dot_precision(query.dtype)}
+    launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    group = n_heads // max(n_kv_heads, 1)
+    heads = batch * n_heads
+    mask_ptr, *mask_strides = mask_arguments(attn_mask)
+    delta = torch.empty_like(row_max)
+    inputs = (query, key, value, mask_ptr, seed, row_max, row_sum, delta, grad)
+    strides = (*query.stride(), *key.stride(), *value.stride(), *mask_strides, *grad.stride())
+    tiles_q = triton.cdiv(n_queries, tile.block_q)
+    dq = dk = dv = dmask = None
+    with launch_on(query.device):
+        if heads * n_queries:
+            delta_kernel[(triton.cdiv(n_queries, DELTA_ROWS) * heads,)](  # rows fastest, then heads, then batch
+                output, grad, delta, *output.stride(), *grad.stride(), n_heads, n_queries,
+                EV=ev, BLOCK_EV=block_of(ev), BLOCK_Q=DELTA_ROWS,
+            )  # fmt: skip
+        if needs[0]:
+            dq = empty_rows(query, e)
+            if dq.numel():
+                query_kernel[(tiles_q * heads,)](  # query tiles fastest, then heads, then batch
+                    *inputs, dq, *strides, *dq.stride(),
+                    n_heads, group, n_queries, n_keys, scale * LOG2_E.value, scale, dropout_p,
+                    **shape, **flags, **launch, BLOCK_K=tile.block_k, MASK=mask_kind(attn_mask),
+                )  # fmt: skip
+        if needs[1] or needs[2]:
+            dk, dv = empty_rows(key, e), empty_rows(value, ev)
+            if dk.numel() + dv.numel():
+                key_value_kernel[(triton.cdiv(n_keys, tile.block_k) * batch * n_kv_heads,)](  # key tiles fastest
+                    *inputs, dk, dv, *strides, *dk.stride(), *dv.stride(),
+                    n_heads, group, n_queries, n_keys, scale * LOG2_E.value, scale, dropout_p,
+                    **shape, **flags, **launch, BLOCK_K=tile.block_k, MASK=mask_kind(attn_mask),
+                )  # fmt: skip
+        if needs[3] and attn_mask is not None:
+            dmask = mask_gradient(*inputs, strides, group, scale, dropout_p, tile, {**shape, **flags, **launch})
+    return dq, dk, dv, dmask

@@ -1,0 +1,130 @@
+"""Gradient of a float attention mask, for every way the mask can be broadcast.
+
+    dmask[b, h, i, j] = dS[b, h, i, j], summed over the axes along which the mask has size 1
+
+with dS as in general_backward.py. A program owns one tile of the mask's gradient and walks whatever was broadcast onto it
+(batch entries, heads, query tiles, key tiles), recomputing dS tile by tile: no atomics, and no L x S buffer when the mask
+itself is smaller.
+
+Work of one head: 4 L S E flops (two products; E = Ev), on top of the backward's. Bytes: Q, K, V and dO are read once a
+tile of the mask; the mask is read and its gradient written once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.attention.general import FLOAT_MASK, LOG2_E, kept, load_rows, load_statistics, restrict
+from kernels.attention.tiles import Tile
+
+
+@triton.jit
+def mask_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, row_max_ptr, row_sum_ptr, delta_ptr, grad_ptr, dmask_ptr,
+    stride_qb, stride_qh, stride_ql, stride_qe,
+    stride_kb, stride_kh, stride_ks, stride_ke,
+    stride_vb, stride_vh, stride_vs, stride_ve,
+    stride_mb, stride_mh, stride_ml, stride_ms,
+    stride_gb, stride_gh, stride_gl, stride_ge,
+    stride_dmb, stride_dmh, stride_dml, stride_dms,
+    n_batch, n_heads, group, L, S, scale, dropout_p,
+    E: tl.constexpr, EV: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    SUM_B: tl.constexpr, SUM_H: tl.constexpr, SUM_L: tl.constexpr, SUM_S: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a tile of the float mask: dS summed over the axes along which the mask was broadcast (SUM_*).
+
+    dmask_ptr: as the mask, size 1 along the summed axes. A program that sums over an axis walks all of it.
+    """
+    pid = tl.program_id(0)
+    n_tiles_q = 1 if SUM_L else tl.cdiv(L, BLOCK_Q)
+    n_tiles_k = 1 if SUM_S else tl.cdiv(S, BLOCK_K)
+    n_mask_heads = 1 if SUM_H else n_heads
+    tile_k = pid % n_tiles_k
+    tile_q = pid // n_tiles_k % n_tiles_q
+    mask_h = pid // n_tiles_k // n_tiles_q % n_mask_heads
+    mask_b = pid // n_tiles_k // n_tiles_q // n_mask_heads
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+    total = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+
+    n_walked_heads = n_heads if SUM_H else 1
+    for walked in range(0, (n_batch if SUM_B else 1) * n_walked_heads):
+        b = (mask_b + walked // n_walked_heads).to(tl.int64)
+        h = (mask_h + walked % n_walked_heads).to(tl.int64)
+        h_kv = h // group
+        head = b * n_heads + h
+        stats = head * L
+        mask_head = mask_ptr + b * stride_mb + h * stride_mh
+        for start_q in range(tile_q * BLOCK_Q, L if SUM_L else (tile_q + 1) * BLOCK_Q, BLOCK_Q):
+            offs_q = tl.cast(start_q, tl.int64) + tl.arange(0, BLOCK_Q)
+            q = load_rows(q_ptr + b * stride_qb + h * stride_qh, offs_q, L, stride_ql, stride_qe, E, BLOCK_E)
+            grad = load_rows(grad_ptr + b * stride_gb + h * stride_gh, offs_q, L, stride_gl, stride_ge, EV, BLOCK_EV)
+            pivot, inverse_sum, delta = load_statistics(
+                row_max_ptr + stats, row_sum_ptr + stats, delta_ptr + stats, offs_q, L
+            )
+            for start_k in range(tile_k * BLOCK_K, S if SUM_S else (tile_k + 1) * BLOCK_K, BLOCK_K):
+                offs_k = tl.cast(start_k, tl.int64) + tl.arange(0, BLOCK_K)
+                k = load_rows(k_ptr + b * stride_kb + h_kv * stride_kh, offs_k, S, stride_ks, stride_ke, E, BLOCK_E)
+                v = load_rows(v_ptr + b * stride_vb + h_kv * stride_vh, offs_k, S, stride_vs, stride_ve, EV, BLOCK_EV)
+                i, j = offs_q[:, None], offs_k[None, :]
+                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+                scores = restrict(scores, i, j, S, mask_head, stride_ml, stride_ms, L, IS_CAUSAL, FLOAT_MASK)
+                weights = tl.exp2(scores - pivot[:, None]) * inverse_sum[:, None]
+                dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+                if HAS_DROPOUT:
+                    dp = tl.where(kept(seed, i, j, head.to(tl.int32), dropout_p), dp / (1.0 - dropout_p), 0.0)
+                total += tl.where(scores == float("-inf"), 0.0, weights * (dp - delta[:, None]))
+
+    rows = tile_q.to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    cols = tile_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    dmask_ptr += mask_b.to(tl.int64) * stride_dmb + mask_h.to(tl.int64) * stride_dmh
+    if SUM_L and SUM_S:
+        tl.store(dmask_ptr, tl.sum(total).to(dmask_ptr.dtype.element_ty))
+    elif SUM_L:
+        tl.store(dmask_ptr + cols * stride_dms, tl.sum(total, 0).to(dmask_ptr.dtype.element_ty), mask=cols < S)
+    elif SUM_S:
+        tl.store(dmask_ptr + rows * stride_dml, tl.sum(total, 1).to(dmask_ptr.dtype.element_ty), mask=rows < L)
+    else:
+        tl.store(
+            dmask_ptr + rows[:, None] * stride_dml + cols[None, :] * stride_dms,
+            total.to(dmask_ptr.dtype.element_ty),
+            mask=(rows[:, None] < L) & (cols[None, :] < S),
+        )
+
+
+def mask_gradient(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor,
+    seed: torch.Tensor | None,
+    row_max: torch.Tensor,
+    row_sum: torch.Tensor,
+    delta: torch.Tensor,
+    grad: torch.Tensor,
+    strides: tuple[int, ...],
+    group: int,
+    scale: float,
+    dropout_p: float,
+    tile: Tile,
+    options: dict,
+) -> torch.Tensor:
+    """Launch the kernel; arguments as `general_backward.backward` has them. Returns a tensor like `attn_mask`."""
+    batch, n_heads, n_queries, _ = query.shape
+    n_keys = key.shape[2]
+    dmask = torch.empty_like(attn_mask, memory_format=torch.contiguous_format)
+    if query.numel() == 0 or key.numel() == 0:
+        return dmask.zero_()
+    summed = [size == 1 for size in attn_mask.shape]
+    tiles_q = 1 if summed[2] else triton.cdiv(n_queries, tile.block_q)
+    tiles_k = 1 if summed[3] else triton.cdiv(n_keys, tile.block_k)
+    grid = (tiles_k * tiles_q * attn_mask.shape[1] * attn_mask.shape[0],)  # keys fastest, then queries, heads, batch
+    mask_kernel[grid](
+        query, key, value, attn_mask, seed, row_max, row_sum, delta, grad, dmask,
+        *strides, *dmask.stride(),
+        batch, n_heads, group, n_queries, n_keys, scale * LOG2_E.value, dropout_p,
+        SUM_B=summed[0], SUM_H=summed[1], SUM_L=summed[2], SUM_S=summed[3], BLOCK_K=tile.block_k, **options,
+    )  # fmt: skip
+    return dmask

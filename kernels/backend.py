@@ -1,0 +1,77 @@
+"""Where a call runs: on the Triton kernels or through PyTorch's own. One place for that rule."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch")
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Choice(NamedTuple):
+    """What runs a call (`"triton"` or `"torch"`) and, where Triton does not, the reason."""
+
+    backend: str
+    reason: str
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors.
+
+    Triton reads `TRITON_INTERPRET` when a kernel is defined, so the answer is fixed at the first question.
+    """
+    return has_triton() and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether the triton package is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
+    """The reason the Triton kernels cannot take tensors of this device and dtype; empty when they can."""
+    if not has_triton():
+        return "the triton package is not installed"
+    if dtype not in TRITON_DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in TRITON_DTYPES)
+        return f"the Triton kernels take {names}, found {str(dtype).removeprefix('torch.')}"
+    if device.type == "cuda" and not interpreting():
+        return ""
+    if device.type == "cpu" and interpreting():
+        return ""
+    if device.type == "cpu":
+        return "the tensors are on the CPU and TRITON_INTERPRET=1 was not set before the first call"
+    if interpreting():
+        return f"TRITON_INTERPRET=1 runs the Triton kernels on CPU tensors, found {device.type}"
+    return f"the Triton kernels run on CUDA devices, found {device.type}"
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype, unsupported: str = "") -> Choice:
+    """Resolve `backend` for tensors of this device and dtype.
+
+    Args:
+        backend: "auto" takes Triton where it can run, else PyTorch; "triton" or "torch" insist.
+        device: device of the inputs.
+        dtype: dtype of the inputs.
+        unsupported: a reason of the caller's own why its Triton kernel cannot take this call, or empty.
+
+    Raises:
+        ValueError: the backend is unknown, or "triton" was asked for and cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, found {backend!r}")
+    if backend == "torch":
+        return Choice("torch", 'backend="torch" was asked for')
+    reason = why_not_triton(device, dtype) or unsupported
+    if not reason:
+        return Choice("triton", "")
+    if backend == "triton":
+        raise ValueError(f'backend="triton" cannot run: {reason}; use backend="auto" to let PyTorch take such calls')
+    return Choice("torch", reason)

@@ -1,0 +1,24 @@
+"""What every launcher needs to know of the device it launches on."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """Compute capability of a CUDA device times ten (an H100 or H200 is 90); 80 for the interpreter on a CPU."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def launch_on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Make `device` the current one while a kernel is launched; Triton launches on the current device."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
