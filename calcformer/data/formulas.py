@@ -51,9 +51,8 @@ def write_numbers(values: torch.Tensor, width: int) -> tuple[torch.Tensor, torch
 
 def formula_lengths(complexity: int, signed: bool = True, truncate: bool = False) -> tuple[int, int]:
     """Tokens of the longest source and target: signs, digits, operator, <eos>, and <bos> before the target."""
-    if truncate:
-        return SEED_SOURCE_LENGTH, SEED_TARGET_LENGTH
-    return int(signed) + 2 * (complexity + 1) + 2, complexity + 4
+    source, target = int(signed) + 2 * (complexity + 1) + 2, complexity + 4
+    return (min(source, SEED_SOURCE_LENGTH), min(target, SEED_TARGET_LENGTH)) if truncate else (source, target)
 
 
 def encode_formulas(a: torch.Tensor, b: torch.Tensor, plus: torch.Tensor, complexity: int = 3, signed: bool = True,
@@ -89,7 +88,8 @@ def encode_formulas(a: torch.Tensor, b: torch.Tensor, plus: torch.Tensor, comple
     target[:, 1:-1] = answer
     target.scatter_(1, answer_count[:, None] + 1, eos)
     if truncate:
-        return Examples(source[:, :SEED_SOURCE_LENGTH].contiguous(), target[:, :SEED_TARGET_LENGTH].contiguous())
+        source_length, target_length = formula_lengths(complexity, signed, truncate)
+        return Examples(source[:, :source_length].contiguous(), target[:, :target_length].contiguous())
     return Examples(source, target)
 
 

@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kernels.nn
+from calcformer.model.dropout import Dropout
 from calcformer.model.layers import DecoderLayer, EncoderLayer
 from calcformer.model.positions import build_positions
 
@@ -51,7 +52,7 @@ class EncoderDecoder(nn.Module):
             DecoderLayer(width, heads, hidden, dropout, norm, activation) for _ in range(decoder_layers))
         self.encoder_norm = kernels.nn.LayerNorm(width)
         self.decoder_norm = kernels.nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def _embed(self, ids: torch.Tensor, embedding: nn.Embedding, positions: nn.Module) -> torch.Tensor:
         x = F.embedding(ids, embedding.weight)

@@ -4,16 +4,19 @@ Shapes: B batch, T tokens that ask, S tokens that are attended to, H heads, E he
 Masks are bool and broadcast to (B, H, T, S); True = may attend. Source: Vaswani et al. 2017, section 3.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import kernels
 import kernels.nn
+from calcformer.model.dropout import Dropout
 
 __all__ = ["DecoderLayer", "EncoderLayer", "FeedForward", "MultiHeadAttention"]
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
 class MultiHeadAttention(nn.Module):
@@ -82,7 +85,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.expand = nn.Linear(width, hidden)
         self.contract = nn.Linear(hidden, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.activation = ACTIVATIONS[activation]
         nn.init.xavier_uniform_(self.expand.weight)
         nn.init.xavier_uniform_(self.contract.weight)
@@ -106,7 +109,7 @@ class EncoderLayer(nn.Module):
         self.feed_forward = FeedForward(width, hidden, dropout, activation)
         self.attention_norm = kernels.nn.LayerNorm(width)
         self.feed_forward_norm = kernels.nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, S, D), mask broadcast to (B, H, S, S); returns (B, S, D)."""
@@ -130,7 +133,7 @@ class DecoderLayer(nn.Module):
         self.attention_norm = kernels.nn.LayerNorm(width)
         self.cross_attention_norm = kernels.nn.LayerNorm(width)
         self.feed_forward_norm = kernels.nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: torch.Tensor, memory: torch.Tensor, memory_mask: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, T, D), memory (B, S, D), memory_mask broadcast to (B, H, T, S); returns (B, T, D)."""

@@ -1,0 +1,151 @@
+"""Every setting of a run, its default, its limits and the named presets. All values are checked here and only here."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+__all__ = ["PRESETS", "DataConfig", "ModelConfig", "RunConfig", "TrainingConfig"]
+
+FORMAT = 1  # of config.json; raised when an old file can no longer be read
+
+
+def setting(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
+    """A dataclass field with its help text and its limits, both included."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+def check(config: Any) -> None:
+    """Raise ValueError, in one line, for the first field of a dataclass with a wrong type or value."""
+    hints = get_type_hints(type(config))
+    for item in fields(config):
+        value, kind = getattr(config, item.name), hints[item.name]
+        if get_origin(kind) is Literal:
+            if value not in get_args(kind):
+                raise ValueError(f"{item.name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+            continue
+        if kind is float and type(value) is int:
+            object.__setattr__(config, item.name, float(value))
+        elif type(value) is not kind:
+            raise ValueError(f"{item.name} must be of type {kind.__name__}, got {value!r}")
+        low, high = item.metadata.get("low"), item.metadata.get("high")
+        if (low is not None and not value >= low) or (high is not None and not value <= high):
+            limits = f"{low} or more" if high is None else f"{low} to {high}"
+            raise ValueError(f"{item.name} must be {limits}, got {value}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    task: Literal["formula", "expression"] = setting("formula", "formulas in characters or expressions in words")
+    complexity: int = setting(3, "formulas: operands reach 10 to this power", 0, 8)
+    signed: bool = setting(True, "formulas: the first operand may be negative")
+    truncate: bool = setting(False, "formulas: cut to 9 and 5 tokens, as the seed report did")
+    train_size: int = setting(10_000, "problems to train on", 1)
+    valid_size: int = setting(5_000, "problems held out", 1)
+    data_seed: int = setting(123_456, "seed of the data and its split", 0, 2**62)
+    leaky_split: bool = setting(False, "let problems stand on both sides, as the seed reports did")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.task == "expression":
+            for name in "complexity", "signed", "truncate":
+                if getattr(self, name) != getattr(DataConfig, name):
+                    raise ValueError(f"{name} is a setting of formulas and means nothing for expressions; leave it out")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    width: int = setting(64, "model width", 1)
+    heads: int = setting(4, "attention heads", 1)
+    encoder_layers: int = setting(2, "encoder layers", 0)
+    decoder_layers: int = setting(2, "decoder layers", 1)
+    hidden: int = setting(64, "width of the feed-forward layers", 1)
+    dropout: float = setting(0.01, "dropout probability", 0, 0.99)
+    norm: Literal["post", "pre"] = setting("post", "layer norm after or before each sublayer")
+    activation: Literal["relu", "gelu"] = setting("relu", "activation of the feed-forward layers")
+    positions: Literal["sinusoid", "learned", "none"] = setting("sinusoid", "position encoding")
+    embeddings: Literal["separate", "shared", "tied"] = setting(
+        "separate", "source, target and output matrices apart; source and target one; all three one")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, got width {self.width} and {self.heads} heads")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    epochs: int = setting(100, "passes over the training problems", 1)
+    batch_size: int = setting(125, "problems in a step", 1)
+    learning_rate: float = setting(1e-3, "peak learning rate of Adam", 0)
+    schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after the warm-up")
+    warmup_steps: int = setting(0, "steps over which the learning rate rises from 0", 0)
+    weight_decay: float = setting(0.0, "decay of the matrices, as AdamW applies it", 0)
+    beta2: float = setting(0.999, "Adam's decay of squared gradients", 0, 0.999999)
+    clip_norm: float = setting(0.0, "largest norm of the gradient, 0 for no limit", 0)
+    label_smoothing: float = setting(0.0, "share of the target spread over all tokens", 0, 0.99)
+    seed: int = setting(0, "seed of initial weights, order and dropout", 0, 2**62)
+    valid_every: int = setting(1, "epochs between validations (the last epoch always has one)", 1)
+    exact_match_every: int = setting(0, "epochs between exact-match measurements, 0 for the last epoch only", 0)
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N; auto takes the GPU where there is one")
+    threads: int = setting(0, "CPU threads, 0 for one (small models are slower with more)", 0, 1024)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of one run, and the preset they were made from."""
+
+    preset: str = "formula"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def with_settings(self, changes: dict[str, Any]) -> "RunConfig":
+        """The same run with some settings changed by name; ValueError for a wrong name or value."""
+        changes = dict(changes)
+        parts = {}
+        for part in SECTIONS:
+            section = getattr(self, part)
+            names = {item.name for item in fields(section)}
+            parts[part] = replace(section, **{name: changes.pop(name) for name in names & changes.keys()})
+        if changes:
+            raise ValueError(f"there is no setting {sorted(changes)[0]!r}")
+        return replace(self, **parts)
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "RunConfig":
+        """Read what `to_json` wrote; ValueError in one line where the text is something else."""
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not JSON: {error}") from None
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+            raise ValueError(f"not of format {FORMAT}, the one this version of calcformer reads; train the run again")
+        sections: dict[str, Any] = {}
+        for name, section in SECTIONS.items():
+            values = content.pop(name, None)
+            expected = {item.name for item in fields(section)}
+            if not isinstance(values, dict) or values.keys() != expected:
+                found = values.keys() if isinstance(values, dict) else set()
+                raise ValueError(f"section {name!r} is from another version of calcformer (missing or unknown: "
+                                 f"{', '.join(sorted(expected ^ found))}); train the run again")
+            sections[name] = section(**values)
+        if content.keys() != {"preset"} or not isinstance(content["preset"], str):
+            raise ValueError(f"expected a preset beside {', '.join(SECTIONS)}, found {', '.join(content) or 'nothing'}")
+        return cls(preset=content["preset"], **sections)
+
+
+SECTIONS: dict[str, Any] = {"data": DataConfig, "model": ModelConfig, "training": TrainingConfig}
+
+PRESETS = {
+    "formula": RunConfig("formula"),
+    "expression": RunConfig(
+        "expression",
+        DataConfig(task="expression", train_size=4_602, valid_size=15_000, data_seed=0),
+    ),
+}

@@ -1,0 +1,123 @@
+"""What a run folder holds, and how it is written so that a kill at any moment leaves a folder that can be read.
+
+config.json          all settings
+model.safetensors    the weights after the last finished epoch
+resume.safetensors   the same weights with Adam's state: one file, so that the two can never be of different epochs
+metrics.jsonl        a line an epoch
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from calcformer.build import build_model, build_task
+from calcformer.config import RunConfig
+from calcformer.data import Task
+from calcformer.model import EncoderDecoder
+
+__all__ = ["RunError", "load_resume_state", "load_run", "read_config", "save_checkpoint", "write_atomically"]
+
+CONFIG, MODEL, RESUME, METRICS = "config.json", "model.safetensors", "resume.safetensors", "metrics.jsonl"
+ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
+
+
+class RunError(ValueError):
+    """A run folder that is missing or damaged; the message is one line that says what to do."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that its name stands for either the old content or all of the new, even after a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters by name, each once even where layers share it, on the CPU."""
+    return {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+
+
+def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+    """Write the state after `epoch` finished epochs."""
+    metadata = {"epoch": str(epoch)}
+    weights = _weights(model)
+    state = {f"model.{name}": value for name, value in weights.items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            state[f"{key}.{name}"] = value.detach().cpu().contiguous()
+    write_atomically(folder / RESUME, save(state, metadata))
+    write_atomically(folder / MODEL, save(weights, metadata))
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], int]:
+    """The tensors of a file and the epoch they are from."""
+    if not path.is_file():
+        raise RunError(f"{path} is missing; train the run again or give another one")
+    try:
+        with safe_open(path, framework="pt") as file:
+            epoch = int((file.metadata() or {})["epoch"])
+            return {name: file.get_tensor(name) for name in file.keys()}, epoch
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"{path} is damaged ({reason}); train the run again or give another one") from None
+
+
+def _fill(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Copy weights into a model, all or none."""
+    parameters = dict(model.named_parameters())
+    wrong = sorted(parameters.keys() ^ weights.keys()) or sorted(
+        name for name, parameter in parameters.items() if parameter.shape != weights[name].shape)
+    if wrong:
+        raise RunError(f"{path} does not fit the model of its {CONFIG} (first difference: {wrong[0]}); "
+                       "train the run again or give another one")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The settings of a run; RunError where the folder is not one."""
+    if not folder.is_dir():
+        raise RunError(f"there is no run folder {folder}; make one with: "
+                       f"calcformer train --preset formula --out {folder}")
+    path = folder / CONFIG
+    if not path.is_file():
+        raise RunError(f"{folder} is not a run folder: it has no {CONFIG}; give the folder that training wrote")
+    try:
+        return RunConfig.from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} cannot be used: {error}") from None
+
+
+def load_run(folder: Path, device: str = "cpu") -> tuple[RunConfig, Task, EncoderDecoder, int]:
+    """Settings, task, trained model in evaluation mode, and the epoch its weights are from."""
+    config = read_config(folder)
+    task = build_task(config.data)
+    weights, epoch = _read_tensors(folder / MODEL)
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(config.model, task)
+    _fill(model, weights, folder / MODEL)
+    return config, task, model.to(device).eval(), epoch
+
+
+def load_resume_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Put weights and Adam's state back; returns how many epochs were finished."""
+    path = folder / RESUME
+    tensors, epoch = _read_tensors(path)
+    prefix = "model."
+    _fill(model, {name[len(prefix):]: value for name, value in tensors.items() if name.startswith(prefix)}, path)
+    for name, parameter in model.named_parameters():
+        state = {key: tensors[f"{key}.{name}"] for key in ADAM_STATE if f"{key}.{name}" in tensors}
+        if state:
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+    return epoch

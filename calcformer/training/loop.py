@@ -1,0 +1,205 @@
+"""Training: from a configuration to a run folder."""
+
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from calcformer.build import build_model, build_task
+from calcformer.config import RunConfig, TrainingConfig
+from calcformer.data import Examples
+from calcformer.model import EncoderDecoder
+from calcformer.plots import save_curve
+from calcformer.training.checkpoint import (CONFIG, METRICS, load_resume_state, read_config, save_checkpoint,
+                                            write_atomically)
+from calcformer.training.metrics import Totals, evaluate, exact_match, token_loss
+from calcformer.training.run_log import RunLog
+
+__all__ = ["build_optimizer", "epoch_seed", "learning_rate", "pick_device", "resume", "train"]
+
+QUIET_SECONDS = 5.0  # between lines where there is no terminal to draw a bar on
+BAR_SECONDS = 0.2  # between updates of the bar, which wait for the device
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; ValueError in one line where there is none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name} is not here ({torch.cuda.device_count()} GPUs found); use --device cpu")
+    return device
+
+
+def learning_rate(step: int, steps: int, config: TrainingConfig) -> float:
+    """The learning rate of step 0..steps-1: a linear warm-up, then constant, or half a cosine down to 0."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    share = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """The seed of one epoch's order and dropout: a resumed run needs no generator state, only the epoch's number."""
+    return (seed * 1_000_003 + epoch) % 2**63
+
+
+def build_optimizer(model: EncoderDecoder, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Adam whose weight decay, if any, is decoupled (Loshchilov and Hutter 2019) and spares biases and norms."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": config.weight_decay},
+                                    {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True)
+
+
+class Trainer:
+    """The state of one training run."""
+
+    def __init__(self, config: RunConfig, folder: Path, bar: bool | None) -> None:
+        self.config = config
+        self.folder = folder
+        self.device = pick_device(config.training.device)
+        self.task = build_task(config.data)
+        train, valid = self.task.split()
+        self.train_examples, self.valid_examples = train.to(self.device), valid.to(self.device)
+        torch.manual_seed(config.training.seed)
+        self.model = build_model(config.model, self.task).to(self.device)
+        self.optimizer = build_optimizer(self.model, config.training)
+        self.steps_per_epoch = math.ceil(len(train) / config.training.batch_size)
+        self.log = RunLog(folder / METRICS)
+        self.bar = tqdm(total=config.training.epochs * len(train), unit="ex", unit_scale=True, dynamic_ncols=True,
+                        disable=None if bar is None else not bar)
+        self.last_shown = 0.0
+
+    def step(self, batch: Examples, rate: float, totals: Totals) -> None:
+        """One step of the optimiser on one batch."""
+        training = self.config.training
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        logits = self.model(batch.source, batch.decoder_input)
+        loss = token_loss(logits, batch.labels, self.task.vocabulary.pad_id, training.label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if training.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_norm)
+        self.optimizer.step()
+        totals.add(loss, logits, batch.labels)
+
+    def epoch(self, epoch: int) -> dict[str, Any]:
+        """Train one epoch, numbered from 1, and validate; returns its line of the log."""
+        training, pad_id = self.config.training, self.task.vocabulary.pad_id
+        started = time.perf_counter()
+        torch.manual_seed(epoch_seed(training.seed, epoch))
+        order = torch.randperm(len(self.train_examples)).to(self.device)
+        totals = Totals(pad_id, self.device)
+        step = (epoch - 1) * self.steps_per_epoch
+        self.model.train()
+        self.bar.set_description(f"epoch {epoch}/{training.epochs}", refresh=False)
+        for batch in self.train_examples.batches(training.batch_size, order):
+            rate = learning_rate(step, training.epochs * self.steps_per_epoch, training)
+            self.step(batch, rate, totals)
+            self._show(len(batch), totals)
+            step += 1
+        loss, accuracy = totals.result()
+        seconds = time.perf_counter() - started
+        entry = {"epoch": epoch, "loss": loss, "token_accuracy": accuracy, "learning_rate": rate}
+        last = epoch == training.epochs
+        if last or epoch % training.valid_every == 0:
+            score = evaluate(self.model, self.valid_examples, pad_id)
+            entry |= {"valid_loss": score.loss, "valid_token_accuracy": score.token_accuracy}
+        if last or (training.exact_match_every and epoch % training.exact_match_every == 0):
+            entry["exact_match"] = exact_match(self.model, self.valid_examples, self.task)
+        return entry | {"seconds": round(seconds, 4), "examples_per_second": round(len(order) / seconds, 1)}
+
+    def _show(self, count: int, totals: Totals) -> None:
+        if self.bar.disable:
+            return
+        if time.perf_counter() - self.last_shown > BAR_SECONDS:
+            self.last_shown = time.perf_counter()
+            loss, accuracy = totals.result()
+            self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.4f}", refresh=False)
+        self.bar.update(count)
+
+    def _say(self, entry: dict[str, Any]) -> None:
+        """A line to stderr now and then, where there is no bar."""
+        last = entry["epoch"] == self.config.training.epochs
+        if self.bar.disable and (last or time.perf_counter() - self.last_shown > QUIET_SECONDS):
+            self.last_shown = time.perf_counter()
+            numbers = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in entry.items()
+                                if isinstance(value, float) and name not in ("seconds", "learning_rate"))
+            print(f"epoch {entry['epoch']}/{self.config.training.epochs}: {numbers}", file=sys.stderr, flush=True)
+
+    def run(self, finished: int) -> dict[str, Any]:
+        """Train the epochs after `finished`; returns the last line of the log."""
+        self.bar.update(finished * len(self.train_examples))
+        self.last_shown = time.perf_counter()
+        for epoch in range(finished + 1, self.config.training.epochs + 1):
+            entry = self.epoch(epoch)
+            # The log goes first: a line of an epoch that was never saved is dropped on resume, a missing line is not.
+            self.log.append(entry)
+            save_checkpoint(self.folder, self.model, self.optimizer, epoch)
+            self._say(entry)
+        self.bar.close()
+        save_curve(self.log.read(), self.folder / "curve.png")
+        return self.log.read()[-1]
+
+
+def _run(config: RunConfig, folder: Path, bar: bool | None, continued: bool) -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.training.threads or 1)
+    try:
+        with torch.random.fork_rng():
+            trainer = Trainer(config, folder, bar)
+            finished = 0
+            if continued:
+                finished = load_resume_state(folder, trainer.model, trainer.optimizer)
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(folder / CONFIG, config.to_json().encode())
+                save_checkpoint(folder, trainer.model, trainer.optimizer, 0)
+            trainer.log.rewind(finished)
+            return trainer.run(finished)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def train(config: RunConfig, out: Path | str, bar: bool | None = None) -> dict[str, Any]:
+    """Train a model and write it, epoch by epoch, to the folder `out`.
+
+    Args:
+        config: all settings. On a CPU they decide every number: the same settings give the same run.
+        out: a folder that does not exist or is empty.
+        bar: True draws a progress bar, False does not, None draws one on a terminal.
+
+    Returns:
+        The last line of metrics.jsonl: loss, token_accuracy, valid_loss, valid_token_accuracy, exact_match, ...
+
+    Raises:
+        ValueError: a setting that cannot be used here, or a folder with something in it; nothing is written then.
+    """
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} already exists; give --out another name, or continue it with --resume {folder}")
+    return _run(config, folder, bar, continued=False)
+
+
+def resume(folder: Path | str, bar: bool | None = None) -> dict[str, Any]:
+    """Continue a run from its last finished epoch, with its own settings; on a CPU, with the numbers it would have had.
+
+    Raises:
+        RunError: the folder is missing or damaged.
+    """
+    folder = Path(folder)
+    return _run(read_config(folder), folder, bar, continued=True)
