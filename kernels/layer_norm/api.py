@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from kernels.backend import choose
-from kernels.layer_norm.ops import LayerNorm
+from kernels.layer_norm.ops import apply_layer_norm
 
 __all__ = ["layer_norm"]
 
@@ -54,14 +54,20 @@ def layer_norm(
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     autocast = torch.is_autocast_enabled(input.device.type)
     _check(input, shape, weight, bias, eps, autocast)
-    if choose(backend, input.device, input.dtype).backend == "triton":
+    if _on_triton(backend, input.device, input.dtype):
         dtype = torch.float32 if autocast and input.is_cuda else None
-        return LayerNorm.apply(input, shape, weight, bias, eps, dtype)[0]
+        return apply_layer_norm(input, shape, weight, bias, eps, dtype)[0]
     mixed = any(x is not None and x.dtype != input.dtype for x in (weight, bias))
     if mixed and input.is_cuda and not autocast:  # PyTorch mixes dtypes on the CPU only
         output = torch.nn.functional.layer_norm(input.float(), shape, weight, bias, eps)
         return output.to(input.dtype)
     return torch.nn.functional.layer_norm(input, shape, weight, bias, eps)
+
+
+@torch.compiler.assume_constant_result  # Dynamo warns of the caches in `choose` when it traces into them
+def _on_triton(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels of this package take the call; raises ValueError where they must and cannot."""
+    return choose(backend, device, dtype).backend == "triton"
 
 
 def _check(

@@ -315,7 +315,8 @@ def launch_backward(
             backward_columns_kernel[(n_column_blocks * programs,)](  # programs share the rows of each column block
                 grad_rows, rows, mean, rstd, partial_weight, partial_bias,
                 n_rows=n_rows, n_cols=n_cols, stride_grad=grad_rows.stride(0), stride_input=rows.stride(0),
-                n_groups=programs, ROWS=column_rows, BLOCK_N=column_block, NUM_STAGES=column_stages, num_warps=num_warps,
+                n_groups=programs, ROWS=column_rows, BLOCK_N=column_block, NUM_STAGES=column_stages,
+                num_warps=num_warps,
             )
         if needs_sums:
             reduce_rows, reduce_block = REDUCE

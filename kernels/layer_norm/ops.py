@@ -169,10 +169,7 @@ def _fake_backward(
 
 
 class LayerNorm(torch.autograd.Function):
-    """The registered operations with derivatives: backward, double backward, forward mode and vmap.
-
-    Double backward and forward mode are computed by PyTorch's operations, not by the kernels.
-    """
+    """The registered operations with backward, double backward (by PyTorch's operations) and vmap."""
 
     @staticmethod
     def forward(
@@ -190,11 +187,10 @@ class LayerNorm(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         """Keep the inputs (references, no copies) and two numbers a row."""
         input, ctx.normalized_shape, weight, bias, _, _ = inputs
-        ctx.dtype, (_, mean, rstd) = output[0].dtype, output
+        _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight, bias, mean, rstd)
-        ctx.save_for_forward(input, weight, bias, mean, rstd)
 
     @staticmethod
     def backward(
@@ -213,6 +209,49 @@ class LayerNorm(torch.autograd.Function):
             found = torch.ops.kernels.layer_norm_backward.default(*arguments)
             grads = [grad if need else None for grad, need in zip(found, needed)]
         return grads[0], None, grads[1], grads[2], None, None
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        input: torch.Tensor,
+        normalized_shape: Sequence[int],
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        eps: float,
+        dtype: torch.dtype | None,
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[int | None, ...]]:
+        """A batch is more rows. Weight and bias that differ along it are applied after the kernel."""
+        batched = in_dims[0] is not None
+        input = input.movedim(in_dims[0], 0) if in_dims[0] is not None else input
+        dtype = dtype or input.dtype
+        if in_dims[2] is None and in_dims[3] is None:
+            output, mean, rstd = apply_layer_norm(input, normalized_shape, weight, bias, eps, dtype)
+        else:
+            exact = torch.promote_types(input.dtype, torch.float32)
+            output, mean, rstd = apply_layer_norm(input, normalized_shape, None, None, eps, exact)
+            output = output if batched else output.unsqueeze(0)
+            parameter_shape = (info.batch_size, *(1,) * (output.ndim - 1 - len(normalized_shape)), *normalized_shape)
+            weight, bias = (
+                x if x is None or dim is None else x.movedim(dim, 0).reshape(parameter_shape)
+                for x, dim in ((weight, in_dims[2]), (bias, in_dims[3]))
+            )
+            output = output if weight is None else output * weight
+            output = (output if bias is None else output + bias).to(dtype)
+        if not batched:
+            return (output, mean, rstd), (0, None, None)
+        return (output, mean.reshape(info.batch_size, -1), rstd.reshape(info.batch_size, -1)), (0, 0, 0)
+
+
+class LayerNormWithTangents(LayerNorm):
+    """The same with forward mode, by PyTorch's operations; apart because Dynamo refuses a function with a jvp."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        """Keep what backward and jvp need."""
+        LayerNorm.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[0], *inputs[2:4], *output[1:])
+        ctx.dtype = output[0].dtype
 
     @staticmethod
     def jvp(
@@ -241,34 +280,15 @@ class LayerNorm(torch.autograd.Function):
             tangent = tangent + bias_tangent
         return tangent.to(ctx.dtype), None, None
 
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        input: torch.Tensor,
-        normalized_shape: Sequence[int],
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        eps: float,
-        dtype: torch.dtype | None,
-    ) -> tuple[tuple[torch.Tensor, ...], tuple[int | None, ...]]:
-        """A batch is more rows. Weight and bias that differ along it are applied after the kernel."""
-        batched = in_dims[0] is not None
-        input = input.movedim(in_dims[0], 0) if in_dims[0] is not None else input
-        dtype = dtype or input.dtype
-        if in_dims[2] is None and in_dims[3] is None:
-            output, mean, rstd = LayerNorm.apply(input, normalized_shape, weight, bias, eps, dtype)
-        else:
-            exact = torch.promote_types(input.dtype, torch.float32)
-            output, mean, rstd = LayerNorm.apply(input, normalized_shape, None, None, eps, exact)
-            output = output if batched else output.unsqueeze(0)
-            between = (1,) * (output.ndim - 1 - len(normalized_shape))
-            weight, bias = (
-                x if x is None or dim is None else x.movedim(dim, 0).reshape(info.batch_size, *between, *normalized_shape)
-                for x, dim in ((weight, in_dims[2]), (bias, in_dims[3]))
-            )
-            output = output if weight is None else output * weight
-            output = (output if bias is None else output + bias).to(dtype)
-        if not batched:
-            return (output, mean, rstd), (0, None, None)
-        return (output, mean.reshape(info.batch_size, -1), rstd.reshape(info.batch_size, -1)), (0, 0, 0)
+
+def apply_layer_norm(
+    input: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Differentiable output, and mean and rstd; arguments as for the forward operation."""
+    function = LayerNorm if torch.compiler.is_compiling() else LayerNormWithTangents
+    return function.apply(input, normalized_shape, weight, bias, eps, dtype)
