@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from calcformer.errors import InputError
+
 __all__ = ["PRESETS", "DataConfig", "ModelConfig", "RunConfig", "TrainingConfig"]
 
 FORMAT = 1  # of config.json; raised when an old file can no longer be read
@@ -15,22 +17,22 @@ def setting(default: Any, help: str, low: float | None = None, high: float | Non
 
 
 def check(config: Any) -> None:
-    """Raise ValueError, in one line, for the first field of a dataclass with a wrong type or value."""
+    """Raise InputError for the first field of a dataclass with a wrong type or value."""
     hints = get_type_hints(type(config))
     for item in fields(config):
         value, kind = getattr(config, item.name), hints[item.name]
         if get_origin(kind) is Literal:
             if value not in get_args(kind):
-                raise ValueError(f"{item.name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+                raise InputError(f"{item.name} must be one of {', '.join(get_args(kind))}, got {value!r}")
             continue
         if kind is float and type(value) is int:
             object.__setattr__(config, item.name, float(value))
         elif type(value) is not kind:
-            raise ValueError(f"{item.name} must be of type {kind.__name__}, got {value!r}")
+            raise InputError(f"{item.name} must be of type {kind.__name__}, got {value!r}")
         low, high = item.metadata.get("low"), item.metadata.get("high")
         if (low is not None and not value >= low) or (high is not None and not value <= high):
             limits = f"{low} or more" if high is None else f"{low} to {high}"
-            raise ValueError(f"{item.name} must be {limits}, got {value}")
+            raise InputError(f"{item.name} must be {limits}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class DataConfig:
         if self.task == "expression":
             for name in "complexity", "signed", "truncate":
                 if getattr(self, name) != getattr(DataConfig, name):
-                    raise ValueError(f"{name} is a setting of formulas and means nothing for expressions; leave it out")
+                    raise InputError(f"{name} is a setting of formulas and means nothing for expressions; leave it out")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check(self)
         if self.width % self.heads:
-            raise ValueError(f"width must be a multiple of heads, got width {self.width} and {self.heads} heads")
+            raise InputError(f"width must be a multiple of heads, got width {self.width} and {self.heads} heads")
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def with_settings(self, changes: dict[str, Any]) -> "RunConfig":
-        """The same run with some settings changed by name; ValueError for a wrong name or value."""
+        """The same run with some settings changed by name; InputError for a wrong name or value."""
         changes = dict(changes)
         parts = {}
         for part in SECTIONS:
@@ -111,7 +113,7 @@ class RunConfig:
             names = {item.name for item in fields(section)}
             parts[part] = replace(section, **{name: changes.pop(name) for name in names & changes.keys()})
         if changes:
-            raise ValueError(f"there is no setting {sorted(changes)[0]!r}")
+            raise InputError(f"there is no setting {sorted(changes)[0]!r}")
         return replace(self, **parts)
 
     def to_json(self) -> str:
@@ -119,24 +121,24 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "RunConfig":
-        """Read what `to_json` wrote; ValueError in one line where the text is something else."""
+        """Read what `to_json` wrote; InputError where the text is something else."""
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"not JSON: {error}") from None
+            raise InputError(f"not JSON: {error}") from None
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-            raise ValueError(f"not of format {FORMAT}, the one this version of calcformer reads; train the run again")
+            raise InputError(f"not of format {FORMAT}, the one this version of calcformer reads; train the run again")
         sections: dict[str, Any] = {}
         for name, section in SECTIONS.items():
             values = content.pop(name, None)
             expected = {item.name for item in fields(section)}
             if not isinstance(values, dict) or values.keys() != expected:
                 found = values.keys() if isinstance(values, dict) else set()
-                raise ValueError(f"section {name!r} is from another version of calcformer (missing or unknown: "
+                raise InputError(f"section {name!r} is from another version of calcformer (missing or unknown: "
                                  f"{', '.join(sorted(expected ^ found))}); train the run again")
             sections[name] = section(**values)
         if content.keys() != {"preset"} or not isinstance(content["preset"], str):
-            raise ValueError(f"expected a preset beside {', '.join(SECTIONS)}, found {', '.join(content) or 'nothing'}")
+            raise InputError(f"expected a preset beside {', '.join(SECTIONS)}, found {', '.join(content) or 'nothing'}")
         return cls(preset=content["preset"], **sections)
 
 

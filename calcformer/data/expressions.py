@@ -10,6 +10,7 @@ import torch
 
 from calcformer.data.examples import Examples, held_out_side
 from calcformer.data.vocab import EXPRESSION, Vocabulary
+from calcformer.errors import InputError
 
 __all__ = ["EXPRESSIONS", "ExpressionTask", "encode_expressions", "expression_text", "generate_expressions"]
 
@@ -70,7 +71,7 @@ def generate_expressions(count: int, generator: torch.Generator, held_out: bool 
     if held_out is not None:
         every = every[held_out_side(every, fraction, seed) == held_out]
     if count > 0 and len(every) == 0:
-        raise ValueError(f"no expressions are left on this side: held_out={held_out} with fraction {fraction}")
+        raise InputError(f"no expressions are left on this side: held_out={held_out} with fraction {fraction}")
     table = encode_expressions(every)
     return table.select(torch.randint(0, max(len(every), 1), (count,), generator=generator, device=generator.device))
 
@@ -101,7 +102,7 @@ class ExpressionTask:
         return TARGET_LENGTH
 
     def split(self) -> tuple[Examples, Examples]:
-        """Training and held-out examples; ValueError where more is asked for than there are expressions."""
+        """Training and held-out examples; InputError where more is asked for than there are expressions."""
         total = self.train_size + self.valid_size
         generator = torch.Generator().manual_seed(self.seed)
         if self.leaky_split:
@@ -109,30 +110,30 @@ class ExpressionTask:
             train, valid = drawn.split((int(total * LEAKY_TRAIN_SHARE), total - int(total * LEAKY_TRAIN_SHARE)))
             return encode_expressions(train), encode_expressions(valid)
         if total > EXPRESSIONS:
-            raise ValueError(f"there are {EXPRESSIONS} expressions: {self.train_size} for training and "
+            raise InputError(f"there are {EXPRESSIONS} expressions: {self.train_size} for training and "
                              f"{self.valid_size} held out are {total - EXPRESSIONS} too many")
         order = torch.randperm(EXPRESSIONS, generator=generator)
         return encode_expressions(order[:self.train_size]), encode_expressions(order[self.train_size:total])
 
     def encode_question(self, text: str) -> list[int]:
-        """The ids of a typed expression, with or without BOS and EOS; ValueError in one line where it is not one."""
+        """The ids of a typed expression, with or without BOS and EOS; InputError where it is not one."""
         tokens = tokenize(text)
         for token in tokens:
             if token not in EXPRESSION.tokens:
-                raise ValueError(f"expression {text.strip()!r}: {token!r} is not a word this run knows; the words are "
+                raise InputError(f"expression {text.strip()!r}: {token!r} is not a word this run knows; the words are "
                                  "POSITIVE NEGATIVE add subtract BOS EOS and numbers of two digits")
         inner = tokens[tokens[:1] == ["BOS"]:len(tokens) - (tokens[-1:] == ["EOS"])]
         signs, digits = ("POSITIVE", "NEGATIVE"), "0123456789"
         form = (signs, digits, digits, OPERATORS, signs, digits, digits)
         if len(inner) != len(form) or any(token not in allowed for token, allowed in zip(inner, form)):
-            raise ValueError(f"expression {text.strip()!r} is not of the form SIGN NUMBER OPERATOR SIGN NUMBER with "
+            raise InputError(f"expression {text.strip()!r} is not of the form SIGN NUMBER OPERATOR SIGN NUMBER with "
                              "two digits a number, such as NEGATIVE 30 subtract NEGATIVE 34")
         for sign, tens, ones in (inner[:3], inner[4:]):
             if int(tens + ones) > LIMIT:
-                raise ValueError(f"expression {text.strip()!r}: {tens + ones} is larger than this run was trained "
+                raise InputError(f"expression {text.strip()!r}: {tens + ones} is larger than this run was trained "
                                  f"for, numbers up to {LIMIT}")
             if sign == "NEGATIVE" and tens + ones == "00":
-                raise ValueError(f"expression {text.strip()!r}: zero is written POSITIVE 00")
+                raise InputError(f"expression {text.strip()!r}: zero is written POSITIVE 00")
         return EXPRESSION.encode(["BOS", *inner, "EOS"])
 
     def decode_answer(self, ids: list[int]) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from calcformer.data.examples import Examples, held_out_side
 from calcformer.data.vocab import FORMULA, Vocabulary
+from calcformer.errors import InputError
 
 __all__ = ["FormulaTask", "encode_formulas", "generate_formulas", "random_formula"]
 
@@ -105,7 +106,7 @@ def generate_formulas(count: int, generator: torch.Generator, complexity: int = 
     parts, missing = [], count
     share = 1.0 if held_out is None else fraction if held_out else 1 - fraction
     if share <= 0:
-        raise ValueError(f"no formulas are left on this side: held_out={held_out} with fraction {fraction}")
+        raise InputError(f"no formulas are left on this side: held_out={held_out} with fraction {fraction}")
     while missing > 0:
         draws = missing if held_out is None else int(missing / share * 1.05) + 64
         a = torch.randint(-limit if signed else 0, limit + 1, (draws,), generator=generator, device=device)
@@ -160,13 +161,13 @@ class FormulaTask:
                                self.truncate)
 
     def split(self) -> tuple[Examples, Examples]:
-        """Training and held-out examples; ValueError where too few formulas are left to hold out."""
+        """Training and held-out examples; InputError where too few formulas are left to hold out."""
         limit = 10**self.complexity
         train = [drawn for drawn, _ in zip(self._stream(self.seed), range(self.train_size))]
         seen = set() if self.leaky_split else set(train)
         distinct = (2 * limit + 1 if self.signed else limit + 1) * (limit + 1) * 2
         if self.valid_size > distinct - len(seen):
-            raise ValueError(f"complexity {self.complexity} has {distinct} formulas, {len(seen)} of them in training: "
+            raise InputError(f"complexity {self.complexity} has {distinct} formulas, {len(seen)} of them in training: "
                              f"{self.valid_size} cannot be held out; ask for fewer or raise the complexity")
         valid: list[tuple[int, int, str]] = []
         stream = self._stream(self.seed + 1)
@@ -177,23 +178,23 @@ class FormulaTask:
         return self._encode(train), self._encode(valid)
 
     def encode_question(self, text: str) -> list[int]:
-        """The ids of a typed formula; ValueError in one line where the model cannot know it."""
+        """The ids of a typed formula; InputError where the model cannot know it."""
         formula = "".join(text.split())
         for place, character in enumerate(formula, start=1):
             if character not in "+-0123456789":
-                raise ValueError(f"formula {text.strip()!r}: {character!r} at place {place} is not a digit, + or -")
+                raise InputError(f"formula {text.strip()!r}: {character!r} at place {place} is not a digit, + or -")
         match = re.fullmatch(r"(-?[0-9]+)([+-])([0-9]+)", formula)
         if match is None:
-            raise ValueError(f"formula {text.strip()!r} is not of the form NUMBER+NUMBER or NUMBER-NUMBER, "
+            raise InputError(f"formula {text.strip()!r} is not of the form NUMBER+NUMBER or NUMBER-NUMBER, "
                              "such as 649+864 or -940-819")
         limit = 10**self.complexity
         for number in match[1], match[3]:
             if len(number.lstrip("-").lstrip("0")) > self.complexity + 1 or abs(int(number)) > limit:
-                raise ValueError(f"formula {text.strip()!r}: {number} is longer than this run was trained for, numbers "
+                raise InputError(f"formula {text.strip()!r}: {number} is longer than this run was trained for, numbers "
                                  f"up to {limit}; train with a larger --complexity")
         a, b = int(match[1]), int(match[3])
         if a < 0 and not self.signed:
-            raise ValueError(f"formula {text.strip()!r}: this run was trained without negative numbers; "
+            raise InputError(f"formula {text.strip()!r}: this run was trained without negative numbers; "
                              "train with --signed")
         ids = FORMULA.encode(f"{a}{match[2]}{b}") + [FORMULA.eos_id]
         return ids[:self.source_length]

@@ -60,8 +60,12 @@ class MultiHeadAttention(nn.Module):
                 nn.init.uniform_(parameter, -bound, bound)
 
     def _split(self, x: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
-        """(B, T, parts * D) to `parts` views of shape (B, H, T, E)."""
-        return x.view(x.shape[0], x.shape[1], parts, self.heads, self.head_size).transpose(1, 3).unbind(2)
+        """(B, T, parts * D) to `parts` views of shape (B, H, T, E).
+
+        Unbinding before transposing lets the backward pass gather the gradients of all parts in a single copy.
+        """
+        split = x.view(x.shape[0], x.shape[1], parts, self.heads, self.head_size).unbind(2)
+        return tuple(part.transpose(1, 2) for part in split)
 
     def forward(self, x: torch.Tensor, memory: torch.Tensor | None = None, mask: torch.Tensor | None = None,
                 is_causal: bool = False) -> torch.Tensor:
@@ -69,7 +73,7 @@ class MultiHeadAttention(nn.Module):
         if self.cross:
             if memory is None:
                 raise ValueError("cross attention needs the memory to attend to")
-            query, = self._split(self.query(x), 1)
+            query = self.query(x).view(x.shape[0], x.shape[1], self.heads, self.head_size).transpose(1, 2)
             key, value = self._split(self.key_value(memory), 2)
         else:
             query, key, value = self._split(self.query_key_value(x), 3)

@@ -17,16 +17,18 @@ from torch import nn
 from calcformer.build import build_model, build_task
 from calcformer.config import RunConfig
 from calcformer.data import Task
+from calcformer.errors import InputError
 from calcformer.model import EncoderDecoder
 
-__all__ = ["RunError", "load_resume_state", "load_run", "read_config", "save_checkpoint", "write_atomically"]
+__all__ = ["RunError", "finished_epochs", "load_resume_state", "load_run", "read_config", "save_checkpoint",
+           "write_atomically"]
 
 CONFIG, MODEL, RESUME, METRICS = "config.json", "model.safetensors", "resume.safetensors", "metrics.jsonl"
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
-class RunError(ValueError):
-    """A run folder that is missing or damaged; the message is one line that says what to do."""
+class RunError(InputError):
+    """A run folder that is missing or damaged."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -99,7 +101,8 @@ def read_config(folder: Path) -> RunConfig:
         raise RunError(f"{path} cannot be used: {error}") from None
 
 
-def load_run(folder: Path, device: str = "cpu") -> tuple[RunConfig, Task, EncoderDecoder, int]:
+def load_run(folder: Path, device: torch.device | str = "cpu"
+             ) -> tuple[RunConfig, Task, EncoderDecoder, int]:
     """Settings, task, trained model in evaluation mode, and the epoch its weights are from."""
     config = read_config(folder)
     task = build_task(config.data)
@@ -108,6 +111,14 @@ def load_run(folder: Path, device: str = "cpu") -> tuple[RunConfig, Task, Encode
         model = build_model(config.model, task)
     _fill(model, weights, folder / MODEL)
     return config, task, model.to(device).eval(), epoch
+
+
+def finished_epochs(folder: Path) -> int | None:
+    """How many epochs of a run are saved, None where there is no run to continue."""
+    try:
+        return _read_tensors(folder / RESUME)[1]
+    except RunError:
+        return None
 
 
 def load_resume_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from calcformer.build import build_model, build_task
 from calcformer.config import RunConfig, TrainingConfig
 from calcformer.data import Examples
+from calcformer.errors import InputError
 from calcformer.model import EncoderDecoder
 from calcformer.plots import save_curve
 from calcformer.training.checkpoint import (CONFIG, METRICS, load_resume_state, read_config, save_checkpoint,
@@ -26,17 +27,17 @@ BAR_SECONDS = 0.2  # between updates of the bar, which wait for the device
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; ValueError in one line where there is none."""
+    """The device called `name`; InputError where there is none."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+        raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+        raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name} is not here ({torch.cuda.device_count()} GPUs found); use --device cpu")
+        raise InputError(f"device {name} is not here ({torch.cuda.device_count()} GPUs found); use --device cpu")
     return device
 
 
@@ -108,6 +109,8 @@ class Trainer:
         self.model.train()
         self.bar.set_description(f"epoch {epoch}/{training.epochs}", refresh=False)
         for batch in self.train_examples.batches(training.batch_size, order):
+            if self.device.type == "cpu":
+                batch = batch.trim(pad_id)
             rate = learning_rate(step, training.epochs * self.steps_per_epoch, training)
             self.step(batch, rate, totals)
             self._show(len(batch), totals)
@@ -145,13 +148,15 @@ class Trainer:
         """Train the epochs after `finished`; returns the last line of the log."""
         self.bar.update(finished * len(self.train_examples))
         self.last_shown = time.perf_counter()
-        for epoch in range(finished + 1, self.config.training.epochs + 1):
-            entry = self.epoch(epoch)
-            # The log goes first: a line of an epoch that was never saved is dropped on resume, a missing line is not.
-            self.log.append(entry)
-            save_checkpoint(self.folder, self.model, self.optimizer, epoch)
-            self._say(entry)
-        self.bar.close()
+        try:
+            for epoch in range(finished + 1, self.config.training.epochs + 1):
+                entry = self.epoch(epoch)
+                # The log goes first: on resume a line whose epoch was never saved is dropped, a missing one is lost.
+                self.log.append(entry)
+                save_checkpoint(self.folder, self.model, self.optimizer, epoch)
+                self._say(entry)
+        finally:
+            self.bar.close()
         save_curve(self.log.read(), self.folder / "curve.png")
         return self.log.read()[-1]
 
@@ -187,11 +192,11 @@ def train(config: RunConfig, out: Path | str, bar: bool | None = None) -> dict[s
         The last line of metrics.jsonl: loss, token_accuracy, valid_loss, valid_token_accuracy, exact_match, ...
 
     Raises:
-        ValueError: a setting that cannot be used here, or a folder with something in it; nothing is written then.
+        InputError: a setting that cannot be used here, or a folder with something in it; nothing is written then.
     """
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} already exists; give --out another name, or continue it with --resume {folder}")
+        raise InputError(f"{folder} already exists; give --out another name, or continue it with --resume {folder}")
     return _run(config, folder, bar, continued=False)
 
 

@@ -1,0 +1,7 @@
+"""python -m calcformer"""
+
+import sys
+
+from calcformer.cli import main
+
+sys.exit(main())
