@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.tiles import block_of, forward_tile
+from kernels.attention.tiles import block_of, choose_tile
 from kernels.launch import capability, launch_on
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -29,13 +29,35 @@ FLOAT32_MIN = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
-def load_rows(ptr, rows, n_rows, stride_row, stride_col, N_COLS: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of a matrix as a tile (len(rows), BLOCK), zero beyond `n_rows` and `N_COLS`. rows: int64."""
-    cols = tl.arange(0, BLOCK)
-    pointers = ptr + rows[:, None] * stride_row + cols[None, :] * stride_col
-    if N_COLS == BLOCK:
-        return tl.load(pointers, mask=rows[:, None] < n_rows, other=0.0)
-    return tl.load(pointers, mask=(rows[:, None] < n_rows) & (cols[None, :] < N_COLS), other=0.0)
+def load_rows(
+    ptr, start, n_rows, stride_row, stride_col,
+    ROWS: tl.constexpr, N_COLS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Rows [start, start + ROWS) of a matrix as a tile (ROWS, BLOCK), zero from row `n_rows` and column `N_COLS` on.
+
+    The tile's start is a 64-bit offset; offsets inside it are 32-bit, to save registers, unless its rows are WIDE apart.
+    """
+    rows = tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, BLOCK)[None, :]
+    inside = rows < n_rows - start
+    if N_COLS != BLOCK:
+        inside = inside & (cols < N_COLS)
+    pointers = ptr + tl.cast(start, tl.int64) * stride_row
+    if WIDE:
+        return tl.load(pointers + rows.to(tl.int64) * stride_row + cols * stride_col, mask=inside, other=0.0)
+    return tl.load(pointers + (rows * stride_row + cols * stride_col), mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(
+    ptr, x, start, n_rows, stride_row, stride_col,
+    ROWS: tl.constexpr, N_COLS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the tile x (ROWS, BLOCK) to rows [start, start + ROWS) of a matrix, as far as it has them."""
+    rows = tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, BLOCK)[None, :]
+    pointers = ptr + (tl.cast(start, tl.int64) + rows) * stride_row + cols * stride_col
+    tl.store(pointers, x.to(ptr.dtype.element_ty), mask=(rows < n_rows - start) & (cols < N_COLS))
 
 
 @triton.jit
@@ -45,17 +67,24 @@ def zero_nonfinite(x):
 
 
 @triton.jit
-def restrict(scores, i, j, S, mask_ptr, stride_ml, stride_ms, L, IS_CAUSAL: tl.constexpr, MASK: tl.constexpr):
-    """Add a float mask to base-2 scores and put -inf wherever query i may not attend to key j.
+def restrict(
+    scores, start_q, start_k, di, dj, L, S, mask_ptr, stride_ml, stride_ms,
+    IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Add a float mask to base-2 scores and put -inf wherever query start_q + di may not attend to key start_k + dj.
 
-    scores: (A, B) in either orientation; i, j: int64 indices that broadcast to it, (A, 1) and (1, B) or the reverse.
+    scores: (A, B) in either orientation; di, dj: indices in the tile that broadcast to it, (A, 1) and (1, B) or reversed.
     mask_ptr: start of this head's (L, S) mask, a byte (not zero = may attend) or a float (natural units) an entry.
     """
-    allowed = j < S
+    allowed = dj < S - start_k
     if IS_CAUSAL:
-        allowed = allowed & (j <= i)
+        allowed = allowed & (dj - di <= start_q - start_k)
     if MASK != NO_MASK:
-        entry = tl.load(mask_ptr + i * stride_ml + j * stride_ms, mask=(i < L) & (j < S), other=0)
+        tile_ptr = mask_ptr + tl.cast(start_q, tl.int64) * stride_ml + tl.cast(start_k, tl.int64) * stride_ms
+        if WIDE:
+            di, dj = di.to(tl.int64), dj.to(tl.int64)
+        inside = (di < L - start_q) & (dj < S - start_k)
+        entry = tl.load(tile_ptr + (di * stride_ml + dj * stride_ms), mask=inside, other=0)
         if MASK == BOOL_MASK:
             allowed = allowed & (entry != 0)
         else:
@@ -72,7 +101,6 @@ def kept(seed, i, j, head, dropout_p):
 
     The counter is the position itself, so every kernel and every tile size draws the same mask from a seed.
     """
-    i, j = i.to(tl.int32), j.to(tl.int32)
     zero = (i + j) * 0
     random, _, _, _ = tl.philox(seed, zero + j, zero + i, zero + head, zero)
     return tl.uint_to_uniform_float(random) >= dropout_p
@@ -80,7 +108,7 @@ def kept(seed, i, j, head, dropout_p):
 
 @triton.jit
 def load_statistics(row_max_ptr, row_sum_ptr, delta_ptr, offs, L):
-    """Of the rows at `offs`: the pivot of the exponentials, one over their sum (0 where there is none), and delta."""
+    """Of the queries `offs`: the pivot of the exponentials, one over their sum (0 where there is none), and delta."""
     inside = offs < L
     row_max = tl.load(row_max_ptr + offs, mask=inside, other=0.0)
     row_sum = tl.load(row_sum_ptr + offs, mask=inside, other=0.0)
@@ -98,10 +126,11 @@ def forward_kernel(
     stride_vb, stride_vh, stride_vs, stride_ve,
     stride_mb, stride_mh, stride_ml, stride_ms,
     stride_ob, stride_oh, stride_ol, stride_oe,
-    n_heads, group, L, S, scale, dropout_p,
+    n_heads, group, L, S, scale, dropout_p, keep_scale,
     E: tl.constexpr, EV: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Output and statistics of BLOCK_Q queries of one head.
 
@@ -109,7 +138,7 @@ def forward_kernel(
     mask_ptr (B, n_heads, L, S): bytes or floats by MASK; strides are 0 along broadcast axes.
     seed_ptr (1,): int64 seed of the dropout, read when HAS_DROPOUT.
     out_ptr (B, n_heads, L, EV): output; row_max_ptr, row_sum_ptr (B, n_heads, L): float32 statistics, contiguous.
-    scale: factor of Q K^T, times log2(e). dropout_p: probability of dropping a weight.
+    scale: factor of Q K^T, times log2(e). dropout_p: probability of dropping a weight; keep_scale: 1 / (1 - dropout_p).
     """
     n_tiles = tl.cdiv(L, BLOCK_Q)
     pid = tl.program_id(0)
@@ -125,8 +154,9 @@ def forward_kernel(
     if MASK != NO_MASK:
         mask_ptr += b * stride_mb + h * stride_mh
 
-    offs_q = tile.to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    q = load_rows(q_ptr + b * stride_qb + h * stride_qh, offs_q, L, stride_ql, stride_qe, E, BLOCK_E)
+    start_q = tile * BLOCK_Q
+    di, dj = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_K)[None, :]
+    q = load_rows(q_ptr + b * stride_qb + h * stride_qh, start_q, L, stride_ql, stride_qe, BLOCK_Q, E, BLOCK_E, WIDE)
     row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, BLOCK_EV), tl.float32)
@@ -139,14 +169,14 @@ def forward_kernel(
     if MASK != NO_MASK:
         open_end = 0
     for CHECKED in tl.static_range(2):
-        for start in range(open_end if CHECKED else 0, end if CHECKED else open_end, BLOCK_K):
-            offs_k = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_K)
-            k = load_rows(k_ptr, offs_k, S, stride_ks, stride_ke, E, BLOCK_E)
-            v = load_rows(v_ptr, offs_k, S, stride_vs, stride_ve, EV, BLOCK_EV)
-            i, j = offs_q[:, None], offs_k[None, :]
+        for start_k in range(open_end if CHECKED else 0, end if CHECKED else open_end, BLOCK_K):
+            k = load_rows(k_ptr, start_k, S, stride_ks, stride_ke, BLOCK_K, E, BLOCK_E, WIDE)
+            v = load_rows(v_ptr, start_k, S, stride_vs, stride_ve, BLOCK_K, EV, BLOCK_EV, WIDE)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             if CHECKED:
-                scores = restrict(scores, i, j, S, mask_ptr, stride_ml, stride_ms, L, IS_CAUSAL, MASK)
+                scores = restrict(
+                    scores, start_q, start_k, di, dj, L, S, mask_ptr, stride_ml, stride_ms, IS_CAUSAL, MASK, WIDE
+                )
             new_max = tl.maximum(row_max, tl.max(scores, 1))
             pivot = tl.where(new_max == float("-inf"), 0.0, new_max) if CHECKED else new_max
             weights = tl.exp2(scores - pivot[:, None])
@@ -154,7 +184,7 @@ def forward_kernel(
             row_sum = row_sum * shrink + tl.sum(weights, 1)
             row_max = new_max
             if HAS_DROPOUT:
-                weights = tl.where(kept(seed, i, j, head, dropout_p), weights, 0.0)
+                weights = tl.where(kept(seed, start_q + di, start_k + dj, head, dropout_p), weights, 0.0)
             if CHECKED and (IS_CAUSAL or MASK != NO_MASK):
                 # A weight of zero times NaN is NaN: take such values out, and give NaN to the rows that may see them.
                 finite = tl.min((tl.abs(v) < float("inf")).to(tl.int32), 1)
@@ -162,17 +192,14 @@ def forward_kernel(
                 v = zero_nonfinite(v)
             acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
 
-    divisor = row_sum * (1.0 - dropout_p) if HAS_DROPOUT else row_sum
-    acc /= tl.where(divisor == 0.0, 1.0, divisor)[:, None]  # zero: no key allowed, or all dropped
-    offs_e = tl.arange(0, BLOCK_EV)
-    tl.store(
-        out_ptr + b * stride_ob + h * stride_oh + offs_q[:, None] * stride_ol + offs_e[None, :] * stride_oe,
-        acc.to(out_ptr.dtype.element_ty),
-        mask=(offs_q[:, None] < L) & (offs_e[None, :] < EV),
-    )
-    offs_stats = head.to(tl.int64) * L + offs_q
-    tl.store(row_max_ptr + offs_stats, row_max, mask=offs_q < L)
-    tl.store(row_sum_ptr + offs_stats, row_sum, mask=offs_q < L)
+    acc /= tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]  # zero: no key allowed
+    if HAS_DROPOUT:
+        acc *= keep_scale
+    store_rows(out_ptr + b * stride_ob + h * stride_oh, acc, start_q, L, stride_ol, stride_oe, BLOCK_Q, EV, BLOCK_EV)
+    offs_q = start_q + tl.arange(0, BLOCK_Q)
+    stats = head.to(tl.int64) * L
+    tl.store(row_max_ptr + stats + offs_q, row_max, mask=offs_q < L)
+    tl.store(row_sum_ptr + stats + offs_q, row_sum, mask=offs_q < L)
 
 
 def mask_kind(attn_mask: torch.Tensor | None) -> int:
@@ -188,6 +215,23 @@ def mask_arguments(attn_mask: torch.Tensor | None) -> tuple:
         return None, 0, 0, 0, 0
     strides = (0 if size == 1 else stride for size, stride in zip(attn_mask.shape, attn_mask.stride(), strict=True))
     return attn_mask.view(torch.uint8) if attn_mask.dtype == torch.bool else attn_mask, *strides
+
+
+def tile_arguments(query: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None, seed: torch.Tensor | None) -> tuple:
+    """What `choose_tile` asks about a call."""
+    head_size = max(query.shape[-1], value.shape[-1])
+    heavy = attn_mask is not None or seed is not None
+    return head_size, query.element_size(), query.shape[-2], capability(query.device), heavy
+
+
+def keep_scale(dropout_p: float) -> float:
+    """Factor of the weights that dropout keeps; it keeps none at probability 1."""
+    return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+
+
+def is_wide(*strides: int) -> bool:
+    """Whether offsets inside a tile of rows so far apart could pass 2^31 (tiles have at most 128 rows)."""
+    return max(strides) >= 1 << 23
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -231,18 +275,18 @@ def forward(
     output = empty_rows(query, ev)
     row_max = query.new_empty((batch, n_heads, n_queries), dtype=torch.float32)
     row_sum = torch.empty_like(row_max)
-    tile = forward_tile(max(e, ev), query.element_size(), n_queries, capability(query.device))
+    tile = choose_tile("forward", *tile_arguments(query, value, attn_mask, seed))
     grid = (triton.cdiv(n_queries, tile.block_q) * n_heads * batch,)  # query tiles fastest, then heads, then batch
     if grid[0] == 0:
         return output, row_max, row_sum
     mask_ptr, *mask_strides = mask_arguments(attn_mask)
+    strides = (*query.stride(), *key.stride(), *value.stride(), *mask_strides)
     with launch_on(query.device):
         forward_kernel[grid](
             query, key, value, mask_ptr, seed, output, row_max, row_sum,
-            *query.stride(), *key.stride(), *value.stride(), *mask_strides, *output.stride(),
-            n_heads, n_heads // max(key.shape[1], 1), n_queries, n_keys, scale * LOG2_E.value, dropout_p,
-            E=e, EV=ev, BLOCK_E=block_of(e), BLOCK_EV=block_of(ev), BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k,
-            IS_CAUSAL=is_causal, MASK=mask_kind(attn_mask), HAS_DROPOUT=seed is not None,
-            PRECISION=dot_precision(query.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+            *strides, *output.stride(),
+            n_heads, n_heads // max(key.shape[1], 1), n_queries, n_keys, scale * LOG2_E.value, dropout_p, keep_scale(dropout_p),
+            E=e, EV=ev, BLOCK_E=block_of(e), BLOCK_EV=block_of(ev), IS_CAUSAL=is_causal, MASK=mask_kind(attn_mask),
+            HAS_DROPOUT=seed is not None, PRECISION=dot_precision(query.dtype), WIDE=is_wide(*strides), **tile.options(),
         )  # fmt: skip
     return output, row_max, row_sum

@@ -22,17 +22,21 @@ from kernels.attention.general import (
     NO_MASK,
     dot_precision,
     empty_rows,
+    is_wide,
+    keep_scale,
     kept,
     load_rows,
     load_statistics,
     mask_arguments,
     mask_kind,
     restrict,
+    store_rows,
+    tile_arguments,
     zero_nonfinite,
 )
 from kernels.attention.mask_gradient import mask_gradient
-from kernels.attention.tiles import backward_tile, block_of
-from kernels.launch import capability, launch_on
+from kernels.attention.tiles import block_of, choose_tile
+from kernels.launch import launch_on
 
 DELTA_ROWS = 16  # rows a program of the delta kernel
 
@@ -51,10 +55,11 @@ def delta_kernel(
     head = pid // n_tiles
     b = (head // n_heads).to(tl.int64)
     h = (head % n_heads).to(tl.int64)
-    offs_q = (pid % n_tiles).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    out = load_rows(out_ptr + b * stride_ob + h * stride_oh, offs_q, L, stride_ol, stride_oe, EV, BLOCK_EV)
-    grad = load_rows(grad_ptr + b * stride_gb + h * stride_gh, offs_q, L, stride_gl, stride_ge, EV, BLOCK_EV)
+    start_q = (pid % n_tiles) * BLOCK_Q
+    out = load_rows(out_ptr + b * stride_ob + h * stride_oh, start_q, L, stride_ol, stride_oe, BLOCK_Q, EV, BLOCK_EV, True)
+    grad = load_rows(grad_ptr + b * stride_gb + h * stride_gh, start_q, L, stride_gl, stride_ge, BLOCK_Q, EV, BLOCK_EV, True)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    offs_q = start_q + tl.arange(0, BLOCK_Q)
     tl.store(delta_ptr + head.to(tl.int64) * L + offs_q, delta, mask=offs_q < L)
 
 
@@ -67,10 +72,11 @@ def query_kernel(
     stride_mb, stride_mh, stride_ml, stride_ms,
     stride_gb, stride_gh, stride_gl, stride_ge,
     stride_dqb, stride_dqh, stride_dql, stride_dqe,
-    n_heads, group, L, S, scale, dq_scale, dropout_p,
+    n_heads, group, L, S, scale, dq_scale, dropout_p, keep_scale,
     E: tl.constexpr, EV: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """dQ of BLOCK_Q queries of one head. grad_ptr (B, n_heads, L, EV): dO. The rest as in forward_kernel."""
     n_tiles = tl.cdiv(L, BLOCK_Q)
@@ -87,10 +93,12 @@ def query_kernel(
     if MASK != NO_MASK:
         mask_ptr += b * stride_mb + h * stride_mh
 
-    offs_q = tile.to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    q = load_rows(q_ptr + b * stride_qb + h * stride_qh, offs_q, L, stride_ql, stride_qe, E, BLOCK_E)
-    grad = load_rows(grad_ptr + b * stride_gb + h * stride_gh, offs_q, L, stride_gl, stride_ge, EV, BLOCK_EV)
+    start_q = tile * BLOCK_Q
+    di, dj = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_K)[None, :]
+    q = load_rows(q_ptr + b * stride_qb + h * stride_qh, start_q, L, stride_ql, stride_qe, BLOCK_Q, E, BLOCK_E, WIDE)
+    grad = load_rows(grad_ptr + b * stride_gb + h * stride_gh, start_q, L, stride_gl, stride_ge, BLOCK_Q, EV, BLOCK_EV, WIDE)
     stats = head.to(tl.int64) * L
+    offs_q = start_q + tl.arange(0, BLOCK_Q)
     pivot, inverse_sum, delta = load_statistics(
         row_max_ptr + stats, row_sum_ptr + stats, delta_ptr + stats, offs_q, L
     )
@@ -103,18 +111,18 @@ def query_kernel(
     if MASK != NO_MASK:
         open_end = 0
     for CHECKED in tl.static_range(2):
-        for start in range(open_end if CHECKED else 0, end if CHECKED else open_end, BLOCK_K):
-            offs_k = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_K)
-            k = load_rows(k_ptr, offs_k, S, stride_ks, stride_ke, E, BLOCK_E)
-            v = load_rows(v_ptr, offs_k, S, stride_vs, stride_ve, EV, BLOCK_EV)
-            i, j = offs_q[:, None], offs_k[None, :]
+        for start_k in range(open_end if CHECKED else 0, end if CHECKED else open_end, BLOCK_K):
+            k = load_rows(k_ptr, start_k, S, stride_ks, stride_ke, BLOCK_K, E, BLOCK_E, WIDE)
+            v = load_rows(v_ptr, start_k, S, stride_vs, stride_ve, BLOCK_K, EV, BLOCK_EV, WIDE)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             if CHECKED:
-                scores = restrict(scores, i, j, S, mask_ptr, stride_ml, stride_ms, L, IS_CAUSAL, MASK)
+                scores = restrict(
+                    scores, start_q, start_k, di, dj, L, S, mask_ptr, stride_ml, stride_ms, IS_CAUSAL, MASK, WIDE
+                )
             weights = tl.exp2(scores - pivot[:, None]) * inverse_sum[:, None]
             dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
             if HAS_DROPOUT:
-                dp = tl.where(kept(seed, i, j, head, dropout_p), dp / (1.0 - dropout_p), 0.0)
+                dp = tl.where(kept(seed, start_q + di, start_k + dj, head, dropout_p), dp * keep_scale, 0.0)
             ds = weights * (dp - delta[:, None])
             if CHECKED:
                 ds = tl.where(scores == float("-inf"), 0.0, ds)  # dp is NaN where a forbidden value is
@@ -122,11 +130,8 @@ def query_kernel(
                 k = zero_nonfinite(k)  # as is a forbidden key; an allowed one has made ds NaN already
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
-    offs_e = tl.arange(0, BLOCK_E)
-    tl.store(
-        dq_ptr + b * stride_dqb + h * stride_dqh + offs_q[:, None] * stride_dql + offs_e[None, :] * stride_dqe,
-        (dq * dq_scale).to(dq_ptr.dtype.element_ty),
-        mask=(offs_q[:, None] < L) & (offs_e[None, :] < E),
+    store_rows(
+        dq_ptr + b * stride_dqb + h * stride_dqh, dq * dq_scale, start_q, L, stride_dql, stride_dqe, BLOCK_Q, E, BLOCK_E
     )
 
 
@@ -140,10 +145,11 @@ def key_value_kernel(
     stride_gb, stride_gh, stride_gl, stride_ge,
     stride_dkb, stride_dkh, stride_dks, stride_dke,
     stride_dvb, stride_dvh, stride_dvs, stride_dve,
-    n_heads, group, L, S, scale, dk_scale, dropout_p,
+    n_heads, group, L, S, scale, dk_scale, dropout_p, keep_scale,
     E: tl.constexpr, EV: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     IS_CAUSAL: tl.constexpr, MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BLOCK_K keys of one key head, summed over the `group` query heads that share it.
 
@@ -155,9 +161,10 @@ def key_value_kernel(
     n_kv_heads = n_heads // group
     b = (pid // n_tiles // n_kv_heads).to(tl.int64)
     h_kv = (pid // n_tiles % n_kv_heads).to(tl.int64)
-    offs_k = tile.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    k = load_rows(k_ptr + b * stride_kb + h_kv * stride_kh, offs_k, S, stride_ks, stride_ke, E, BLOCK_E)
-    v = load_rows(v_ptr + b * stride_vb + h_kv * stride_vh, offs_k, S, stride_vs, stride_ve, EV, BLOCK_EV)
+    start_k = tile * BLOCK_K
+    di, dj = tl.arange(0, BLOCK_Q)[None, :], tl.arange(0, BLOCK_K)[:, None]
+    k = load_rows(k_ptr + b * stride_kb + h_kv * stride_kh, start_k, S, stride_ks, stride_ke, BLOCK_K, E, BLOCK_E, WIDE)
+    v = load_rows(v_ptr + b * stride_vb + h_kv * stride_vh, start_k, S, stride_vs, stride_ve, BLOCK_K, EV, BLOCK_EV, WIDE)
     dk = tl.zeros((BLOCK_K, BLOCK_E), tl.float32)
     dv = tl.zeros((BLOCK_K, BLOCK_EV), tl.float32)
     if HAS_DROPOUT:
@@ -179,23 +186,24 @@ def key_value_kernel(
         if MASK != NO_MASK:
             mask_head = mask_ptr + b * stride_mb + h * stride_mh
         for CHECKED in tl.static_range(2):
-            for start in range(first if CHECKED else open_start, open_start if CHECKED else L, BLOCK_Q):
-                offs_q = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_Q)
-                q = load_rows(q_head, offs_q, L, stride_ql, stride_qe, E, BLOCK_E)
-                grad = load_rows(grad_head, offs_q, L, stride_gl, stride_ge, EV, BLOCK_EV)
+            for start_q in range(first if CHECKED else open_start, open_start if CHECKED else L, BLOCK_Q):
+                offs_q = start_q + tl.arange(0, BLOCK_Q)
+                q = load_rows(q_head, start_q, L, stride_ql, stride_qe, BLOCK_Q, E, BLOCK_E, WIDE)
+                grad = load_rows(grad_head, start_q, L, stride_gl, stride_ge, BLOCK_Q, EV, BLOCK_EV, WIDE)
                 pivot, inverse_sum, delta = load_statistics(
                     row_max_ptr + stats, row_sum_ptr + stats, delta_ptr + stats, offs_q, L
                 )
-                i, j = offs_q[None, :], offs_k[:, None]
                 scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
                 if CHECKED:
-                    scores = restrict(scores, i, j, S, mask_head, stride_ml, stride_ms, L, IS_CAUSAL, MASK)
+                    scores = restrict(
+                    scores, start_q, start_k, di, dj, L, S, mask_head, stride_ml, stride_ms, IS_CAUSAL, MASK, WIDE
+                )
                 weights = tl.exp2(scores - pivot[None, :]) * inverse_sum[None, :]
                 dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
                 if HAS_DROPOUT:
-                    keep = kept(seed, i, j, head.to(tl.int32), dropout_p)
-                    dp = tl.where(keep, dp / (1.0 - dropout_p), 0.0)
-                    dropped = tl.where(keep, weights / (1.0 - dropout_p), 0.0)
+                    keep = kept(seed, start_q + di, start_k + dj, head.to(tl.int32), dropout_p)
+                    dp = tl.where(keep, dp * keep_scale, 0.0)
+                    dropped = tl.where(keep, weights, 0.0)
                 else:
                     dropped = weights
                 dv = tl.dot(dropped.to(grad.dtype), grad, dv, input_precision=PRECISION)
@@ -204,18 +212,11 @@ def key_value_kernel(
                     ds = tl.where(scores == float("-inf"), 0.0, ds)
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
-    offs_e = tl.arange(0, BLOCK_E)
-    tl.store(
-        dk_ptr + b * stride_dkb + h_kv * stride_dkh + offs_k[:, None] * stride_dks + offs_e[None, :] * stride_dke,
-        (dk * dk_scale).to(dk_ptr.dtype.element_ty),
-        mask=(offs_k[:, None] < S) & (offs_e[None, :] < E),
-    )
-    offs_ev = tl.arange(0, BLOCK_EV)
-    tl.store(
-        dv_ptr + b * stride_dvb + h_kv * stride_dvh + offs_k[:, None] * stride_dvs + offs_ev[None, :] * stride_dve,
-        dv.to(dv_ptr.dtype.element_ty),
-        mask=(offs_k[:, None] < S) & (offs_ev[None, :] < EV),
-    )
+    dk *= dk_scale
+    if HAS_DROPOUT:
+        dv *= keep_scale
+    store_rows(dk_ptr + b * stride_dkb + h_kv * stride_dkh, dk, start_k, S, stride_dks, stride_dke, BLOCK_K, E, BLOCK_E)
+    store_rows(dv_ptr + b * stride_dvb + h_kv * stride_dvh, dv, start_k, S, stride_dvs, stride_dve, BLOCK_K, EV, BLOCK_EV)
 
 
 def backward(
@@ -246,40 +247,42 @@ def backward(
     """
     batch, n_heads, n_queries, e = query.shape
     n_kv_heads, n_keys, ev = value.shape[1:]
-    tile = backward_tile(max(e, ev), query.element_size(), n_queries, capability(query.device))
-    shape = {"E": e, "EV": ev, "BLOCK_E": block_of(e), "BLOCK_EV": block_of(ev), "BLOCK_Q": tile.block_q}
-    flags = {"HAS_DROPOUT": seed is not None, "IS_CAUSAL": is_causal, "PRECISION": dot_precision(query.dtype)}
-    launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    group = n_heads // max(n_kv_heads, 1)
-    heads = batch * n_heads
     mask_ptr, *mask_strides = mask_arguments(attn_mask)
+    strides = (*query.stride(), *key.stride(), *value.stride(), *mask_strides, *grad.stride())
+    about = tile_arguments(query, value, attn_mask, seed)
+    options = {
+        "E": e, "EV": ev, "BLOCK_E": block_of(e), "BLOCK_EV": block_of(ev), "IS_CAUSAL": is_causal,
+        "HAS_DROPOUT": seed is not None, "PRECISION": dot_precision(query.dtype), "WIDE": is_wide(*strides),
+    }  # fmt: skip
+    group = n_heads // max(n_kv_heads, 1)
     delta = torch.empty_like(row_max)
     inputs = (query, key, value, mask_ptr, seed, row_max, row_sum, delta, grad)
-    strides = (*query.stride(), *key.stride(), *value.stride(), *mask_strides, *grad.stride())
-    tiles_q = triton.cdiv(n_queries, tile.block_q)
     dq = dk = dv = dmask = None
     with launch_on(query.device):
-        if heads * n_queries:
-            delta_kernel[(triton.cdiv(n_queries, DELTA_ROWS) * heads,)](  # rows fastest, then heads, then batch
+        if output.numel():
+            delta_kernel[(triton.cdiv(n_queries, DELTA_ROWS) * batch * n_heads,)](  # rows fastest, then heads, batch
                 output, grad, delta, *output.stride(), *grad.stride(), n_heads, n_queries,
                 EV=ev, BLOCK_EV=block_of(ev), BLOCK_Q=DELTA_ROWS,
             )  # fmt: skip
         if needs[0]:
             dq = empty_rows(query, e)
             if dq.numel():
-                query_kernel[(tiles_q * heads,)](  # query tiles fastest, then heads, then batch
+                tile = choose_tile("query", *about)
+                query_kernel[(triton.cdiv(n_queries, tile.block_q) * batch * n_heads,)](  # query tiles fastest
                     *inputs, dq, *strides, *dq.stride(),
-                    n_heads, group, n_queries, n_keys, scale * LOG2_E.value, scale, dropout_p,
-                    **shape, **flags, **launch, BLOCK_K=tile.block_k, MASK=mask_kind(attn_mask),
+                    n_heads, group, n_queries, n_keys, scale * LOG2_E.value, scale, dropout_p, keep_scale(dropout_p),
+                    MASK=mask_kind(attn_mask), **options, **tile.options(),
                 )  # fmt: skip
         if needs[1] or needs[2]:
             dk, dv = empty_rows(key, e), empty_rows(value, ev)
-            if dk.numel() + dv.numel():
+            if dk.numel():
+                tile = choose_tile("key_value", *about)
                 key_value_kernel[(triton.cdiv(n_keys, tile.block_k) * batch * n_kv_heads,)](  # key tiles fastest
                     *inputs, dk, dv, *strides, *dk.stride(), *dv.stride(),
-                    n_heads, group, n_queries, n_keys, scale * LOG2_E.value, scale, dropout_p,
-                    **shape, **flags, **launch, BLOCK_K=tile.block_k, MASK=mask_kind(attn_mask),
+                    n_heads, group, n_queries, n_keys, scale * LOG2_E.value, scale, dropout_p, keep_scale(dropout_p),
+                    MASK=mask_kind(attn_mask), **options, **tile.options(),
                 )  # fmt: skip
         if needs[3] and attn_mask is not None:
-            dmask = mask_gradient(*inputs, strides, group, scale, dropout_p, tile, {**shape, **flags, **launch})
+            tile = choose_tile("mask", *about)
+            dmask = mask_gradient(*inputs, strides, group, scale, dropout_p, tile, options)
     return dq, dk, dv, dmask

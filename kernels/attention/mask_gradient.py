@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.general import FLOAT_MASK, LOG2_E, kept, load_rows, load_statistics, restrict
+from kernels.attention.general import FLOAT_MASK, LOG2_E, keep_scale, kept, load_rows, load_statistics, restrict
 from kernels.attention.tiles import Tile
 
 
@@ -27,11 +27,11 @@ def mask_kernel(
     stride_mb, stride_mh, stride_ml, stride_ms,
     stride_gb, stride_gh, stride_gl, stride_ge,
     stride_dmb, stride_dmh, stride_dml, stride_dms,
-    n_batch, n_heads, group, L, S, scale, dropout_p,
+    n_batch, n_heads, group, L, S, scale, dropout_p, keep_scale,
     E: tl.constexpr, EV: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     SUM_B: tl.constexpr, SUM_H: tl.constexpr, SUM_L: tl.constexpr, SUM_S: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of the float mask: dS summed over the axes along which the mask was broadcast (SUM_*).
 
@@ -47,6 +47,7 @@ def mask_kernel(
     mask_b = pid // n_tiles_k // n_tiles_q // n_mask_heads
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
+    di, dj = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_K)[None, :]
     total = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
 
     n_walked_heads = n_heads if SUM_H else 1
@@ -58,37 +59,37 @@ def mask_kernel(
         stats = head * L
         mask_head = mask_ptr + b * stride_mb + h * stride_mh
         for start_q in range(tile_q * BLOCK_Q, L if SUM_L else (tile_q + 1) * BLOCK_Q, BLOCK_Q):
-            offs_q = tl.cast(start_q, tl.int64) + tl.arange(0, BLOCK_Q)
-            q = load_rows(q_ptr + b * stride_qb + h * stride_qh, offs_q, L, stride_ql, stride_qe, E, BLOCK_E)
-            grad = load_rows(grad_ptr + b * stride_gb + h * stride_gh, offs_q, L, stride_gl, stride_ge, EV, BLOCK_EV)
+            offs_q = start_q + tl.arange(0, BLOCK_Q)
+            q = load_rows(q_ptr + b * stride_qb + h * stride_qh, start_q, L, stride_ql, stride_qe, BLOCK_Q, E, BLOCK_E, WIDE)
+            grad = load_rows(grad_ptr + b * stride_gb + h * stride_gh, start_q, L, stride_gl, stride_ge, BLOCK_Q, EV, BLOCK_EV, WIDE)
             pivot, inverse_sum, delta = load_statistics(
                 row_max_ptr + stats, row_sum_ptr + stats, delta_ptr + stats, offs_q, L
             )
             for start_k in range(tile_k * BLOCK_K, S if SUM_S else (tile_k + 1) * BLOCK_K, BLOCK_K):
-                offs_k = tl.cast(start_k, tl.int64) + tl.arange(0, BLOCK_K)
-                k = load_rows(k_ptr + b * stride_kb + h_kv * stride_kh, offs_k, S, stride_ks, stride_ke, E, BLOCK_E)
-                v = load_rows(v_ptr + b * stride_vb + h_kv * stride_vh, offs_k, S, stride_vs, stride_ve, EV, BLOCK_EV)
-                i, j = offs_q[:, None], offs_k[None, :]
+                k = load_rows(k_ptr + b * stride_kb + h_kv * stride_kh, start_k, S, stride_ks, stride_ke, BLOCK_K, E, BLOCK_E, WIDE)
+                v = load_rows(v_ptr + b * stride_vb + h_kv * stride_vh, start_k, S, stride_vs, stride_ve, BLOCK_K, EV, BLOCK_EV, WIDE)
                 scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-                scores = restrict(scores, i, j, S, mask_head, stride_ml, stride_ms, L, IS_CAUSAL, FLOAT_MASK)
+                scores = restrict(
+                    scores, start_q, start_k, di, dj, L, S, mask_head, stride_ml, stride_ms, IS_CAUSAL, FLOAT_MASK, WIDE
+                )
                 weights = tl.exp2(scores - pivot[:, None]) * inverse_sum[:, None]
                 dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
                 if HAS_DROPOUT:
-                    dp = tl.where(kept(seed, i, j, head.to(tl.int32), dropout_p), dp / (1.0 - dropout_p), 0.0)
+                    dp = tl.where(kept(seed, start_q + di, start_k + dj, head.to(tl.int32), dropout_p), dp * keep_scale, 0.0)
                 total += tl.where(scores == float("-inf"), 0.0, weights * (dp - delta[:, None]))
 
-    rows = tile_q.to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    cols = tile_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    rows = tile_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    cols = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     dmask_ptr += mask_b.to(tl.int64) * stride_dmb + mask_h.to(tl.int64) * stride_dmh
     if SUM_L and SUM_S:
         tl.store(dmask_ptr, tl.sum(total).to(dmask_ptr.dtype.element_ty))
     elif SUM_L:
-        tl.store(dmask_ptr + cols * stride_dms, tl.sum(total, 0).to(dmask_ptr.dtype.element_ty), mask=cols < S)
+        tl.store(dmask_ptr + cols.to(tl.int64) * stride_dms, tl.sum(total, 0).to(dmask_ptr.dtype.element_ty), mask=cols < S)
     elif SUM_S:
-        tl.store(dmask_ptr + rows * stride_dml, tl.sum(total, 1).to(dmask_ptr.dtype.element_ty), mask=rows < L)
+        tl.store(dmask_ptr + rows.to(tl.int64) * stride_dml, tl.sum(total, 1).to(dmask_ptr.dtype.element_ty), mask=rows < L)
     else:
         tl.store(
-            dmask_ptr + rows[:, None] * stride_dml + cols[None, :] * stride_dms,
+            dmask_ptr + rows[:, None].to(tl.int64) * stride_dml + cols[None, :].to(tl.int64) * stride_dms,
             total.to(dmask_ptr.dtype.element_ty),
             mask=(rows[:, None] < L) & (cols[None, :] < S),
         )
@@ -124,7 +125,7 @@ def mask_gradient(
     mask_kernel[grid](
         query, key, value, attn_mask, seed, row_max, row_sum, delta, grad, dmask,
         *strides, *dmask.stride(),
-        batch, n_heads, group, n_queries, n_keys, scale * LOG2_E.value, dropout_p,
-        SUM_B=summed[0], SUM_H=summed[1], SUM_L=summed[2], SUM_S=summed[3], BLOCK_K=tile.block_k, **options,
+        batch, n_heads, group, n_queries, n_keys, scale * LOG2_E.value, dropout_p, keep_scale(dropout_p),
+        SUM_B=summed[0], SUM_H=summed[1], SUM_L=summed[2], SUM_S=summed[3], **options, **tile.options(),
     )  # fmt: skip
     return dmask

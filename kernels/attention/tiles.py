@@ -1,4 +1,8 @@
-"""Tile sizes of the attention kernels: pure functions of head sizes, dtype, lengths and chip."""
+"""Tile sizes of the attention kernels: pure functions of kernel, head sizes, dtype, lengths, features and chip.
+
+The tables were found by compiling candidates and reading the machine code (`python -m bench.compile_check`): the largest
+tile that does not spill registers and, on sm_90, uses warp-group matrix instructions.
+"""
 
 from __future__ import annotations
 
@@ -16,43 +20,97 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {
+            "BLOCK_Q": self.block_q,
+            "BLOCK_K": self.block_k,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+# (kernel, chip): block of the head size -> (tile, tile with a mask or dropout), for elements of 2 bytes. A chip without an
+# entry takes that of the one before it.
+_TABLES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
+    ("forward", 90): {
+        64: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
+        128: (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+        256: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+    },
+    ("query", 90): {
+        64: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+        128: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
+        256: (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+    },
+    ("key_value", 90): {
+        64: (Tile(32, 128, 8, 2), Tile(16, 64, 4, 2)),
+        128: (Tile(16, 128, 8, 2), Tile(16, 64, 8, 2)),
+        256: (Tile(16, 64, 8, 1), Tile(16, 64, 8, 1)),
+    },
+    ("mask", 90): {
+        64: (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+        128: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+        256: (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+    },
+    ("forward", 80): {
+        64: (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+        128: (Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
+        256: (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+    },
+    ("query", 80): {
+        64: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+        128: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+        256: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    },
+    ("key_value", 80): {
+        64: (Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
+        128: (Tile(64, 64, 8, 1), Tile(32, 32, 8, 2)),
+        256: (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+    },
+    ("mask", 80): {
+        64: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+        128: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+        256: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    },
+    ("query", 100): {
+        64: (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+        128: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
+        256: (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+    },
+    ("key_value", 100): {
+        64: (Tile(32, 128, 8, 2), Tile(16, 64, 4, 2)),
+        128: (Tile(16, 128, 8, 1), Tile(16, 128, 8, 1)),
+        256: (Tile(16, 64, 8, 1), Tile(16, 64, 8, 1)),
+    },
+}
+# float32 products run on the ordinary units unless TF32 is allowed, and need registers for both operands: one table.
+_FLOAT32 = {
+    64: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    128: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    256: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+}
+
 
 def block_of(head_size: int) -> int:
     """The power of two, at least 16 (the least side of a matrix instruction), that holds `head_size`."""
     return max(16, 1 << (head_size - 1).bit_length())
 
 
-def forward_tile(head_size: int, element_size: int, n_queries: int, capability: int) -> Tile:
-    """Tile of the forward kernel.
+def choose_tile(
+    kernel: str, head_size: int, element_size: int, n_queries: int, capability: int, has_mask_or_dropout: bool
+) -> Tile:
+    """Tile of a kernel.
 
     Args:
-        head_size: the larger of E and Ev.
+        kernel: "forward", "query" (dQ), "key_value" (dK and dV) or "mask" (gradient of the mask).
+        head_size: the larger of E and Ev, at most MAX_HEAD_SIZE.
         element_size: bytes of an input element, 2 or 4.
         n_queries: L.
-        capability: compute capability times ten, 80, 90 or 100 and on.
+        capability: compute capability times ten: 80, 90, 100 and so on.
+        has_mask_or_dropout: whether the scores are masked or dropped one by one, which takes registers.
     """
-    block = block_of(head_size)
-    if element_size == 4:
-        tile = {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 32, 4, 2), 128: (32, 32, 4, 2), 256: (32, 16, 4, 2)}
-    elif capability >= 90:
-        tile = {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 64, 4, 2)}
-    else:
-        tile = {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 32, 8, 3), 256: (64, 32, 4, 2)}
-    return _shorten(Tile(*tile[block]), n_queries)
-
-
-def backward_tile(head_size: int, element_size: int, n_queries: int, capability: int) -> Tile:
-    """Tile of the backward kernels; arguments as for `forward_tile`."""
-    block = block_of(head_size)
-    if element_size == 4:
-        tile = {16: (32, 32, 4, 2), 32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)}
-    elif capability >= 90:
-        tile = {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)}
-    else:
-        tile = {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)}
-    return _shorten(Tile(*tile[block]), n_queries)
-
-
-def _shorten(tile: Tile, n_queries: int) -> Tile:
-    """The tile with fewer query rows when there are few queries."""
-    return tile._replace(block_q=16, num_warps=4) if n_queries <= FEW_ROWS else tile
+    chip = max(chip for name, chip in _TABLES if name == kernel and chip <= max(capability, 80))
+    table = _FLOAT32 if element_size == 4 else _TABLES[kernel, chip]
+    tile = table[max(64, block_of(head_size))][has_mask_or_dropout]
+    return tile._replace(block_q=16) if n_queries <= FEW_ROWS else tile
