@@ -2,9 +2,9 @@
 
     python -m bench.compile_check [--arch 80 90 100] [--quick] [--jobs 2]
 
-Prints one line a kernel: tile, registers a thread, bytes of spills, shared memory, kind of matrix instruction. Exits with
-1 if a kernel does not compile or needs more shared memory than the chip has, if a 16-bit kernel whose heads are at most
-128 wide spills, or if one whose tile allows warp-group matrix instructions on sm_90 has none.
+Prints one line a kernel: tile, registers a thread, bytes of spills, shared memory, kind of matrix instruction. Exits
+with 1 if a kernel does not compile or needs more shared memory than the chip has, if a 16-bit kernel with heads of at
+most 128 spills, or if one whose tile allows warp-group matrix instructions on sm_90 has none.
 """
 
 from __future__ import annotations
@@ -68,7 +68,12 @@ def attention_cases(archs: list[int], dtypes: list[str], head_sizes: list[int]) 
         "key_value": ("general_backward", "key_value_kernel"),
         "mask": ("mask_gradient", "mask_kernel"),
     }
-    features = {"plain": (False, False, 4096), "causal": (True, False, 4096), "all": (True, True, 4096), "few": (True, True, 1)}
+    features = {
+        "plain": (False, False, 4096),
+        "causal": (True, False, 4096),
+        "all": (True, True, 4096),
+        "few": (True, True, 1),
+    }
     for arch, dtype, head_size in itertools.product(archs, dtypes, head_sizes):
         sizes = {"E": head_size, "EV": head_size, "BLOCK_E": block_of(head_size), "BLOCK_EV": block_of(head_size)}
         for kernel, (name, (is_causal, heavy, n_queries)) in itertools.product(places, features.items()):
@@ -175,13 +180,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the check; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
-    parser.add_argument("--quick", action="store_true", help="one 16-bit type and float32, two head sizes: under a minute")
+    parser.add_argument("--quick", action="store_true", help="bf16 and float32, two head sizes")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     options = parser.parse_args(argv)
     os.environ["TRITON_INTERPRET"] = "0"
     os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="compile_check_")  # compile, whatever was compiled before
     import triton
-
 
     dtypes = ["bf16", "fp32"] if options.quick else list(DTYPES)
     head_sizes = [64, 128] if options.quick else list(HEAD_SIZES)
@@ -192,9 +196,10 @@ def main(argv: list[str] | None = None) -> int:
     with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
         for case, registers, spills, shared, matrix, _, fault in pool.map(compile_case, cases, chunksize=4):
             sizes = [case.constexprs[n] for n in ("BLOCK_Q", "BLOCK_K", "ROWS", "BLOCK_N") if n in case.constexprs]
+            tile = "x".join(map(str, sizes))
             print(
-                f"{case.arch:>3}  {case.function:<17} {case.label:<18} {'x'.join(map(str, sizes)):>8} {case.num_warps:>5}"
-                f" {case.num_stages:>6} {registers:>4} {spills:>6} {shared:>7} {matrix:<7} {'FAULT: ' + fault if fault else ''}",
+                f"{case.arch:>3}  {case.function:<17} {case.label:<18} {tile:>8} {case.num_warps:>5} {case.num_stages:>6}"
+                f" {registers:>4} {spills:>6} {shared:>7} {matrix:<7} {fault and 'FAULT: ' + fault}".rstrip(),
                 flush=True,
             )
             faults += bool(fault)

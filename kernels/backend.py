@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from typing import NamedTuple
@@ -20,35 +19,26 @@ class Choice(NamedTuple):
     reason: str
 
 
-@functools.cache
-def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, on CPU tensors.
-
-    Triton reads `TRITON_INTERPRET` when a kernel is defined, so the answer is fixed at the first question.
-    """
-    return has_triton() and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether the triton package is installed."""
-    return importlib.util.find_spec("triton") is not None
+# Whether the triton package is installed, and whether its kernels run in its interpreter, on CPU tensors. Triton reads
+# TRITON_INTERPRET when a kernel is defined, so neither changes while the process lives.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
     """The reason the Triton kernels cannot take tensors of this device and dtype; empty when they can."""
-    if not has_triton():
+    if not HAS_TRITON:
         return "the triton package is not installed"
     if dtype not in TRITON_DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in TRITON_DTYPES)
         return f"the Triton kernels take {names}, found {str(dtype).removeprefix('torch.')}"
-    if device.type == "cuda" and not interpreting():
+    if device.type == "cuda" and not INTERPRETED:
         return ""
-    if device.type == "cpu" and interpreting():
+    if device.type == "cpu" and INTERPRETED:
         return ""
     if device.type == "cpu":
-        return "the tensors are on the CPU and TRITON_INTERPRET=1 was not set before the first call"
-    if interpreting():
+        return "the tensors are on the CPU and TRITON_INTERPRET=1 was not set when kernels was imported"
+    if INTERPRETED:
         return f"TRITON_INTERPRET=1 runs the Triton kernels on CPU tensors, found {device.type}"
     return f"the Triton kernels run on CUDA devices, found {device.type}"
 

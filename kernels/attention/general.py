@@ -2,8 +2,8 @@
 
     O = dropout(softmax(scale * Q K^T + mask)) V
 
-A program owns BLOCK_Q queries of one head and walks along the keys in tiles of BLOCK_K, keeping for each row the largest
-score so far and the sum of exponentials relative to it, so that no L x S matrix is ever stored: online softmax
+A program owns BLOCK_Q queries of one head and walks along the keys in tiles of BLOCK_K, keeping for each row the
+largest score so far and the sum of exponentials relative to it, so that no L x S matrix is stored: online softmax
 (Milakov and Gimelshein 2018), tiled for attention as FlashAttention-2 does it (Dao 2023, section 3.1). Fused into one
 kernel: both products, scaling, causal and given masks, softmax, dropout.
 
@@ -35,7 +35,7 @@ def load_rows(
 ):  # fmt: skip
     """Rows [start, start + ROWS) of a matrix as a tile (ROWS, BLOCK), zero from row `n_rows` and column `N_COLS` on.
 
-    The tile's start is a 64-bit offset; offsets inside it are 32-bit, to save registers, unless its rows are WIDE apart.
+    The tile's start is a 64-bit offset; offsets inside it are 32-bit, to save registers, unless rows are WIDE apart.
     """
     rows = tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
@@ -73,7 +73,7 @@ def restrict(
 ):  # fmt: skip
     """Add a float mask to base-2 scores and put -inf wherever query start_q + di may not attend to key start_k + dj.
 
-    scores: (A, B) in either orientation; di, dj: indices in the tile that broadcast to it, (A, 1) and (1, B) or reversed.
+    scores: (A, B) in either orientation; di, dj: indices in the tile, (A, 1) and (1, B) or the reverse.
     mask_ptr: start of this head's (L, S) mask, a byte (not zero = may attend) or a float (natural units) an entry.
     """
     allowed = dj < S - start_k
@@ -163,7 +163,7 @@ def forward_kernel(
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
 
-    # Keys [0, open_end) are allowed for every row of the tile, keys [open_end, end) need a look, later ones are skipped.
+    # Keys [0, open_end) are allowed for every row of the tile, [open_end, end) need a look, later ones are skipped.
     end = tl.minimum(S, (tile + 1) * BLOCK_Q) if IS_CAUSAL else S
     open_end = (tl.minimum(S, tile * BLOCK_Q + 1) if IS_CAUSAL else S) // BLOCK_K * BLOCK_K
     if MASK != NO_MASK:
@@ -217,7 +217,9 @@ def mask_arguments(attn_mask: torch.Tensor | None) -> tuple:
     return attn_mask.view(torch.uint8) if attn_mask.dtype == torch.bool else attn_mask, *strides
 
 
-def tile_arguments(query: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None, seed: torch.Tensor | None) -> tuple:
+def tile_arguments(
+    query: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None, seed: torch.Tensor | None
+) -> tuple:
     """What `choose_tile` asks about a call."""
     head_size = max(query.shape[-1], value.shape[-1])
     heavy = attn_mask is not None or seed is not None
@@ -239,18 +241,7 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def empty_rows(like: torch.Tensor, last: int) -> torch.Tensor:
-    """An empty (B, H, L, last) tensor whose memory has heads and rows in the order in which `like` has them.
-
-    So the result of a query that is a transposed view of (B, L, H, E) goes back to (B, L, H * E) without a copy.
-    """
-    b, h, n, _ = like.shape
-    if h > 1 and like.stride(1) < like.stride(2):
-        return like.new_empty(b, n, h, last).transpose(1, 2)
-    return like.new_empty(b, h, n, last)
-
-
-def forward(
+def launch_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -259,34 +250,32 @@ def forward(
     dropout_p: float,
     is_causal: bool,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    output: torch.Tensor,
+    row_max: torch.Tensor,
+    row_sum: torch.Tensor,
+) -> None:
     """Launch the forward kernel.
 
     Args:
         query: (B, Hq, L, E), any strides; key: (B, Hkv, S, E); value: (B, Hkv, S, Ev).
         attn_mask: bool (True = may attend) or float (added), four axes, each of size 1 or full; or None.
         seed: int64 (1,), the dropout's seed; None without dropout.
-
-    Returns:
-        output (B, Hq, L, Ev), row_max and row_sum (B, Hq, L) float32 (module docstring).
+        output: (B, Hq, L, Ev), any strides, written; row_max, row_sum: (B, Hq, L) float32 contiguous, written.
     """
     batch, n_heads, n_queries, e = query.shape
     n_keys, ev = value.shape[-2:]
-    output = empty_rows(query, ev)
-    row_max = query.new_empty((batch, n_heads, n_queries), dtype=torch.float32)
-    row_sum = torch.empty_like(row_max)
     tile = choose_tile("forward", *tile_arguments(query, value, attn_mask, seed))
     grid = (triton.cdiv(n_queries, tile.block_q) * n_heads * batch,)  # query tiles fastest, then heads, then batch
     if grid[0] == 0:
-        return output, row_max, row_sum
+        return
     mask_ptr, *mask_strides = mask_arguments(attn_mask)
     strides = (*query.stride(), *key.stride(), *value.stride(), *mask_strides)
     with launch_on(query.device):
         forward_kernel[grid](
-            query, key, value, mask_ptr, seed, output, row_max, row_sum,
-            *strides, *output.stride(),
-            n_heads, n_heads // max(key.shape[1], 1), n_queries, n_keys, scale * LOG2_E.value, dropout_p, keep_scale(dropout_p),
+            query, key, value, mask_ptr, seed, output, row_max, row_sum, *strides, *output.stride(),
+            n_heads, n_heads // key.shape[1], n_queries, n_keys,
+            scale * LOG2_E.value, dropout_p, keep_scale(dropout_p),
             E=e, EV=ev, BLOCK_E=block_of(e), BLOCK_EV=block_of(ev), IS_CAUSAL=is_causal, MASK=mask_kind(attn_mask),
-            HAS_DROPOUT=seed is not None, PRECISION=dot_precision(query.dtype), WIDE=is_wide(*strides), **tile.options(),
+            HAS_DROPOUT=seed is not None, PRECISION=dot_precision(query.dtype), WIDE=is_wide(*strides),
+            **tile.options(),
         )  # fmt: skip
-    return output, row_max, row_sum

@@ -6,11 +6,11 @@ With P = softmax(scale Q K^T + mask), D the dropout mask over 1 - p, and dO the 
     dS = P (dP - delta)    dQ = scale dS K        dK = scale dS^T Q
 
 (FlashAttention-2, Dao 2023, section 3.1). P is recomputed from the saved statistics, tile by tile. Each output has one
-owner: dQ a program per query tile, dK and dV a program per key tile (which walks the query heads of its group). So there
-are no atomics, and repeated runs agree bit for bit. The mask's gradient has a file of its own, mask_gradient.py.
+owner: dQ a program per query tile, dK and dV a program per key tile, which walks the query heads of its group. So there
+are no atomics, and repeated runs agree bit for bit. The mask's gradient: mask_gradient.py.
 
-Work of one head: 14 L S E flops for dQ, dK and dV (7 products; half when causal, E = Ev). Bytes: Q, K, V, O, dO read and
-dQ, dK, dV written once, and 12 a row for statistics and delta.
+Work of one head: 14 L S E flops for dQ, dK and dV (7 products; half when causal, E = Ev). Bytes: Q, K, V, O, dO read
+and dQ, dK, dV written once, and 12 a row for statistics and delta.
 """
 
 import torch
@@ -21,7 +21,6 @@ from kernels.attention.general import (
     LOG2_E,
     NO_MASK,
     dot_precision,
-    empty_rows,
     is_wide,
     keep_scale,
     kept,
@@ -34,7 +33,7 @@ from kernels.attention.general import (
     tile_arguments,
     zero_nonfinite,
 )
-from kernels.attention.mask_gradient import mask_gradient
+from kernels.attention.mask_gradient import mask_grid, mask_kernel, summed_axes
 from kernels.attention.tiles import block_of, choose_tile
 from kernels.launch import launch_on
 
@@ -56,8 +55,12 @@ def delta_kernel(
     b = (head // n_heads).to(tl.int64)
     h = (head % n_heads).to(tl.int64)
     start_q = (pid % n_tiles) * BLOCK_Q
-    out = load_rows(out_ptr + b * stride_ob + h * stride_oh, start_q, L, stride_ol, stride_oe, BLOCK_Q, EV, BLOCK_EV, True)
-    grad = load_rows(grad_ptr + b * stride_gb + h * stride_gh, start_q, L, stride_gl, stride_ge, BLOCK_Q, EV, BLOCK_EV, True)
+    out = load_rows(
+        out_ptr + b * stride_ob + h * stride_oh, start_q, L, stride_ol, stride_oe, BLOCK_Q, EV, BLOCK_EV, True
+    )
+    grad = load_rows(
+        grad_ptr + b * stride_gb + h * stride_gh, start_q, L, stride_gl, stride_ge, BLOCK_Q, EV, BLOCK_EV, True
+    )
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     offs_q = start_q + tl.arange(0, BLOCK_Q)
     tl.store(delta_ptr + head.to(tl.int64) * L + offs_q, delta, mask=offs_q < L)
@@ -96,12 +99,12 @@ def query_kernel(
     start_q = tile * BLOCK_Q
     di, dj = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_K)[None, :]
     q = load_rows(q_ptr + b * stride_qb + h * stride_qh, start_q, L, stride_ql, stride_qe, BLOCK_Q, E, BLOCK_E, WIDE)
-    grad = load_rows(grad_ptr + b * stride_gb + h * stride_gh, start_q, L, stride_gl, stride_ge, BLOCK_Q, EV, BLOCK_EV, WIDE)
+    grad = load_rows(
+        grad_ptr + b * stride_gb + h * stride_gh, start_q, L, stride_gl, stride_ge, BLOCK_Q, EV, BLOCK_EV, WIDE
+    )
     stats = head.to(tl.int64) * L
     offs_q = start_q + tl.arange(0, BLOCK_Q)
-    pivot, inverse_sum, delta = load_statistics(
-        row_max_ptr + stats, row_sum_ptr + stats, delta_ptr + stats, offs_q, L
-    )
+    pivot, inverse_sum, delta = load_statistics(row_max_ptr + stats, row_sum_ptr + stats, delta_ptr + stats, offs_q, L)
     dq = tl.zeros((BLOCK_Q, BLOCK_E), tl.float32)
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
@@ -153,7 +156,7 @@ def key_value_kernel(
 ):  # fmt: skip
     """dK and dV of BLOCK_K keys of one key head, summed over the `group` query heads that share it.
 
-    Works on transposed scores (BLOCK_K, BLOCK_Q), so that the weights are the left operand of both products as they are.
+    Works on transposed scores (BLOCK_K, BLOCK_Q): so the weights are the left operand of both products as they are.
     """
     n_tiles = tl.cdiv(S, BLOCK_K)
     pid = tl.program_id(0)
@@ -164,14 +167,16 @@ def key_value_kernel(
     start_k = tile * BLOCK_K
     di, dj = tl.arange(0, BLOCK_Q)[None, :], tl.arange(0, BLOCK_K)[:, None]
     k = load_rows(k_ptr + b * stride_kb + h_kv * stride_kh, start_k, S, stride_ks, stride_ke, BLOCK_K, E, BLOCK_E, WIDE)
-    v = load_rows(v_ptr + b * stride_vb + h_kv * stride_vh, start_k, S, stride_vs, stride_ve, BLOCK_K, EV, BLOCK_EV, WIDE)
+    v = load_rows(
+        v_ptr + b * stride_vb + h_kv * stride_vh, start_k, S, stride_vs, stride_ve, BLOCK_K, EV, BLOCK_EV, WIDE
+    )
     dk = tl.zeros((BLOCK_K, BLOCK_E), tl.float32)
     dv = tl.zeros((BLOCK_K, BLOCK_EV), tl.float32)
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
 
-    # Queries [first, open_start) need a look, queries [open_start, L) may attend to every key of the tile. Keys beyond S
-    # may hold anything: their rows of dK and dV are not stored.
+    # Queries [first, open_start) need a look, queries [open_start, L) may attend to every key of the tile. Keys beyond
+    # S need none: their rows of dK and dV are not stored.
     first = tl.minimum(L, tile * BLOCK_K // BLOCK_Q * BLOCK_Q) if IS_CAUSAL else 0
     open_start = tl.minimum(L, tl.cdiv((tile + 1) * BLOCK_K - 1, BLOCK_Q) * BLOCK_Q) if IS_CAUSAL else 0
     if MASK != NO_MASK:
@@ -196,8 +201,8 @@ def key_value_kernel(
                 scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
                 if CHECKED:
                     scores = restrict(
-                    scores, start_q, start_k, di, dj, L, S, mask_head, stride_ml, stride_ms, IS_CAUSAL, MASK, WIDE
-                )
+                        scores, start_q, start_k, di, dj, L, S, mask_head, stride_ml, stride_ms, IS_CAUSAL, MASK, WIDE
+                    )
                 weights = tl.exp2(scores - pivot[None, :]) * inverse_sum[None, :]
                 dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
                 if HAS_DROPOUT:
@@ -216,10 +221,12 @@ def key_value_kernel(
     if HAS_DROPOUT:
         dv *= keep_scale
     store_rows(dk_ptr + b * stride_dkb + h_kv * stride_dkh, dk, start_k, S, stride_dks, stride_dke, BLOCK_K, E, BLOCK_E)
-    store_rows(dv_ptr + b * stride_dvb + h_kv * stride_dvh, dv, start_k, S, stride_dvs, stride_dve, BLOCK_K, EV, BLOCK_EV)
+    store_rows(
+        dv_ptr + b * stride_dvb + h_kv * stride_dvh, dv, start_k, S, stride_dvs, stride_dve, BLOCK_K, EV, BLOCK_EV
+    )
 
 
-def backward(
+def launch_backward(
     grad: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -232,18 +239,19 @@ def backward(
     dropout_p: float,
     is_causal: bool,
     scale: float,
-    needs: list[bool],
-) -> tuple[torch.Tensor | None, ...]:
+    dq: torch.Tensor | None,
+    dk: torch.Tensor | None,
+    dv: torch.Tensor | None,
+    dmask: torch.Tensor | None,
+) -> None:
     """Launch the backward kernels.
 
     Args:
         grad: (B, Hq, L, Ev), gradient of the output, any strides.
         query, key, value, attn_mask, seed, dropout_p, is_causal, scale: as given to the forward.
-        output, row_max, row_sum: what the forward returned.
-        needs: which of the gradients of query, key, value and mask are wanted (key and value come together).
-
-    Returns:
-        The gradients of query, key, value and mask, in the shapes and dtypes of those; None where not wanted.
+        output, row_max, row_sum: what the forward wrote.
+        dq, dk, dv, dmask: gradients to write, any strides, shaped as their tensors; None where not wanted. dk and dv
+            come together.
     """
     batch, n_heads, n_queries, e = query.shape
     n_kv_heads, n_keys, ev = value.shape[1:]
@@ -254,35 +262,34 @@ def backward(
         "E": e, "EV": ev, "BLOCK_E": block_of(e), "BLOCK_EV": block_of(ev), "IS_CAUSAL": is_causal,
         "HAS_DROPOUT": seed is not None, "PRECISION": dot_precision(query.dtype), "WIDE": is_wide(*strides),
     }  # fmt: skip
-    group = n_heads // max(n_kv_heads, 1)
+    group = n_heads // n_kv_heads if n_kv_heads else 1
     delta = torch.empty_like(row_max)
     inputs = (query, key, value, mask_ptr, seed, row_max, row_sum, delta, grad)
-    dq = dk = dv = dmask = None
+    numbers = (dropout_p, keep_scale(dropout_p))
     with launch_on(query.device):
-        if output.numel():
+        if delta.numel():
             delta_kernel[(triton.cdiv(n_queries, DELTA_ROWS) * batch * n_heads,)](  # rows fastest, then heads, batch
                 output, grad, delta, *output.stride(), *grad.stride(), n_heads, n_queries,
                 EV=ev, BLOCK_EV=block_of(ev), BLOCK_Q=DELTA_ROWS,
             )  # fmt: skip
-        if needs[0]:
-            dq = empty_rows(query, e)
-            if dq.numel():
-                tile = choose_tile("query", *about)
-                query_kernel[(triton.cdiv(n_queries, tile.block_q) * batch * n_heads,)](  # query tiles fastest
-                    *inputs, dq, *strides, *dq.stride(),
-                    n_heads, group, n_queries, n_keys, scale * LOG2_E.value, scale, dropout_p, keep_scale(dropout_p),
-                    MASK=mask_kind(attn_mask), **options, **tile.options(),
-                )  # fmt: skip
-        if needs[1] or needs[2]:
-            dk, dv = empty_rows(key, e), empty_rows(value, ev)
-            if dk.numel():
-                tile = choose_tile("key_value", *about)
-                key_value_kernel[(triton.cdiv(n_keys, tile.block_k) * batch * n_kv_heads,)](  # key tiles fastest
-                    *inputs, dk, dv, *strides, *dk.stride(), *dv.stride(),
-                    n_heads, group, n_queries, n_keys, scale * LOG2_E.value, scale, dropout_p, keep_scale(dropout_p),
-                    MASK=mask_kind(attn_mask), **options, **tile.options(),
-                )  # fmt: skip
-        if needs[3] and attn_mask is not None:
+        if dq is not None and dq.numel():
+            tile = choose_tile("query", *about)
+            query_kernel[(triton.cdiv(n_queries, tile.block_q) * batch * n_heads,)](  # query tiles fastest
+                *inputs, dq, *strides, *dq.stride(),
+                n_heads, group, n_queries, n_keys, scale * LOG2_E.value, scale, *numbers,
+                MASK=mask_kind(attn_mask), **options, **tile.options(),
+            )  # fmt: skip
+        if dk is not None and dv is not None and dk.numel():
+            tile = choose_tile("key_value", *about)
+            key_value_kernel[(triton.cdiv(n_keys, tile.block_k) * batch * n_kv_heads,)](  # key tiles fastest
+                *inputs, dk, dv, *strides, *dk.stride(), *dv.stride(),
+                n_heads, group, n_queries, n_keys, scale * LOG2_E.value, scale, *numbers,
+                MASK=mask_kind(attn_mask), **options, **tile.options(),
+            )  # fmt: skip
+        if dmask is not None and dmask.numel():
             tile = choose_tile("mask", *about)
-            dmask = mask_gradient(*inputs, strides, group, scale, dropout_p, tile, options)
-    return dq, dk, dv, dmask
+            mask_kernel[mask_grid(dmask, n_queries, n_keys, tile)](
+                *inputs, dmask, *strides, *dmask.stride(),
+                batch, n_heads, group, n_queries, n_keys, scale * LOG2_E.value, *numbers,
+                **summed_axes(dmask), **options, **tile.options(),
+            )  # fmt: skip

@@ -2,9 +2,9 @@
 
     dmask[b, h, i, j] = dS[b, h, i, j], summed over the axes along which the mask has size 1
 
-with dS as in general_backward.py. A program owns one tile of the mask's gradient and walks whatever was broadcast onto it
-(batch entries, heads, query tiles, key tiles), recomputing dS tile by tile: no atomics, and no L x S buffer when the mask
-itself is smaller.
+with dS as in general_backward.py. A program owns one tile of the mask's gradient and walks whatever was broadcast onto
+it (batch entries, heads, query tiles, key tiles), recomputing dS tile by tile: no atomics, and no L x S buffer when the
+mask itself is smaller.
 
 Work of one head: 4 L S E flops (two products; E = Ev), on top of the backward's. Bytes: Q, K, V and dO are read once a
 tile of the mask; the mask is read and its gradient written once.
@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.general import FLOAT_MASK, LOG2_E, keep_scale, kept, load_rows, load_statistics, restrict
+from kernels.attention.general import FLOAT_MASK, kept, load_rows, load_statistics, restrict
 from kernels.attention.tiles import Tile
 
 
@@ -60,14 +60,38 @@ def mask_kernel(
         mask_head = mask_ptr + b * stride_mb + h * stride_mh
         for start_q in range(tile_q * BLOCK_Q, L if SUM_L else (tile_q + 1) * BLOCK_Q, BLOCK_Q):
             offs_q = start_q + tl.arange(0, BLOCK_Q)
-            q = load_rows(q_ptr + b * stride_qb + h * stride_qh, start_q, L, stride_ql, stride_qe, BLOCK_Q, E, BLOCK_E, WIDE)
-            grad = load_rows(grad_ptr + b * stride_gb + h * stride_gh, start_q, L, stride_gl, stride_ge, BLOCK_Q, EV, BLOCK_EV, WIDE)
+            q = load_rows(
+                q_ptr + b * stride_qb + h * stride_qh, start_q, L, stride_ql, stride_qe, BLOCK_Q, E, BLOCK_E, WIDE
+            )
+            grad = load_rows(
+                grad_ptr + b * stride_gb + h * stride_gh, start_q, L, stride_gl, stride_ge, BLOCK_Q, EV, BLOCK_EV, WIDE
+            )
             pivot, inverse_sum, delta = load_statistics(
                 row_max_ptr + stats, row_sum_ptr + stats, delta_ptr + stats, offs_q, L
             )
             for start_k in range(tile_k * BLOCK_K, S if SUM_S else (tile_k + 1) * BLOCK_K, BLOCK_K):
-                k = load_rows(k_ptr + b * stride_kb + h_kv * stride_kh, start_k, S, stride_ks, stride_ke, BLOCK_K, E, BLOCK_E, WIDE)
-                v = load_rows(v_ptr + b * stride_vb + h_kv * stride_vh, start_k, S, stride_vs, stride_ve, BLOCK_K, EV, BLOCK_EV, WIDE)
+                k = load_rows(
+                    k_ptr + b * stride_kb + h_kv * stride_kh,
+                    start_k,
+                    S,
+                    stride_ks,
+                    stride_ke,
+                    BLOCK_K,
+                    E,
+                    BLOCK_E,
+                    WIDE,
+                )
+                v = load_rows(
+                    v_ptr + b * stride_vb + h_kv * stride_vh,
+                    start_k,
+                    S,
+                    stride_vs,
+                    stride_ve,
+                    BLOCK_K,
+                    EV,
+                    BLOCK_EV,
+                    WIDE,
+                )
                 scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
                 scores = restrict(
                     scores, start_q, start_k, di, dj, L, S, mask_head, stride_ml, stride_ms, IS_CAUSAL, FLOAT_MASK, WIDE
@@ -75,7 +99,9 @@ def mask_kernel(
                 weights = tl.exp2(scores - pivot[:, None]) * inverse_sum[:, None]
                 dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
                 if HAS_DROPOUT:
-                    dp = tl.where(kept(seed, start_q + di, start_k + dj, head.to(tl.int32), dropout_p), dp * keep_scale, 0.0)
+                    dp = tl.where(
+                        kept(seed, start_q + di, start_k + dj, head.to(tl.int32), dropout_p), dp * keep_scale, 0.0
+                    )
                 total += tl.where(scores == float("-inf"), 0.0, weights * (dp - delta[:, None]))
 
     rows = tile_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -84,9 +110,13 @@ def mask_kernel(
     if SUM_L and SUM_S:
         tl.store(dmask_ptr, tl.sum(total).to(dmask_ptr.dtype.element_ty))
     elif SUM_L:
-        tl.store(dmask_ptr + cols.to(tl.int64) * stride_dms, tl.sum(total, 0).to(dmask_ptr.dtype.element_ty), mask=cols < S)
+        tl.store(
+            dmask_ptr + cols.to(tl.int64) * stride_dms, tl.sum(total, 0).to(dmask_ptr.dtype.element_ty), mask=cols < S
+        )
     elif SUM_S:
-        tl.store(dmask_ptr + rows.to(tl.int64) * stride_dml, tl.sum(total, 1).to(dmask_ptr.dtype.element_ty), mask=rows < L)
+        tl.store(
+            dmask_ptr + rows.to(tl.int64) * stride_dml, tl.sum(total, 1).to(dmask_ptr.dtype.element_ty), mask=rows < L
+        )
     else:
         tl.store(
             dmask_ptr + rows[:, None].to(tl.int64) * stride_dml + cols[None, :].to(tl.int64) * stride_dms,
@@ -95,37 +125,13 @@ def mask_kernel(
         )
 
 
-def mask_gradient(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor,
-    seed: torch.Tensor | None,
-    row_max: torch.Tensor,
-    row_sum: torch.Tensor,
-    delta: torch.Tensor,
-    grad: torch.Tensor,
-    strides: tuple[int, ...],
-    group: int,
-    scale: float,
-    dropout_p: float,
-    tile: Tile,
-    options: dict,
-) -> torch.Tensor:
-    """Launch the kernel; arguments as `general_backward.backward` has them. Returns a tensor like `attn_mask`."""
-    batch, n_heads, n_queries, _ = query.shape
-    n_keys = key.shape[2]
-    dmask = torch.empty_like(attn_mask, memory_format=torch.contiguous_format)
-    if query.numel() == 0 or key.numel() == 0:
-        return dmask.zero_()
-    summed = [size == 1 for size in attn_mask.shape]
-    tiles_q = 1 if summed[2] else triton.cdiv(n_queries, tile.block_q)
-    tiles_k = 1 if summed[3] else triton.cdiv(n_keys, tile.block_k)
-    grid = (tiles_k * tiles_q * attn_mask.shape[1] * attn_mask.shape[0],)  # keys fastest, then queries, heads, batch
-    mask_kernel[grid](
-        query, key, value, attn_mask, seed, row_max, row_sum, delta, grad, dmask,
-        *strides, *dmask.stride(),
-        batch, n_heads, group, n_queries, n_keys, scale * LOG2_E.value, dropout_p, keep_scale(dropout_p),
-        SUM_B=summed[0], SUM_H=summed[1], SUM_L=summed[2], SUM_S=summed[3], **options, **tile.options(),
-    )  # fmt: skip
-    return dmask
+def summed_axes(dmask: torch.Tensor) -> dict[str, bool]:
+    """The SUM_* flags: along an axis of size 1 the mask was broadcast (or need not be: the sum of one is the same)."""
+    return {f"SUM_{axis}": size == 1 for axis, size in zip("BHLS", dmask.shape)}
+
+
+def mask_grid(dmask: torch.Tensor, n_queries: int, n_keys: int, tile: Tile) -> tuple[int]:
+    """One program a tile of the mask's gradient (Bm, Hm, Lm, Sm): key tiles fastest, then query tiles, heads, batch."""
+    tiles_q = 1 if dmask.shape[2] == 1 else triton.cdiv(n_queries, tile.block_q)
+    tiles_k = 1 if dmask.shape[3] == 1 else triton.cdiv(n_keys, tile.block_k)
+    return (tiles_k * tiles_q * dmask.shape[1] * dmask.shape[0],)

@@ -1,7 +1,7 @@
 """Tile sizes of the attention kernels: pure functions of kernel, head sizes, dtype, lengths, features and chip.
 
-The tables were found by compiling candidates and reading the machine code (`python -m bench.compile_check`): the largest
-tile that does not spill registers and, on sm_90, uses warp-group matrix instructions.
+The tables were found by compiling candidates and reading the machine code (`python -m bench.compile_check`): the
+largest tile that does not spill registers and, on sm_90, uses warp-group matrix instructions.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Tile(NamedTuple):
         }
 
 
-# (kernel, chip): block of the head size -> (tile, tile with a mask or dropout), for elements of 2 bytes. A chip without an
-# entry takes that of the one before it.
+# (kernel, chip): block of the head size -> (tile, tile with a mask or dropout), for elements of 2 bytes. A chip without
+# an entry takes that of the one before it.
 _TABLES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
     ("forward", 90): {
         64: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
