@@ -10,9 +10,9 @@ Fused: both statistics, the normalisation and the affine map. Each input is read
 take about 9 * M * N flops, so memory alone sets the time; the same in separate PyTorch operations moves about five
 times as much.
 
-The variance is the corrected two-pass formula (Chan, Golub and LeVeque 1983, "Algorithms for Computing the Sample
-Variance", equation 1.7): the mean of x - mean(x), zero but for rounding, is taken off as well, so that rows far from 0
-keep their digits.
+The variance of a row in registers is the corrected two-pass formula (Chan, Golub and LeVeque 1983, "Algorithms for
+Computing the Sample Variance", equation 1.7): the mean of x - mean(x), zero but for rounding, is taken off as well, so
+that rows far from 0 keep their digits.
 """
 
 # mypy: allow-untyped-defs
@@ -92,7 +92,7 @@ def forward_rows_kernel(
     centred = tl.where(mask_cols[None, :], x - mean[:, None], 0.0)  # (ROWS, BLOCK_N)
     correction = tl.sum(centred, axis=1) / n_cols
     variance = tl.sum(centred * centred, axis=1) / n_cols - correction * correction
-    rstd = tl.rsqrt(variance + eps)
+    rstd = tl.rsqrt(tl.maximum(variance, 0.0) + eps)  # constant rows of large numbers may round below 0
     output = (centred - correction[:, None]) * rstd[:, None]
     if weight_ptr is not None:
         output *= tl.load(weight_ptr + cols, mask=mask_cols, other=0.0).to(tl.float32)[None, :]
@@ -121,38 +121,37 @@ def forward_chunks_kernel(
     """Normalise one row in chunks of BLOCK_N columns: statistics first, then the output; arguments as above.
 
     Each of the BLOCK_N lanes keeps mean and sum of squared deviations of the columns it has seen (Welford 1962), and
-    the lanes are merged at the end (Chan et al. 1983, equation 2.1), so the row is read once for both statistics.
+    the lanes are merged at the end (Chan et al. 1983, equation 2.1), so the row is read once for both statistics. All
+    of it is relative to the row's first number, which keeps the digits of rows far from 0.
     """
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK_N)
+    pivot = tl.load(input_ptr + row * stride_row).to(tl.float32)
     lane_mean = tl.zeros((BLOCK_N,), dtype=tl.float32)
     lane_squares = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for start in range(0, n_cols, BLOCK_N):
         mask = lanes < n_cols - start
-        x = tl.load(input_ptr + row * stride_row + start + lanes, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(input_ptr + row * stride_row + start + lanes, mask=mask, other=0.0).to(tl.float32) - pivot
         delta = tl.where(mask, x - lane_mean, 0.0)
         lane_mean += delta / (start // BLOCK_N + 1)
         lane_squares += delta * tl.where(mask, x - lane_mean, 0.0)
 
-    count = tl.cdiv(n_cols - lanes, BLOCK_N).to(tl.float32)  # columns lane i has seen
+    count = tl.cdiv(n_cols - lanes, BLOCK_N).to(tl.float32)  # columns a lane has seen
     mean = tl.sum(count * lane_mean, axis=0) / n_cols
     deviation = lane_mean - mean
-    correction = tl.sum(count * deviation, axis=0) / n_cols
-    deviation -= correction
-    mean += correction
     rstd = tl.rsqrt(tl.sum(lane_squares + count * deviation * deviation, axis=0) / n_cols + eps)
 
     for start in range(0, n_cols, BLOCK_N):
         cols = start + lanes
         mask = cols < n_cols
         x = tl.load(input_ptr + row * stride_row + cols, mask=mask, other=0.0).to(tl.float32)
-        output = (x - mean) * rstd
+        output = (x - pivot - mean) * rstd
         if weight_ptr is not None:
             output *= tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
         if bias_ptr is not None:
             output += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
         tl.store(output_ptr + row * n_cols + cols, output.to(output_ptr.dtype.element_ty), mask=mask)
-    tl.store(mean_ptr + row, mean)
+    tl.store(mean_ptr + row, pivot + mean)
     tl.store(rstd_ptr + row, rstd)
 
 
