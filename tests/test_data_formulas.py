@@ -1,0 +1,147 @@
+"""Formulas: the seed's stream, its flaws, the disjoint split, and text against tensors."""
+
+import random
+
+import pytest
+import torch
+
+from calcformer.data import FORMULA, Examples, FormulaTask, generate_formulas, random_formula
+from calcformer.data.formulas import encode_formulas
+
+
+def rows(ids: torch.Tensor) -> list[tuple[int, ...]]:
+    return [tuple(row) for row in ids.tolist()]
+
+
+def texts(examples: Examples) -> list[tuple[str, str]]:
+    """Read questions and answers back from tensors, one by one."""
+    return [("".join(FORMULA.decode_until_eos(source)), "".join(FORMULA.decode_until_eos(target)))
+            for source, target in zip(examples.source.tolist(), examples.target.tolist())]
+
+
+def stream(seed: int, count: int) -> list[tuple[str, str]]:
+    rng = random.Random(seed)
+    return [random_formula(rng) for _ in range(count)]
+
+
+def test_stream_begins_as_the_seed_reports() -> None:
+    assert stream(123_456, 5) == [("649+864", "1513"), ("-940-819", "-1759"), ("954-2", "952"),
+                                  ("-896-274", "-1170"), ("-762-954", "-1716")]
+
+
+def test_seed_flaws_are_those_reported() -> None:
+    train, valid = stream(123_456, 10_000), stream(123_457, 5_000)
+    assert sum(len(answer) + 1 > 5 for _, answer in train) / 10_000 == pytest.approx(0.129, abs=5e-4)
+    assert sum(len(question) + 1 > 9 for question, _ in train) / 10_000 == pytest.approx(0.0009)
+    known = set(train)
+    assert sum(formula in known for formula in valid) / 5_000 == pytest.approx(0.0026)
+
+
+def test_default_split_is_the_stream_uncut_and_disjoint() -> None:
+    train, valid = FormulaTask().split()
+    assert (train.source.shape, train.target.shape) == ((10_000, 11), (10_000, 7))
+    assert texts(train) == stream(123_456, 10_000)
+    known = set(texts(train))
+    assert len(valid) == 5_000
+    assert not known & set(texts(valid))
+    assert texts(valid) == [formula for formula in stream(123_457, 5_100) if formula not in known][:5_000]
+
+
+def test_every_sequence_ends_and_then_is_padding() -> None:
+    for ids in (part for examples in FormulaTask().split() for part in (examples.source, examples.target)):
+        ends = ids == FORMULA.eos_id
+        assert (ends.sum(dim=1) == 1).all()
+        after = ends.cumsum(dim=1) - ends.long() > 0
+        assert ((ids == FORMULA.pad_id) == after).all()
+
+
+def test_leaky_truncated_split_has_the_seed_flaws() -> None:
+    train, valid = FormulaTask(truncate=True, leaky_split=True).split()
+    assert (train.source.shape[1], train.target.shape[1]) == (9, 6)
+    assert 1 - (train.target == FORMULA.eos_id).any(dim=1).double().mean().item() == pytest.approx(0.1291)
+    assert texts(FormulaTask(leaky_split=True).split()[1]) == stream(123_457, 5_000)
+
+
+@pytest.mark.parametrize(("task", "match"), [
+    (FormulaTask(complexity=1), "cannot be held out"),
+    (FormulaTask(complexity=0, train_size=1, valid_size=12), "12 formulas, 1 of them in training: 12 cannot"),
+])
+def test_too_large_split_is_refused(task: FormulaTask, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        task.split()
+
+
+def test_smallest_split_that_is_possible() -> None:
+    train, valid = FormulaTask(complexity=0, train_size=1, valid_size=11).split()
+    assert len(valid) == 11
+    assert not set(rows(train.source)) & set(rows(valid.source))
+
+
+@pytest.mark.parametrize("complexity", [0, 1, 2, 5, 8])
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+def test_tensors_agree_with_text(complexity: int, signed: bool) -> None:
+    generator = torch.Generator().manual_seed(complexity)
+    examples = generate_formulas(307, generator, complexity, signed)
+    task = FormulaTask(complexity, signed)
+    assert (examples.source.shape[1], examples.target.shape[1]) == (task.source_length, task.target_length)
+    limit = 10**complexity
+    for question, answer in texts(examples):
+        split = max(question.rfind("+"), question.rfind("-"))
+        a, b = int(question[:split]), int(question[split + 1:])
+        assert answer == str(a + b if question[split] == "+" else a - b)
+        assert question == f"{a}{question[split]}{b}"
+        assert (-limit if signed else 0) <= a <= limit and 0 <= b <= limit
+
+
+def test_longest_formula_is_not_cut() -> None:
+    examples = encode_formulas(torch.tensor([-1000]), torch.tensor([1000]), torch.tensor([False]))
+    assert texts(examples) == [("-1000-1000", "-2000")]
+    assert FORMULA.eos_id in examples.source[0] and FORMULA.eos_id in examples.target[0]
+
+
+def test_generated_sides_never_meet_and_have_their_share() -> None:
+    def draw(held_out: bool | None, seed: int) -> list[tuple[int, ...]]:
+        return rows(generate_formulas(4_001, torch.Generator().manual_seed(seed), 1, True, held_out, 0.3).source)
+
+    train, held_out = set(draw(False, 0)), set(draw(True, 1))
+    assert not train & held_out
+    assert train | held_out == set(draw(None, 2) + draw(None, 3)) and len(train | held_out) == 21 * 11 * 2
+    assert len(held_out) / 462 == pytest.approx(0.3, abs=0.06)
+
+
+def test_generation_repeats_with_its_seed_and_counts_exactly() -> None:
+    first, second = (generate_formulas(997, torch.Generator().manual_seed(5), held_out=False) for _ in range(2))
+    assert torch.equal(first.source, second.source) and len(first) == 997
+    assert len(generate_formulas(0, torch.Generator())) == 0
+
+
+@pytest.mark.parametrize(("text", "ids"), [
+    ("649+864", [8, 6, 11, 0, 10, 8, 6, 13]),
+    (" 007 - 1 ", [9, 1, 3, 13]),
+    ("-1000-1000", [1, 3, 2, 2, 2, 1, 3, 2, 2, 2, 13]),
+])
+def test_questions_that_can_be_asked(text: str, ids: list[int]) -> None:
+    assert FormulaTask().encode_question(text) == ids
+
+
+@pytest.mark.parametrize(("text", "match"), [
+    ("12+x7", "'x' at place 4"), ("12", "not of the form"), ("", "not of the form"), ("1+-2", "not of the form"),
+    ("1+1001", "1001 is longer than this run was trained for, numbers up to 1000"), ("٣+1", "not a digit"),
+    ("1+2+3", "not of the form"),
+])
+def test_questions_that_cannot_be_asked(text: str, match: str) -> None:
+    with pytest.raises(ValueError, match=match) as caught:
+        FormulaTask().encode_question(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_unsigned_run_refuses_a_negative_number() -> None:
+    with pytest.raises(ValueError, match="without negative numbers"):
+        FormulaTask(signed=False).encode_question("-3+4")
+
+
+def test_trim_cuts_only_padding() -> None:
+    examples = encode_formulas(torch.tensor([7, -52]), torch.tensor([8, 3]), torch.tensor([True, True]))
+    trimmed = examples.trim(FORMULA.pad_id)
+    assert (trimmed.source.shape, trimmed.target.shape) == ((2, 6), (2, 5))
+    assert texts(trimmed) == texts(examples) == [("7+8", "15"), ("-52+3", "-49")]
