@@ -1,0 +1,193 @@
+"""The transformer: against torch.nn.Transformer with the same weights, and the properties a right model has."""
+
+import pytest
+import torch
+from torch import nn
+
+from calcformer.model import EncoderDecoder, MultiHeadAttention
+from calcformer.model.dropout import Dropout, keep_scale
+from calcformer.model.layers import ACTIVATIONS
+from calcformer.model.positions import LearnedPositions, SinusoidPositions, sinusoid
+
+PAD = 12
+SIZES = {"width": 20, "heads": 5, "encoder_layers": 2, "decoder_layers": 3, "hidden": 23}
+
+
+@pytest.fixture(autouse=True)
+def seeded_as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels as users on a CPU have them, not in Triton's interpreter: they have tests of their own."""
+    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
+    torch.manual_seed(0)
+
+
+def make(pad_id: int | None = PAD, **settings: object) -> EncoderDecoder:
+    """A small model in evaluation mode; biases and norms are made random, since fresh ones hide mistakes."""
+    model = EncoderDecoder(13, 7, 5, pad_id=pad_id, **{**SIZES, **settings})  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def problems(rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sources of 7 and targets of 5 tokens, without padding."""
+    return torch.randint(0, PAD, (rows, 7)), torch.randint(0, PAD, (rows, 5))
+
+
+def copy_attention(ours: MultiHeadAttention, theirs: nn.MultiheadAttention) -> None:
+    parts = [ours.query, ours.key_value] if ours.cross else [ours.query_key_value]
+    theirs.in_proj_weight.copy_(torch.cat([part.weight for part in parts]))
+    theirs.in_proj_bias.copy_(torch.cat([part.bias for part in parts]))
+    theirs.out_proj.load_state_dict(ours.output.state_dict())
+
+
+@torch.no_grad()
+def torch_transformer(model: EncoderDecoder, norm: str, activation: str) -> nn.Transformer:
+    """torch.nn.Transformer with the weights of `model`."""
+    options = {"dropout": 0.0, "activation": ACTIVATIONS[activation], "batch_first": True, "norm_first": norm == "pre"}
+    width, heads, hidden = SIZES["width"], SIZES["heads"], SIZES["hidden"]
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(width, heads, hidden, **options),  # type: ignore
+                                    SIZES["encoder_layers"], nn.LayerNorm(width), enable_nested_tensor=False)
+    theirs = nn.Transformer(width, heads, num_decoder_layers=SIZES["decoder_layers"], dim_feedforward=hidden,
+                            custom_encoder=encoder, **options)  # type: ignore[arg-type]
+    for side in "encoder", "decoder":
+        for ours, layer in zip(getattr(model, side), getattr(theirs, side).layers):
+            copy_attention(ours.attention, layer.self_attn)
+            pairs = [(ours.attention_norm, layer.norm1), (ours.feed_forward.expand, layer.linear1),
+                     (ours.feed_forward.contract, layer.linear2)]
+            if side == "decoder":
+                copy_attention(ours.cross_attention, layer.multihead_attn)
+                pairs += [(ours.cross_attention_norm, layer.norm2), (ours.feed_forward_norm, layer.norm3)]
+            else:
+                pairs += [(ours.feed_forward_norm, layer.norm2)]
+            for source, copy in pairs:
+                copy.load_state_dict(source.state_dict())
+        getattr(theirs, side).norm.load_state_dict(getattr(model, f"{side}_norm").state_dict())
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@torch.no_grad()
+def test_equals_torch_transformer_with_the_same_weights(norm: str, activation: str) -> None:
+    model = make(norm=norm, activation=activation)
+    theirs = torch_transformer(model, norm, activation)
+    source, target = problems()
+    source[1, 4:] = PAD
+    source[2, 6:] = PAD
+    mask = source == PAD
+    embedded = [model.source_embedding(source) + sinusoid(7, 20), model.target_embedding(target) + sinusoid(5, 20)]
+    causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    expected = theirs(*embedded, tgt_mask=causal, src_key_padding_mask=mask, memory_key_padding_mask=mask)
+    torch.testing.assert_close(model(source, target), model.prediction(expected))
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@torch.no_grad()
+def test_extra_padding_changes_nothing(norm: str) -> None:
+    model = make(norm=norm)
+    source, target = problems()
+    longer_source = torch.cat((source, torch.full((3, 4), PAD)), dim=1)
+    longer_target = torch.cat((target, torch.full((3, 2), PAD)), dim=1)
+    torch.testing.assert_close(model(longer_source, longer_target)[:, :5], model(source, target))
+    blind = make(pad_id=None, norm=norm)  # a model without the mask must fail this, or the test shows nothing
+    assert (blind(longer_source, longer_target)[:, :5] - blind(source, target)).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_later_target_tokens_do_not_change_earlier_outputs() -> None:
+    model = make()
+    source, target = problems()
+    changed = target.clone()
+    changed[:, 3] = (changed[:, 3] + 1) % PAD
+    before, after = model(source, target), model(source, changed)
+    torch.testing.assert_close(after[:, :3], before[:, :3], rtol=0, atol=1e-6)
+    assert (after[:, 3:] - before[:, 3:]).abs().amax(dim=(0, 2)).min() > 1e-3
+
+
+@pytest.mark.parametrize("positions", ["none", "sinusoid", "learned"])
+@torch.no_grad()
+def test_order_of_the_source_counts_only_with_positions(positions: str) -> None:
+    model = make(positions=positions)
+    source, target = problems()
+    for order in torch.arange(7).flip(0), torch.randperm(7):
+        difference = (model(source[:, order], target) - model(source, target)).abs().max()
+        assert difference < 1e-5 if positions == "none" else difference > 1e-3
+
+
+@pytest.mark.parametrize(("embeddings", "matrices"), [("separate", 3), ("shared", 2), ("tied", 1)])
+def test_embeddings_are_shared_as_asked(embeddings: str, matrices: int) -> None:
+    model = make(embeddings=embeddings)
+    named = (model.source_embedding.weight, model.target_embedding.weight, model.prediction.weight)
+    assert len({id(weight) for weight in named}) == matrices
+    assert model(*problems()).shape == (3, 5, 13)
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    model = make(positions="learned", dropout=0.05).train()
+    logits = model(*problems())
+    logits.backward(torch.randn_like(logits))
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_initial_weights_have_the_spread_of_torch() -> None:
+    attention, cross = MultiHeadAttention(64, 4), MultiHeadAttention(64, 4, cross=True)
+    theirs = nn.MultiheadAttention(64, 4)
+    for weight in attention.query_key_value.weight, cross.query.weight, cross.key_value.weight:
+        assert weight.std().item() == pytest.approx(theirs.in_proj_weight.std().item(), rel=0.05)
+    assert attention.query_key_value.bias.abs().max() == 0
+
+
+def test_wrong_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="width 20 and 3 heads"):
+        make(heads=3)
+    with pytest.raises(ValueError, match="needs the memory"):
+        MultiHeadAttention(8, 2, cross=True)(torch.zeros(1, 3, 8))
+    with pytest.raises(ValueError, match="reach 5 tokens, got a sequence of 6"):
+        LearnedPositions(5, 8)(torch.zeros(1, 6, 8))
+    with pytest.raises(ValueError, match="got 'sine'"):
+        make(positions="sine")
+
+
+def test_sinusoid_by_hand() -> None:
+    table = sinusoid(3, 4)
+    expected = [[0.0, 1.0, 0.0, 1.0], [0.841471, 0.540302, 0.01, 0.99995], [0.909297, -0.416147, 0.019999, 0.9998]]
+    torch.testing.assert_close(table, torch.tensor(expected), rtol=0, atol=1e-6)
+    assert sinusoid(4, 7).shape == (4, 7)
+
+
+def test_positions_start_where_told_and_grow() -> None:
+    positions = SinusoidPositions(3, 8)
+    x = torch.zeros(1, 4, 8)
+    torch.testing.assert_close(positions(x, start=5)[0], sinusoid(9, 8)[5:])
+
+
+@pytest.mark.parametrize("p", [0.01, 0.1])
+def test_sparse_dropout_drops_each_element_with_its_probability(p: float) -> None:
+    count, rounds = 199, 20_000
+    dropped = torch.stack([keep_scale(count, p) for _ in range(rounds)])
+    assert set(dropped.unique().tolist()) == {0.0, torch.tensor(1 / (1 - p)).item()}
+    dropped = (dropped == 0).double()
+    deviation = (p * (1 - p) / rounds) ** 0.5
+    assert (dropped.mean(dim=0) - p).abs().max() < 5 * deviation  # at every place, the first and the last too
+    both = (dropped[:, 1:] * dropped[:, :-1]).mean().item()  # neighbours are independent
+    assert both == pytest.approx(p * p, rel=0.25)
+
+
+def test_dropout_keeps_the_mean_and_is_off_in_evaluation() -> None:
+    x = torch.ones(101, 997, requires_grad=True)
+    for p in 0.03, 0.4:
+        layer = Dropout(p)
+        assert layer(x).mean().item() == pytest.approx(1, abs=0.02)
+        assert (layer(x) == 0).double().mean().item() == pytest.approx(p, rel=0.05)
+        assert layer.eval()(x) is x
+    out = Dropout(0.03)(x)
+    assert torch.equal(torch.autograd.grad(out, x, torch.ones_like(x))[0], out)
+
+
+def test_dropout_repeats_with_its_seed() -> None:
+    torch.manual_seed(3)
+    first = keep_scale(997, 0.1)
+    torch.manual_seed(3)
+    assert torch.equal(keep_scale(997, 0.1), first)
