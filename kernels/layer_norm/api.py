@@ -52,7 +52,8 @@ def layer_norm(
     Source: Ba, Kiros and Hinton 2016, "Layer Normalization", section 3, equation 4.
     """
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    autocast = torch.is_autocast_enabled(input.device.type)
+    device = input.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     _check(input, shape, weight, bias, eps, autocast)
     if _on_triton(backend, input.device, input.dtype):
         dtype = torch.float32 if autocast and input.is_cuda else None

@@ -6,13 +6,12 @@ With xhat = (x - mean) * rstd, dy the gradient of the output and g = dy * weight
     dweight = sum over rows of dy * xhat
     dbias   = sum over rows of dy
 
-Source: derivative of Ba, Kiros and Hinton 2016, equation 4; Xu et al. 2019, "Understanding and Improving Layer
-Normalization", appendix, has it worked out.
+Source: the derivative of Ba, Kiros and Hinton 2016, "Layer Normalization", section 3, equation 4.
 
 Fused: xhat is recomputed from the input, and all three gradients come out of one pass in which a fixed number of
 programs walk the rows, each summing dweight and dbias in float32 registers. The sums of the programs, (programs, N)
 each, are then added in a fixed order by a second small kernel, so that the result repeats bit for bit. With e bytes an
-element that is 3 * M * N * e + 16 * programs * N bytes and about 14 * M * N flops. Rows too long for the registers
+element that is 3 * M * N * e + 16 * programs * N bytes and about 13 * M * N flops. Rows too long for the registers
 take two passes, dx by rows and the sums by columns: 5 * M * N * e bytes, when the second reading of a row comes from
 the cache.
 """
@@ -21,6 +20,7 @@ the cache.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 
 from kernels.launch import launch_on
+from kernels.layer_norm.forward import MAX_ALIGN
 
 TILE_ELEMENTS = 1024  # of each input a program of 4 warps holds: 8 a thread, 4 arrays of which stay in registers
 WHOLE_ROW = 8192  # longest row whose sums stay in registers beside it
@@ -52,14 +53,14 @@ def backward_tile(n_cols: int, element_size: int) -> Tile:
     """Tile of the kernels that walk rows; like the forward tile it depends on the row alone.
 
     With 16 warps on a multiprocessor the loads of one stage are 16 KiB of two-byte or 32 KiB of four-byte elements.
-    About 26 KiB must be under way to reach 4.3 TB/s over 132 multiprocessors at a latency near 800 ns, so the former
-    prefetch two tiles and the latter one.
+    To reach 4.3 TB/s over 132 multiprocessors at a latency of 800 ns, an estimate, 26 KB must be under way on each, so
+    the former prefetch two tiles and the latter one.
 
     Args:
         n_cols: N.
         element_size: bytes of an input element.
     """
-    if n_cols > WHOLE_ROW:
+    if n_cols > (WHOLE_ROW // 2 if n_cols % 2 else WHOLE_ROW):  # odd rows load one by one: addresses take registers
         return Tile(1, CHUNK, 8, 1, chunked=True)
     block_n = triton.next_power_of_2(n_cols)
     num_stages = 3 if element_size == 2 else 2
@@ -89,6 +90,7 @@ def backward_rows_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """Gradients of every n-th tile of ROWS whole rows, n being the number of programs.
 
@@ -97,7 +99,11 @@ def backward_rows_kernel(
     mean_ptr, rstd_ptr: (n_rows,) float32, from the forward kernel.
     grad_input_ptr: (n_rows, n_cols), contiguous, or None: not needed.
     partial_weight_ptr, partial_bias_ptr: (programs, n_cols) float32, or None: not needed.
+    ALIGN: divides n_cols and the strides; lets the compiler load that many elements at once.
     """
+    n_cols = n_cols // ALIGN * ALIGN
+    stride_grad = stride_grad // ALIGN * ALIGN
+    stride_input = stride_input // ALIGN * ALIGN
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK_N)
     mask_cols = cols < n_cols
@@ -148,8 +154,12 @@ def backward_chunks_kernel(
     stride_grad,
     stride_input,
     BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """Gradient of one row of the input in chunks of BLOCK_N columns: both means, then dx; arguments as above."""
+    n_cols = n_cols // ALIGN * ALIGN
+    stride_grad = stride_grad // ALIGN * ALIGN
+    stride_input = stride_input // ALIGN * ALIGN
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK_N)
     mean = tl.load(mean_ptr + row)
@@ -195,11 +205,15 @@ def backward_columns_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """Sums of dweight and dbias over every `n_groups`-th tile of ROWS rows, for BLOCK_N columns; arguments as above.
 
     partial_weight_ptr, partial_bias_ptr: (n_groups, n_cols) float32, or None: not needed.
     """
+    n_cols = n_cols // ALIGN * ALIGN
+    stride_grad = stride_grad // ALIGN * ALIGN
+    stride_input = stride_input // ALIGN * ALIGN
     group = tl.program_id(0) % n_groups
     cols = (tl.program_id(0) // n_groups).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_cols = cols < n_cols
@@ -285,6 +299,7 @@ def launch_backward(
     """
     n_rows, n_cols = rows.shape
     tile = backward_tile(n_cols, rows.element_size())
+    align = math.gcd(n_cols, grad_rows.stride(0), rows.stride(0), MAX_ALIGN)
     needs_sums = grad_weight is not None or grad_bias is not None
     column_rows, column_block, column_stages = COLUMNS
     if tile.chunked:
@@ -303,20 +318,21 @@ def launch_backward(
             backward_rows_kernel[(programs,)](  # programs walk the row tiles in turn
                 grad_rows, rows, weight, mean, rstd, grad_input, partial_weight, partial_bias,
                 n_rows=n_rows, n_cols=n_cols, stride_grad=grad_rows.stride(0), stride_input=rows.stride(0),
-                ROWS=tile.rows, BLOCK_N=tile.block_n, NUM_STAGES=tile.num_stages, num_warps=tile.num_warps,
+                ROWS=tile.rows, BLOCK_N=tile.block_n, NUM_STAGES=tile.num_stages, ALIGN=align,
+                num_warps=tile.num_warps,
             )
         elif grad_input is not None:
             backward_chunks_kernel[(n_rows,)](  # one program a row
                 grad_rows, rows, weight, mean, rstd, grad_input,
                 n_cols=n_cols, stride_grad=grad_rows.stride(0), stride_input=rows.stride(0),
-                BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+                BLOCK_N=tile.block_n, ALIGN=align, num_warps=tile.num_warps,
             )
         if tile.chunked and needs_sums:
             backward_columns_kernel[(n_column_blocks * programs,)](  # programs share the rows of each column block
                 grad_rows, rows, mean, rstd, partial_weight, partial_bias,
                 n_rows=n_rows, n_cols=n_cols, stride_grad=grad_rows.stride(0), stride_input=rows.stride(0),
                 n_groups=programs, ROWS=column_rows, BLOCK_N=column_block, NUM_STAGES=column_stages,
-                num_warps=num_warps,
+                ALIGN=align, num_warps=num_warps,
             )
         if needs_sums:
             reduce_rows, reduce_block = REDUCE
