@@ -1,0 +1,324 @@
+"""Settings, metrics, the run folder and the training loop."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from calcformer.build import build_model, build_task
+from calcformer.config import PRESETS, DataConfig, RunConfig, TrainingConfig
+from calcformer.plots import save_curve
+from calcformer.training import RunError, checkpoint, evaluate, exact_match, load_run, loop, resume, train
+from calcformer.training.metrics import Totals, token_loss
+from calcformer.training.run_log import RunLog
+
+SMALL = {"complexity": 1, "train_size": 61, "valid_size": 29, "width": 12, "heads": 3, "hidden": 11, "dropout": 0.05,
+         "encoder_layers": 1, "decoder_layers": 1, "batch_size": 17, "epochs": 4, "device": "cpu"}
+TIMES = ("seconds", "examples_per_second")
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels as users on a CPU have them, not in Triton's interpreter: they have tests of their own."""
+    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
+
+
+def small(preset: str = "formula", **changes: Any) -> RunConfig:
+    settings = {**SMALL, **changes}
+    if preset == "expression":
+        del settings["complexity"]
+    return PRESETS[preset].with_settings(settings)
+
+
+def log_without_times(folder: Path) -> list[dict[str, Any]]:
+    entries = RunLog(folder / "metrics.jsonl").read()
+    return [{name: value for name, value in entry.items() if name not in TIMES} for entry in entries]
+
+
+# Settings
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_config_survives_json(preset: str) -> None:
+    config = small(preset, learning_rate=1, leaky_split=True)
+    assert RunConfig.from_json(config.to_json()) == config
+    assert config.preset == preset and config.training.learning_rate == 1.0
+
+
+@pytest.mark.parametrize(("changes", "match"), [
+    ({"heads": 5}, "width 12 and 5 heads"), ({"epochs": 0}, "epochs must be 1 or more, got 0"),
+    ({"dropout": 1.0}, "dropout must be 0 to 0.99, got 1.0"), ({"dropout": math.nan}, "dropout must be"),
+    ({"norm": "mid"}, "norm must be one of post, pre, got 'mid'"), ({"epochs": 2.5}, "epochs must be of type int"),
+    ({"signed": 1}, "signed must be of type bool"), ({"task": "expression"}, "complexity is a setting of formulas"),
+    ({"learning_rat": 1.0}, "no setting 'learning_rat'"),
+])
+def test_wrong_settings_are_refused_in_one_line(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match) as caught:
+        small(**changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "match"), [
+    ("{", "not JSON"), ("[]", "not of format 1"), ('{"format": 2}', "not of format 1"),
+    ('{"format": 1}', "section 'data' is from another version"),
+])
+def test_other_json_is_refused(text: str, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        RunConfig.from_json(text)
+
+
+def test_config_of_another_version_names_the_field() -> None:
+    content = json.loads(small().to_json())
+    content["model"]["rope"] = True
+    with pytest.raises(ValueError, match="section 'model' is from another version.*rope"):
+        RunConfig.from_json(json.dumps(content))
+
+
+def test_presets_are_the_seeds() -> None:
+    formula, expression = PRESETS["formula"], PRESETS["expression"]
+    model = formula.model
+    assert (model.encoder_layers, model.decoder_layers, model.width, model.heads, model.hidden) == (2, 2, 64, 4, 64)
+    assert (formula.data.train_size, formula.training.epochs, formula.training.batch_size) == (10_000, 100, 125)
+    assert (formula.model.dropout, formula.training.learning_rate) == (0.01, 1e-3)
+    assert expression.data == DataConfig("expression", train_size=4_602, valid_size=15_000, data_seed=0)
+
+
+# Metrics
+
+
+@pytest.mark.parametrize("pad_id", [None, 3])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_loss_is_the_formula(pad_id: int | None, smoothing: float) -> None:
+    logits, labels = torch.randn(3, 5, 7, dtype=torch.float64), torch.randint(0, 7, (3, 5))
+    labels[0, 3:] = 3
+    expected, count = 0.0, 0
+    for scores, label in zip(logits.flatten(0, 1).tolist(), labels.flatten().tolist()):
+        if label == pad_id:
+            continue
+        total = math.log(sum(math.exp(score) for score in scores))
+        losses = [total - score for score in scores]
+        expected += (1 - smoothing) * losses[label] + smoothing * sum(losses) / 7
+        count += 1
+    assert token_loss(logits, labels, pad_id, smoothing).item() == pytest.approx(expected / count)
+
+
+def test_totals_weigh_batches_by_their_tokens() -> None:
+    totals = Totals(pad_id=0)
+    right, wrong = torch.eye(4)[None], torch.eye(4).flip(1)[None]
+    totals.add(torch.tensor(2.0), right, torch.tensor([[0, 1, 2, 0]]))  # two tokens, both right
+    totals.add(torch.tensor(5.0), wrong, torch.tensor([[1, 0, 0, 0]]))  # one token, wrong
+    assert totals.result() == pytest.approx((3.0, 2 / 3))
+
+
+def test_evaluation_does_not_depend_on_the_batch_size_and_restores_training() -> None:
+    torch.manual_seed(0)
+    config = small()
+    task = build_task(config.data)
+    model = build_model(config.model, task).train()
+    _, valid = task.split()
+    whole, parts = (evaluate(model, valid, task.vocabulary.pad_id, size) for size in (29, 7))
+    assert dataclasses.astuple(parts) == pytest.approx(dataclasses.astuple(whole))
+    assert exact_match(model, valid, task, 7) == exact_match(model, valid, task, 29)
+    assert whole.n == 29 and model.training
+
+
+# Optimiser
+
+
+def test_schedules() -> None:
+    config = TrainingConfig(learning_rate=2.0, warmup_steps=4, schedule="cosine")
+    rates = [loop.learning_rate(step, 12, config) for step in range(12)]
+    assert rates[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
+    assert rates[8] == pytest.approx(1.0) and rates[11] == pytest.approx(1 + math.cos(math.pi * 7 / 8))
+    constant = TrainingConfig(learning_rate=2.0)
+    assert {loop.learning_rate(step, 12, constant) for step in range(12)} == {2.0}
+
+
+def test_weight_decay_spares_vectors() -> None:
+    config = small(weight_decay=0.5)
+    model = build_model(config.model, build_task(config.data))
+    optimizer = loop.build_optimizer(model, config.training)
+    decayed, spared = optimizer.param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.5, 0.0)
+    assert {parameter.dim() for parameter in decayed["params"]} == {2}
+    assert {parameter.dim() for parameter in spared["params"]} == {1}
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
+
+
+# Runs
+
+
+def test_learns_four_problems_by_heart(tmp_path: Path) -> None:
+    config = small(train_size=4, batch_size=4, epochs=200, valid_every=200, width=32, heads=4, hidden=32, dropout=0.0,
+                   learning_rate=3e-3)
+    last = train(config, tmp_path / "run", bar=False)
+    assert last["token_accuracy"] == 1.0 and last["loss"] < 0.05
+    _, task, model, epoch = load_run(tmp_path / "run")
+    assert epoch == 200 and exact_match(model, task.split()[0], task) == 1.0
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_run_folder_is_complete_and_can_be_loaded(preset: str, tmp_path: Path) -> None:
+    config = small(preset, valid_every=3, exact_match_every=2)
+    last = train(config, tmp_path / "run", bar=False)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names >= {"config.json", "metrics.jsonl", "model.safetensors", "resume.safetensors"}
+    entries = log_without_times(tmp_path / "run")
+    assert [entry["epoch"] for entry in entries] == [1, 2, 3, 4]
+    assert ["valid_loss" in entry for entry in entries] == [False, False, True, True]
+    assert ["exact_match" in entry for entry in entries] == [False, True, False, True]
+    loaded, task, model, _ = load_run(tmp_path / "run")
+    assert loaded == config and not model.training
+    score = evaluate(model, task.split()[1], task.vocabulary.pad_id)
+    assert (score.loss, score.token_accuracy) == pytest.approx((last["valid_loss"], last["valid_token_accuracy"]))
+
+
+@pytest.mark.parametrize("moment", ["in the third epoch", "before the third epoch is saved", "before the first epoch"])
+def test_killed_run_continues_to_the_same_numbers(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small(schedule="cosine", warmup_steps=3, weight_decay=0.1, clip_norm=1.0, label_smoothing=0.1)
+    train(config, tmp_path / "whole", bar=False)
+    steps = 0
+
+    def step(trainer: loop.Trainer, *args: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == (10 if moment == "in the third epoch" else 1):
+            raise KeyboardInterrupt
+        whole_step(trainer, *args)
+
+    def save(folder: Path, model: Any, optimizer: Any, epoch: int) -> None:
+        if epoch == 3:
+            raise KeyboardInterrupt
+        whole_save(folder, model, optimizer, epoch)
+
+    whole_step, whole_save = loop.Trainer.step, loop.save_checkpoint
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if moment.endswith("saved"):
+            patch.setattr(loop, "save_checkpoint", save)
+        else:
+            patch.setattr(loop.Trainer, "step", step)
+        train(config, tmp_path / "killed", bar=False)
+    finished = 0 if moment == "before the first epoch" else 2
+    assert checkpoint.finished_epochs(tmp_path / "killed") == finished
+    resume(tmp_path / "killed", bar=False)
+    assert log_without_times(tmp_path / "killed") == log_without_times(tmp_path / "whole")
+    for name in "model.safetensors", "resume.safetensors":
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_finished_run_resumes_to_itself(tmp_path: Path) -> None:
+    last = train(small(epochs=1), tmp_path / "run", bar=False)
+    assert resume(tmp_path / "run", bar=False) == last
+
+
+def test_training_leaves_the_generator_and_threads_alone(tmp_path: Path) -> None:
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    train(small(epochs=1, threads=threads + 1), tmp_path / "run", bar=False)
+    assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
+
+
+def test_seed_decides(tmp_path: Path) -> None:
+    losses = [train(small(epochs=1, seed=seed), tmp_path / name, bar=False)["loss"]
+              for name, seed in (("a", 1), ("b", 1), ("c", 2))]
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize(("changes", "match"), [
+    ({"train_size": 10_000, "valid_size": 100}, "cannot be held out"), ({"device": "cuda:99"}, "is not here"),
+    ({"device": "tpu9"}, "device must be auto"),
+])
+def test_nothing_is_written_for_a_run_that_cannot_start(changes: dict[str, Any], match: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=match):
+        train(small(**changes), tmp_path / "run", bar=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_in_use_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(ValueError, match="already exists"):
+        train(small(), tmp_path, bar=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+# Files
+
+
+def test_atomic_write_keeps_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    checkpoint.write_atomically(path, b"old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kernels.backend.INTERPRETED", False)
+        folder = tmp_path_factory.mktemp("trained") / "run"
+        train(small(epochs=1), folder, bar=False)
+    return folder
+
+
+def copy(folder: Path, to: Path) -> Path:
+    to.mkdir()
+    for path in folder.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
+@pytest.mark.parametrize(("name", "content", "match"), [
+    ("model.safetensors", None, "model.safetensors is missing"),
+    ("model.safetensors", b"", "is damaged"),
+    ("model.safetensors", 5_000, "is damaged"),
+    ("config.json", b"{}", "not of format 1"),
+    ("config.json", b"\xff\xfe", "config.json cannot be used"),
+    ("config.json", None, "has no config.json"),
+], ids=["no weights", "empty weights", "cut weights", "old config", "binary config", "no config"])
+def test_damaged_runs_are_refused_in_one_line(name: str, content: Any, match: str, trained: Path, tmp_path: Path
+                                              ) -> None:
+    path = copy(trained, tmp_path / "run") / name
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:content] if isinstance(content, int) else content)
+    with pytest.raises(RunError, match=match) as caught:
+        load_run(tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_model_are_refused(trained: Path, tmp_path: Path) -> None:
+    run = copy(trained, tmp_path / "run")
+    (run / "config.json").write_text(small(epochs=1, hidden=13).to_json())
+    with pytest.raises(RunError, match="does not fit the model of its config.json.*feed_forward"):
+        load_run(run)
+
+
+def test_run_log_drops_an_unfinished_line(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "metrics.jsonl")
+    assert log.read() == []
+    for epoch in 1, 2, 3:
+        log.append({"epoch": epoch})
+    with log.path.open("a") as file:
+        file.write('{"epoch": 4, "lo')
+    assert [entry["epoch"] for entry in log.read()] == [1, 2, 3]
+    log.rewind(2)
+    log.append({"epoch": 3, "again": True})
+    assert log.read() == [{"epoch": 1}, {"epoch": 2}, {"epoch": 3, "again": True}]
+
+
+def test_curve_is_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    entries = [{"epoch": 1, "loss": 2.0, "token_accuracy": 0.3},
+               {"epoch": 2, "loss": 1.0, "token_accuracy": 0.6, "valid_loss": 1.5, "exact_match": 0.1}]
+    assert save_curve(entries, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
