@@ -21,11 +21,12 @@ import triton
 import triton.language as tl
 
 from kernels.attention.tiles import block_of, choose_tile
+from kernels.backend import INTERPRETED
 from kernels.launch import capability, launch_on
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 NO_MASK, BOOL_MASK, FLOAT_MASK = (tl.constexpr(i) for i in range(3))
-FLOAT32_MIN = tl.constexpr(torch.finfo(torch.float32).min)
+LEAST_BIAS = tl.constexpr(torch.finfo(torch.float32).min * 0.69)  # times log2(e) it is still finite
 
 
 @triton.jit
@@ -61,6 +62,15 @@ def store_rows(
 
 
 @triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b (acc None: a b), accumulated in float32. PRECISION: as `dot_precision` says."""
+    if PRECISION == "widen":
+        a, b = a.to(tl.float32), b.to(tl.float32)
+        return tl.dot(a, b, acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def zero_nonfinite(x):
     """x with NaN and Inf replaced by zero, so that a product with a weight of zero is zero."""
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
@@ -91,7 +101,7 @@ def restrict(
             bias = entry.to(tl.float32)
             allowed = allowed & (bias != float("-inf"))
             # finfo.min times log2(e) would overflow to -inf, which says "never"; torch means "least of all".
-            scores += tl.maximum(bias * LOG2_E, FLOAT32_MIN)
+            scores += tl.maximum(bias, LEAST_BIAS) * LOG2_E
     return tl.where(allowed, scores, float("-inf"))
 
 
@@ -172,7 +182,7 @@ def forward_kernel(
         for start_k in range(open_end if CHECKED else 0, end if CHECKED else open_end, BLOCK_K):
             k = load_rows(k_ptr, start_k, S, stride_ks, stride_ke, BLOCK_K, E, BLOCK_E, WIDE)
             v = load_rows(v_ptr, start_k, S, stride_vs, stride_ve, BLOCK_K, EV, BLOCK_EV, WIDE)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            scores = dot(q, tl.trans(k), None, PRECISION) * scale
             if CHECKED:
                 scores = restrict(
                     scores, start_q, start_k, di, dj, L, S, mask_ptr, stride_ml, stride_ms, IS_CAUSAL, MASK, WIDE
@@ -190,7 +200,7 @@ def forward_kernel(
                 finite = tl.min((tl.abs(v) < float("inf")).to(tl.int32), 1)
                 weights = tl.where((scores != float("-inf")) & (finite == 0)[None, :], float("nan"), weights)
                 v = zero_nonfinite(v)
-            acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+            acc = dot(weights.to(v.dtype), v, acc * shrink[:, None], PRECISION)
 
     acc /= tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]  # zero: no key allowed
     if HAS_DROPOUT:
@@ -237,7 +247,12 @@ def is_wide(*strides: int) -> bool:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """`input_precision` of tl.dot: float32 products follow torch.get_float32_matmul_precision()."""
+    """`input_precision` of tl.dot: float32 products follow torch.get_float32_matmul_precision().
+
+    "widen": to float32 first, since Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
+    """
+    if INTERPRETED and dtype == torch.bfloat16:
+        return "widen"
     return "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 

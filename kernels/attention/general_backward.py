@@ -20,6 +20,7 @@ import triton.language as tl
 from kernels.attention.general import (
     LOG2_E,
     NO_MASK,
+    dot,
     dot_precision,
     is_wide,
     keep_scale,
@@ -117,13 +118,13 @@ def query_kernel(
         for start_k in range(open_end if CHECKED else 0, end if CHECKED else open_end, BLOCK_K):
             k = load_rows(k_ptr, start_k, S, stride_ks, stride_ke, BLOCK_K, E, BLOCK_E, WIDE)
             v = load_rows(v_ptr, start_k, S, stride_vs, stride_ve, BLOCK_K, EV, BLOCK_EV, WIDE)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            scores = dot(q, tl.trans(k), None, PRECISION) * scale
             if CHECKED:
                 scores = restrict(
                     scores, start_q, start_k, di, dj, L, S, mask_ptr, stride_ml, stride_ms, IS_CAUSAL, MASK, WIDE
                 )
             weights = tl.exp2(scores - pivot[:, None]) * inverse_sum[:, None]
-            dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+            dp = dot(grad, tl.trans(v), None, PRECISION)
             if HAS_DROPOUT:
                 dp = tl.where(kept(seed, start_q + di, start_k + dj, head, dropout_p), dp * keep_scale, 0.0)
             ds = weights * (dp - delta[:, None])
@@ -131,7 +132,7 @@ def query_kernel(
                 ds = tl.where(scores == float("-inf"), 0.0, ds)  # dp is NaN where a forbidden value is
             if CHECKED and (IS_CAUSAL or MASK != NO_MASK):
                 k = zero_nonfinite(k)  # as is a forbidden key; an allowed one has made ds NaN already
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            dq = dot(ds.to(k.dtype), k, dq, PRECISION)
 
     store_rows(
         dq_ptr + b * stride_dqb + h * stride_dqh, dq * dq_scale, start_q, L, stride_dql, stride_dqe, BLOCK_Q, E, BLOCK_E
@@ -198,24 +199,24 @@ def key_value_kernel(
                 pivot, inverse_sum, delta = load_statistics(
                     row_max_ptr + stats, row_sum_ptr + stats, delta_ptr + stats, offs_q, L
                 )
-                scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+                scores = dot(k, tl.trans(q), None, PRECISION) * scale
                 if CHECKED:
                     scores = restrict(
                         scores, start_q, start_k, di, dj, L, S, mask_head, stride_ml, stride_ms, IS_CAUSAL, MASK, WIDE
                     )
                 weights = tl.exp2(scores - pivot[None, :]) * inverse_sum[None, :]
-                dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+                dp = dot(v, tl.trans(grad), None, PRECISION)
                 if HAS_DROPOUT:
                     keep = kept(seed, start_q + di, start_k + dj, head.to(tl.int32), dropout_p)
                     dp = tl.where(keep, dp * keep_scale, 0.0)
                     dropped = tl.where(keep, weights, 0.0)
                 else:
                     dropped = weights
-                dv = tl.dot(dropped.to(grad.dtype), grad, dv, input_precision=PRECISION)
+                dv = dot(dropped.to(grad.dtype), grad, dv, PRECISION)
                 ds = weights * (dp - delta[None, :])
                 if CHECKED:
                     ds = tl.where(scores == float("-inf"), 0.0, ds)
-                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+                dk = dot(ds.to(q.dtype), q, dk, PRECISION)
 
     dk *= dk_scale
     if HAS_DROPOUT:

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.general import FLOAT_MASK, kept, load_rows, load_statistics, restrict
+from kernels.attention.general import FLOAT_MASK, dot, kept, load_rows, load_statistics, restrict
 from kernels.attention.tiles import Tile
 
 
@@ -92,12 +92,12 @@ def mask_kernel(
                     BLOCK_EV,
                     WIDE,
                 )
-                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+                scores = dot(q, tl.trans(k), None, PRECISION) * scale
                 scores = restrict(
                     scores, start_q, start_k, di, dj, L, S, mask_head, stride_ml, stride_ms, IS_CAUSAL, FLOAT_MASK, WIDE
                 )
                 weights = tl.exp2(scores - pivot[:, None]) * inverse_sum[:, None]
-                dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+                dp = dot(grad, tl.trans(v), None, PRECISION)
                 if HAS_DROPOUT:
                     dp = tl.where(
                         kept(seed, start_q + di, start_k + dj, head.to(tl.int32), dropout_p), dp * keep_scale, 0.0

@@ -54,7 +54,7 @@ _TABLES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
         256: (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
     },
     ("forward", 80): {
-        64: (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+        64: (Tile(128, 32, 8, 3), Tile(64, 64, 8, 2)),
         128: (Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
         256: (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
     },

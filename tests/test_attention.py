@@ -1,0 +1,375 @@
+"""The Triton attention kernels against the formula in float64, and PyTorch's error at the same dtype."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+
+import kernels
+from kernels.attention import tiles
+from tests.attention_problem import Problem, check, problem
+
+triton_attention = functools.partial(kernels.scaled_dot_product_attention, backend="triton")
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, device: str) -> None:
+    """In the interpreter, tiles so small that short sequences already cross several; on a GPU, the real ones."""
+    if device == "cuda" or request.node.get_closest_marker("real_tiles"):
+        return
+    tile = tiles.Tile(block_q=32, block_k=32, num_warps=4, num_stages=1)
+    for module in ("general", "general_backward"):
+        monkeypatch.setattr(f"kernels.attention.{module}.choose_tile", lambda *_: tile)
+
+
+def bool_mask(*shape: int) -> object:
+    """A mask of this shape, half of it allowed."""
+    return lambda _: torch.rand(shape) < 0.5
+
+
+def float_mask(*shape: int, dtype: torch.dtype = torch.float32) -> object:
+    """A mask of this shape, a fifth of it -inf."""
+    return lambda _: torch.randn(shape).masked_fill(torch.rand(shape) < 0.2, -math.inf).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (2, 3, 3, 37, 53, 24, 19),
+        (1, 2, 2, 67, 31, 16, 16),
+        (1, 1, 1, 1, 41, 7, 5),
+        (1, 1, 1, 43, 1, 1, 1),
+        (1, 2, 1, 32, 32, 64, 64),
+        (1, 1, 1, 33, 33, 65, 33),
+        (2, 1, 1, 31, 31, 128, 8),
+        (1, 6, 2, 47, 29, 20, 12),
+    ],
+    ids=lambda s: "B{}-H{}-Hkv{}-L{}-S{}-E{}-Ev{}".format(*s),
+)
+def test_forward_and_gradients(sizes: tuple, is_causal: bool, dtype: torch.dtype, device: str) -> None:
+    check(problem(sizes, dtype, device, is_causal=is_causal), triton_attention)
+
+
+@pytest.mark.real_tiles
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_the_tiles_of_the_launcher(is_causal: bool, dtype: torch.dtype, device: str) -> None:
+    check(problem((1, 2, 1, 131, 137, 40, 24), dtype, device, is_causal=is_causal), triton_attention)
+
+
+MASKS = [
+    (37, 41), (1, 41), (37, 1), (41,), (), (2, 37, 41), (2, 1, 41), (1, 37, 1), (2, 2, 37, 41), (2, 1, 37, 41),
+    (1, 2, 37, 41), (2, 2, 1, 41), (2, 1, 1, 41), (2, 2, 37, 1), (2, 1, 1, 1), (1, 2, 1, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["mask", "mask+causal"])
+@pytest.mark.parametrize("shape", MASKS, ids=str)
+def test_float_mask_and_its_gradient_for_every_broadcast(shape: tuple, is_causal: bool, device: str) -> None:
+    p = problem((2, 2, 1, 37, 41, 16, 16), device=device, mask=float_mask(*shape), is_causal=is_causal)
+    check(p, triton_attention)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["mask", "mask+causal"])
+@pytest.mark.parametrize("shape", MASKS, ids=str)
+def test_bool_mask_for_every_broadcast(shape: tuple, is_causal: bool, device: str) -> None:
+    p = problem((2, 2, 1, 37, 41, 16, 16), device=device, mask=bool_mask(*shape), is_causal=is_causal)
+    check(p, triton_attention)
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.float16], ids=str)
+def test_float_mask_with_float16_inputs(mask_dtype: torch.dtype, device: str) -> None:
+    p = problem((2, 2, 2, 37, 53, 16, 16), torch.float16, device, mask=float_mask(2, 1, 37, 53, dtype=mask_dtype))
+    check(p, triton_attention)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3, -1.7])
+def test_scale(scale: float, device: str) -> None:
+    check(problem((1, 2, 2, 37, 53, 16, 16), device=device, scale=scale), triton_attention)
+
+
+def test_large_logits(device: str) -> None:
+    p = problem((1, 2, 2, 37, 53, 16, 16), device=device, scale=300.0)
+    check(p, triton_attention)
+
+
+def test_a_mask_of_the_least_number_means_least_of_all_and_not_never(device: str) -> None:
+    least = torch.finfo(torch.float32).min
+    mask = torch.zeros(37, 53).masked_fill(torch.rand(37, 53) < 0.5, least)
+    mask[5] = least  # every key equally unwelcome: the mean of the values
+    p = problem((1, 2, 2, 37, 53, 16, 16), device=device, mask=lambda _: mask)
+    output = triton_attention(p.query, p.key, p.value, p.attn_mask)
+    torch.testing.assert_close(output[:, :, 5], p.value.mean(2))
+    check(p, triton_attention)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "no key at all"])
+def test_a_query_that_may_attend_to_nothing_gives_zero_and_gets_zero(kind: str, device: str) -> None:
+    mask = None
+    if kind == "no key at all":
+        p = problem((2, 2, 2, 37, 0, 16, 8), device=device)
+        rows = slice(None)
+    else:
+        rows = 3
+        mask = torch.rand(2, 1, 37, 53) < 0.5
+        mask[:, :, rows] = False
+        if kind == "float":
+            mask = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
+        p = problem((2, 2, 2, 37, 53, 16, 8), device=device, mask=lambda _: mask)
+        check(p, triton_attention)
+    query, key, value = p.inputs()[:3]
+    output = triton_attention(query, key, value, p.attn_mask)
+    grads = torch.autograd.grad(output, (query, key, value), p.grad)
+    assert torch.equal(output[:, :, rows], torch.zeros_like(output[:, :, rows]))
+    assert torch.equal(grads[0][:, :, rows], torch.zeros_like(grads[0][:, :, rows]))
+    assert all(torch.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's, at Inf times 0
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_nan_and_inf_never_leave_keys_that_are_masked_out(bad: float, backend: str, device: str) -> None:
+    attention = functools.partial(kernels.scaled_dot_product_attention, backend=backend)
+    mask = torch.rand(2, 1, 37, 53, device=device) < 0.5
+    mask[..., [0, 17, 52]] = False
+    p = problem((2, 2, 2, 37, 53, 16, 16), device=device, mask=lambda _: mask)
+    clean = p.inputs()
+    dirty = [x.detach().clone() for x in clean]
+    for x in dirty[1:]:
+        x[:, :, [0, 17, 52]] = bad
+    dirty = [x.requires_grad_() for x in dirty]
+    expected, found = (attention(*x, mask) for x in (clean, dirty))
+    assert torch.equal(found, expected)
+    grads_expected = torch.autograd.grad(expected, clean, p.grad)
+    grads_found = torch.autograd.grad(found, dirty, p.grad)
+    for a, b in zip(grads_found, grads_expected):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_nan_in_a_later_value_never_reaches_earlier_queries(backend: str, device: str) -> None:
+    p = problem((1, 2, 2, 53, 53, 16, 16), device=device, is_causal=True)
+    query, key, value = p.inputs()
+    expected = kernels.scaled_dot_product_attention(query, key, value, is_causal=True, backend=backend)
+    dirty = value.detach().clone()
+    dirty[:, :, 20] = math.nan
+    found = kernels.scaled_dot_product_attention(query, key, dirty, is_causal=True, backend=backend)
+    torch.testing.assert_close(found[:, :, :20], expected[:, :, :20])
+    assert torch.isnan(found[:, :, 20:]).all(), "a query that may see NaN must say so"
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded", "every second", "last axis strided"])
+def test_layouts_are_read_without_a_copy(layout: str, device: str) -> None:
+    def lay_out(x: torch.Tensor) -> torch.Tensor:
+        b, h, n, e = x.shape
+        if layout == "contiguous":
+            return x.contiguous()
+        if layout == "transposed":
+            return x.permute(2, 0, 3, 1).contiguous().permute(1, 3, 0, 2)
+        if layout == "expanded":
+            return x[:1, :1].expand(b, h, n, e)
+        if layout == "every second":
+            return x.repeat_interleave(2, 2)[:, :, ::2]
+        return x.mT.contiguous().mT
+
+    p = problem((2, 3, 3, 37, 53, 16, 16), device=device)
+    p = Problem(*(lay_out(x) for x in (p.query, p.key, p.value)), grad=lay_out(p.grad))
+    check(p, triton_attention)
+
+
+def test_output_and_gradients_take_the_order_of_the_inputs_in_memory(device: str) -> None:
+    p = problem((2, 3, 3, 37, 53, 16, 16), device=device)
+    inputs = p.inputs()
+    output = triton_attention(*inputs)
+    grads = torch.autograd.grad(output, inputs, p.grad)
+    for x in (output, *grads):
+        assert x.transpose(1, 2).is_contiguous(), x.stride()
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "value", "mask", "gqa"),
+    [
+        ((37, 16), (53, 16), (53, 8), (37, 53), False),
+        ((3, 37, 16), (3, 53, 16), (3, 53, 8), (3, 1, 53), False),
+        ((4, 37, 16), (2, 53, 16), (2, 53, 8), (4, 37, 53), True),
+        ((2, 3, 4, 37, 16), (2, 3, 4, 53, 16), (2, 3, 4, 53, 8), (2, 1, 1, 37, 53), False),
+        ((2, 1, 4, 37, 16), (1, 3, 4, 53, 16), (2, 3, 1, 53, 8), (37, 53), False),
+        ((2, 3, 4, 37, 16), (1, 3, 1, 53, 16), (2, 1, 1, 53, 8), None, False),
+        ((0, 3, 37, 16), (0, 3, 53, 16), (0, 3, 53, 8), None, False),
+        ((2, 3, 0, 16), (2, 3, 53, 16), (2, 3, 53, 8), None, False),
+    ],
+    ids=str,
+)
+def test_any_number_of_leading_dimensions(
+    query: tuple, key: tuple, value: tuple, mask: tuple | None, gqa: bool, device: str
+) -> None:
+    q, k, v = (torch.randn(shape, device=device, requires_grad=True) for shape in (query, key, value))
+    m = torch.rand(mask, device=device) < 0.5 if mask else None
+    ours = triton_attention(q, k, v, m, enable_gqa=gqa)
+    theirs = kernels.scaled_dot_product_attention(q, k, v, m, enable_gqa=gqa, backend="torch")
+    torch.testing.assert_close(ours, theirs)
+    grad = torch.randn_like(ours)
+    for a, b in zip(torch.autograd.grad(ours, (q, k, v), grad), torch.autograd.grad(theirs, (q, k, v), grad)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
+@pytest.mark.parametrize("p_drop", [0.1, 0.5])
+def test_dropout_is_replayed_in_the_backward(p_drop: float, masked: bool, is_causal: bool, device: str) -> None:
+    sizes = (2, 4, 2, 37, 53, 16, 16)
+    p = problem(sizes, device=device, mask=float_mask(1, 4, 37, 53) if masked else None, is_causal=is_causal)
+    p.dropout_p = p_drop
+    # Which weights are kept, read off by equal weights (zero queries) over the unit vectors.
+    zeros = torch.zeros_like(p.query)
+    unit = torch.eye(53, device=device).expand(2, 2, 53, 53)
+    torch.manual_seed(5)
+    p.kept = triton_attention(zeros, p.key, unit, dropout_p=p_drop, enable_gqa=True) != 0
+
+    def seeded_attention(*arguments: object) -> torch.Tensor:
+        torch.manual_seed(5)
+        return triton_attention(*arguments)
+
+    check(p, seeded_attention)
+    share = p.kept.float().mean().item()
+    assert abs(share - (1 - p_drop)) < 4 * math.sqrt(p_drop * (1 - p_drop) / p.kept.numel())
+    heads = p.kept.flatten(0, 1)
+    assert not any(torch.equal(heads[0], other) for other in heads[1:]), "every head draws its own mask"
+
+
+def test_dropout_follows_the_generator_of_torch(device: str) -> None:
+    p = problem((1, 2, 2, 37, 53, 16, 16), device=device)
+    draw = functools.partial(triton_attention, p.query, p.key, p.value, dropout_p=0.3)
+    torch.manual_seed(1)
+    first, second = draw(), draw()
+    torch.manual_seed(1)
+    assert torch.equal(draw(), first)
+    assert not torch.equal(first, second)
+    assert torch.equal(triton_attention(p.query, p.key, p.value, dropout_p=1.0), torch.zeros_like(first))
+
+
+def test_checkpointing_replays_dropout(device: str) -> None:
+    p = problem((1, 2, 2, 37, 53, 16, 16), device=device)
+    results = []
+    for wrapped in (False, True):
+        inputs = p.inputs()
+        torch.manual_seed(3)
+
+        def call(*x: torch.Tensor) -> torch.Tensor:
+            return triton_attention(*x, dropout_p=0.3)
+
+        output = torch.utils.checkpoint.checkpoint(call, *inputs, use_reentrant=False) if wrapped else call(*inputs)
+        results.append((output, *torch.autograd.grad(output, inputs, p.grad)))
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+
+
+def test_repeated_runs_agree_bit_for_bit(device: str) -> None:
+    p = problem((2, 4, 2, 37, 53, 16, 16), device=device, mask=float_mask(1, 1, 37, 53))
+    results = []
+    for _ in range(2):
+        inputs = p.inputs()
+        output = triton_attention(*inputs, enable_gqa=True)
+        results.append((output, *torch.autograd.grad(output, inputs, p.grad)))
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("wanted", ["query", "key", "value", "mask"])
+def test_one_gradient_alone(wanted: str, device: str) -> None:
+    p = problem((2, 2, 2, 37, 53, 16, 16), device=device, mask=float_mask(37, 53))
+    names = ["query", "key", "value", "mask"]
+    inputs = p.inputs()
+    expected = torch.autograd.grad(triton_attention(*inputs), inputs, p.grad)[names.index(wanted)]
+    alone = [x if name == wanted else x.detach() for name, x in zip(names, p.inputs())]
+    found = torch.autograd.grad(triton_attention(*alone), alone[names.index(wanted)], p.grad)[0]
+    assert torch.equal(found, expected)
+
+
+def test_float32_products_follow_the_matmul_precision(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kernels.attention.general import dot_precision
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert (dot_precision(torch.float32), dot_precision(torch.float16)) == ("tf32", "ieee")
+    monkeypatch.undo()
+    assert dot_precision(torch.float32) == "ieee"
+
+
+def test_rows_far_apart_take_the_wide_offsets(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.attention.general.is_wide", lambda *_: True)
+    monkeypatch.setattr("kernels.attention.general_backward.is_wide", lambda *_: True)
+    check(problem((2, 4, 2, 37, 53, 16, 16), device=device, mask=float_mask(2, 1, 37, 53)), triton_attention)
+
+
+def test_wide_is_decided_by_the_largest_stride() -> None:
+    from kernels.attention.general import is_wide
+
+    assert not is_wide(0, 1, (1 << 23) - 1)
+    assert is_wide(0, 1 << 23)
+    assert 128 * ((1 << 23) - 1) + 256 < 1 << 31  # the largest offset inside a tile that is not wide
+
+
+@pytest.mark.parametrize("heads", [65_537, 80_000])
+def test_more_heads_than_a_second_grid_axis_holds(heads: int) -> None:
+    """Batch times heads goes along the first grid axis, which holds 2^31 - 1 programs; the second would hold 65,535."""
+    from kernels.attention import general
+
+    launched = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            launched.append(grid)
+            return lambda *_, **__: None
+
+    q = torch.empty(1, 1, 16, 8).expand(heads, 1, 16, 8)
+    out, stats = torch.empty(1), torch.empty(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(general, "forward_kernel", Recorder())
+        general.launch_forward(q, q, q, None, None, 0.0, False, 1.0, out.expand(heads, 1, 16, 8), stats, stats)
+    assert launched == [(heads,)]
+
+
+@pytest.mark.gpu
+@pytest.mark.real_tiles
+@pytest.mark.parametrize("heads", [65_537, 80_000])
+def test_many_heads_on_a_gpu(heads: int) -> None:
+    check(problem((heads, 1, 1, 16, 16, 16, 16), torch.float16, "cuda"), triton_attention)
+
+
+def test_double_backward(device: str) -> None:
+    p = problem((1, 4, 2, 7, 11, 5, 3), device=device, mask=float_mask(7, 11), is_causal=True)
+    results = []
+    for backend in ("triton", "torch"):
+        inputs = p.inputs()
+        output = kernels.scaled_dot_product_attention(
+            *inputs, is_causal=True, enable_gqa=True, backend=backend
+        )
+        grads = torch.autograd.grad(output, inputs, p.grad, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in grads), inputs))
+    for a, b in zip(*results):
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_double_backward_through_dropout_is_refused(device: str) -> None:
+    p = problem((1, 2, 2, 7, 11, 5, 3), device=device)
+    inputs = p.inputs()
+    output = triton_attention(*inputs, dropout_p=0.5)
+    with pytest.raises(NotImplementedError, match="double backward through attention dropout"):
+        torch.autograd.grad(output, inputs, p.grad, create_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # PyTorch's own forward mode
+def test_forward_mode_raises_and_is_not_silently_zero(device: str) -> None:
+    p = problem((1, 2, 2, 7, 11, 5, 3), device=device)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(p.query, torch.ones_like(p.query))
+        with pytest.raises(RuntimeError, match="jvp"):
+            triton_attention(dual, p.key, p.value)
