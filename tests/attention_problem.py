@@ -65,7 +65,9 @@ def allowed(p: Problem) -> torch.Tensor:
     return ok
 
 
-def no_loop(p: Problem, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *mask: torch.Tensor) -> torch.Tensor:
+def no_loop(
+    p: Problem, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *mask: torch.Tensor
+) -> torch.Tensor:
     """The formula, written out."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)

@@ -19,7 +19,7 @@ torch.set_num_threads(1)  # the tensors of the tests are small
 
 
 def _round_bfloat16_to_nearest() -> None:
-    """Make Triton's interpreter round float32 to bfloat16 to the nearest, as GPUs do; by itself it cuts the bits off."""
+    """Make Triton's interpreter round float32 to bfloat16 to the nearest, as GPUs do; by itself it cuts off bits."""
     import triton.language as tl
     from triton.runtime import interpreter
 

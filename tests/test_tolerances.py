@@ -1,0 +1,162 @@
+"""The comparison that the kernel tests rest on rejects wrong kernels, in each dtype, and accepts a right one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.attention_problem import Problem, allowed, check, problem
+from tests.tolerances import assert_as_exact_as_torch
+
+P_DROP = 0.25
+
+
+def solve(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ok: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention at the inputs' dtype in float32 arithmetic: a stand-in for a kernel that can be broken."""
+    q, k, v = query.float(), key.float(), value.float()
+    scores = q @ k.mT * (scale or 1 / math.sqrt(query.shape[-1]))
+    scores = scores if bias is None else scores + bias.float()
+    weights = torch.softmax(scores.masked_fill(~ok, -math.inf), -1)
+    if kept is not None:
+        weights = weights * kept / (1 - P_DROP)
+    return (weights @ v).to(query.dtype)
+
+
+class Scaled(torch.autograd.Function):
+    """The identity, whose gradient comes out times a factor."""
+
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor, factor: float) -> torch.Tensor:
+        """Return x."""
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Return the gradient times the factor."""
+        return grad * ctx.factor, None
+
+
+class ForgetsDropout(torch.autograd.Function):
+    """Right output; a backward that does not replay the dropout."""
+
+    @staticmethod
+    def forward(ctx: object, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: Problem) -> torch.Tensor:
+        """Attention with dropout."""
+        ctx.save_for_backward(q, k, v)
+        ctx.ok = allowed(p)
+        return solve(q, k, v, ctx.ok, kept=p.kept)
+
+    @staticmethod
+    def backward(ctx: object, grad: torch.Tensor) -> tuple:
+        """Gradients of attention without dropout."""
+        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            output = solve(*inputs, ctx.ok)
+        return (*torch.autograd.grad(output, inputs, grad), None)
+
+
+def right(p: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Nothing wrong."""
+    return solve(q, k, v, allowed(p), mask if mask is not None and mask.is_floating_point() else None, p.kept, p.scale)
+
+
+def one_off(p: Problem) -> torch.Tensor:
+    """Causal, and one key too many."""
+    return torch.ones(p.query.shape[-2], p.key.shape[-2], dtype=torch.bool).tril(1)
+
+
+WRONG: dict[str, Callable[..., torch.Tensor]] = {
+    "scale sqrt(E) instead of 1/sqrt(E)": lambda p, q, k, v, m: solve(q, k, v, allowed(p), scale=4.0),
+    "scale off by 2 %": lambda p, q, k, v, m: solve(q, k, v, allowed(p), scale=1.02 / math.sqrt(q.shape[-1])),
+    "uniform softmax": lambda p, q, k, v, m: v.mean(-2, keepdim=True) + 0 * (q + k.sum()),
+    "zero output": lambda p, q, k, v, m: 0 * right(p, q, k, v, m),
+    "last key left out": lambda p, q, k, v, m: solve(q, k[:, :, :-1], v[:, :, :-1], allowed(p)[..., :-1]),
+    "zero gradient": lambda p, q, k, v, m: Scaled.apply(right(p, q, k, v, m), 0.0),
+    "gradient off by 2 %": lambda p, q, k, v, m: Scaled.apply(right(p, q, k, v, m), 1.02),
+    "zero gradient of the keys alone": lambda p, q, k, v, m: right(p, q, Scaled.apply(k, 0.0), v, m),
+    "gradient of the queries not scaled": lambda p, q, k, v, m: right(p, Scaled.apply(q, q.shape[-1] ** 0.5), k, v, m),
+    "one NaN": lambda p, q, k, v, m: right(p, q, k, v, m).index_fill(2, torch.tensor([36]), math.nan),
+}  # fmt: skip
+WRONG_UNDER_A_MASK: dict[str, Callable[..., torch.Tensor]] = {
+    "mask dropped": lambda p, q, k, v, m: solve(q, k, v, torch.ones((), dtype=torch.bool), kept=p.kept),
+    "mask inverted": lambda p, q, k, v, m: solve(q, k, v, ~allowed(p), kept=p.kept),
+    "mask off by one": lambda p, q, k, v, m: solve(q, k, v, one_off(p), kept=p.kept),
+}
+
+
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=str)
+def p(request: pytest.FixtureRequest) -> Problem:
+    """A problem with neither mask nor dropout."""
+    return problem((2, 2, 2, 37, 53, 16, 16), request.param)
+
+
+def run(p: Problem, kernel: Callable[..., torch.Tensor]) -> None:
+    """Hold the stand-in to the comparison."""
+    check(p, lambda q, k, v, mask, *_: kernel(p, q, k, v, mask))
+
+
+def rejected(p: Problem, kernel: Callable[..., torch.Tensor]) -> None:
+    """The comparison must fail, and by the numbers."""
+    with pytest.raises(AssertionError, match="PyTorch's by norm|NaN in"):
+        run(p, kernel)
+
+
+def test_right_kernels_pass(p: Problem) -> None:
+    run(p, right)
+    run(dataclasses.replace(p, is_causal=True), right)
+    run(dataclasses.replace(p, attn_mask=torch.randn(37, 53)), right)
+    kept = torch.rand(2, 2, 37, 53) >= P_DROP
+    run(dataclasses.replace(p, kept=kept, dropout_p=P_DROP), right)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_kernels_are_rejected(p: Problem, wrong: str) -> None:
+    rejected(p, WRONG[wrong])
+
+
+@pytest.mark.parametrize("wrong", WRONG_UNDER_A_MASK)
+def test_wrong_masks_are_rejected(p: Problem, wrong: str) -> None:
+    rejected(dataclasses.replace(p, is_causal=True), WRONG_UNDER_A_MASK[wrong])
+
+
+def test_a_missing_mask_gradient_is_rejected(p: Problem) -> None:
+    masked = dataclasses.replace(p, attn_mask=torch.randn(1, 2, 37, 53))
+    rejected(masked, lambda p, q, k, v, m: right(p, q, k, v, Scaled.apply(m, 0.0)))
+
+
+def test_a_backward_that_does_not_replay_dropout_is_rejected(p: Problem) -> None:
+    dropped = dataclasses.replace(p, kept=torch.rand(2, 2, 37, 53) >= P_DROP, dropout_p=P_DROP)
+    rejected(dropped, lambda p, q, k, v, m: ForgetsDropout.apply(q, k, v, p))
+    rejected(dropped, lambda p, q, k, v, m: solve(q, k, v, allowed(p)))  # no dropout at all
+    rejected(dropped, lambda p, q, k, v, m: (1 - P_DROP) * right(p, q, k, v, m))  # weights kept but not enlarged
+
+
+def test_shape_and_dtype_are_compared() -> None:
+    x = torch.randn(3, 5)
+    with pytest.raises(AssertionError, match="shape"):
+        assert_as_exact_as_torch(x[:2], x[:2], x.double())
+    with pytest.raises(AssertionError, match="dtype"):
+        assert_as_exact_as_torch(x.half(), x, x.double())
+
+
+def test_one_wrong_entry_among_many_is_rejected() -> None:
+    exact = torch.randn(1000, 1000, dtype=torch.float64)
+    theirs = exact.float()
+    ours = theirs.clone()
+    assert_as_exact_as_torch(ours, theirs, exact)
+    ours[17, 19] += 1e-5
+    with pytest.raises(AssertionError, match="largest entry"):
+        assert_as_exact_as_torch(ours, theirs, exact)
