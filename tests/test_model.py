@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from calcformer.model import EncoderDecoder, MultiHeadAttention
-from calcformer.model.dropout import Dropout, keep_scale
+from calcformer.model.dropout import Dropout, dropped_places
 from calcformer.model.layers import ACTIVATIONS
 from calcformer.model.positions import LearnedPositions, SinusoidPositions, sinusoid
 
@@ -166,28 +166,31 @@ def test_positions_start_where_told_and_grow() -> None:
 @pytest.mark.parametrize("p", [0.01, 0.1])
 def test_sparse_dropout_drops_each_element_with_its_probability(p: float) -> None:
     count, rounds = 199, 20_000
-    dropped = torch.stack([keep_scale(count, p) for _ in range(rounds)])
-    assert set(dropped.unique().tolist()) == {0.0, torch.tensor(1 / (1 - p)).item()}
-    dropped = (dropped == 0).double()
+    dropped = torch.zeros(rounds, count, dtype=torch.float64)
+    for row in dropped:
+        row[dropped_places(count, p)] += 1
+    assert set(dropped.unique().tolist()) == {0.0, 1.0}
     deviation = (p * (1 - p) / rounds) ** 0.5
     assert (dropped.mean(dim=0) - p).abs().max() < 5 * deviation  # at every place, the first and the last too
     both = (dropped[:, 1:] * dropped[:, :-1]).mean().item()  # neighbours are independent
     assert both == pytest.approx(p * p, rel=0.25)
 
 
-def test_dropout_keeps_the_mean_and_is_off_in_evaluation() -> None:
-    x = torch.ones(101, 997, requires_grad=True)
-    for p in 0.03, 0.4:
-        layer = Dropout(p)
-        assert layer(x).mean().item() == pytest.approx(1, abs=0.02)
-        assert (layer(x) == 0).double().mean().item() == pytest.approx(p, rel=0.05)
-        assert layer.eval()(x) is x
-    out = Dropout(0.03)(x)
-    assert torch.equal(torch.autograd.grad(out, x, torch.ones_like(x))[0], out)
+@pytest.mark.parametrize("p", [0.03, 0.4], ids=["sparse", "dense"])
+def test_dropout_scales_what_it_keeps_and_is_off_in_evaluation(p: float) -> None:
+    layer = Dropout(p)
+    x = torch.randn(997, 101).t().requires_grad_()  # not contiguous
+    out = layer(x)
+    kept = out != 0
+    assert 1 - kept.double().mean().item() == pytest.approx(p, rel=0.05)
+    torch.testing.assert_close(out, torch.where(kept, x / (1 - p), 0))
+    upstream = torch.randn_like(x)
+    torch.testing.assert_close(torch.autograd.grad(out, x, upstream)[0], torch.where(kept, upstream / (1 - p), 0))
+    assert layer.eval()(x) is x
 
 
 def test_dropout_repeats_with_its_seed() -> None:
     torch.manual_seed(3)
-    first = keep_scale(997, 0.1)
+    first = dropped_places(997, 0.1)
     torch.manual_seed(3)
-    assert torch.equal(keep_scale(997, 0.1), first)
+    assert torch.equal(dropped_places(997, 0.1), first)

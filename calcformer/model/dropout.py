@@ -1,5 +1,7 @@
 """Dropout that is cheap on a CPU when little is dropped."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -10,8 +12,8 @@ __all__ = ["Dropout"]
 SPARSE_LIMIT = 0.1
 
 
-def keep_scale(count: int, p: float) -> torch.Tensor:
-    """`count` independent factors, float32: 0 with probability p, otherwise 1 / (1 - p).
+def dropped_places(count: int, p: float) -> torch.Tensor:
+    """Which of `count` elements are dropped, each with probability p by itself: ascending int64 places.
 
     The distance from one success to the next in independent trials is geometric, so drawing the gaps between the
     dropped elements takes count * p random numbers and gives the same distribution as one number an element.
@@ -19,10 +21,28 @@ def keep_scale(count: int, p: float) -> torch.Tensor:
     mean = count * p
     # Six standard deviations more than the mean: one call in 10^9 runs out of gaps and drops too few at the end.
     draws = int(mean + 6 * (mean * (1 - p)) ** 0.5) + 16
-    place = torch.empty(draws, dtype=torch.float64).geometric_(p).cumsum_(0)
-    scale = torch.full((count + 1,), 1 / (1 - p))
-    scale.index_fill_(0, place.clamp_(max=count + 1).long() - 1, 0.0)
-    return scale[:count]
+    # The gaps start at 1, and so the first place at 0; sums of whole numbers stay exact in float64.
+    place = torch.empty(draws, dtype=torch.float64).geometric_(p).cumsum_(0).sub_(1).long()
+    return place[:int(torch.searchsorted(place, count))]
+
+
+class SparseDropout(torch.autograd.Function):
+    """x / (1 - p) with zeros at `places` of the flattened x: one pass over x and no mask kept for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor, p: float) -> torch.Tensor:
+        ctx.places, ctx.p = places, p
+        return SparseDropout.apply_to(x, places, p)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return SparseDropout.apply_to(grads[0], ctx.places, ctx.p), None, None
+
+    @staticmethod
+    def apply_to(x: torch.Tensor, places: torch.Tensor, p: float) -> torch.Tensor:
+        out = torch.mul(x, 1 / (1 - p), out=torch.empty(x.shape, dtype=x.dtype))  # contiguous whatever x is
+        out.view(-1).index_fill_(0, places, 0.0)
+        return out
 
 
 class Dropout(nn.Dropout):
@@ -31,6 +51,6 @@ class Dropout(nn.Dropout):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0:
             return x
-        if x.device.type != "cpu" or self.p > SPARSE_LIMIT or x.dtype != torch.float32:
+        if x.device.type != "cpu" or self.p > SPARSE_LIMIT:
             return F.dropout(x, self.p)
-        return x * keep_scale(x.numel(), self.p).view(x.shape)
+        return SparseDropout.apply(x, dropped_places(x.numel(), self.p), self.p)
