@@ -17,6 +17,7 @@ from calcformer.errors import InputError
 __all__ = ["FormulaTask", "encode_formulas", "generate_formulas", "random_formula"]
 
 MAX_COMPLEXITY = 8  # keeps a * b * 2 below 2^63, so that every formula has its own 64-bit key
+CACHED_ROWS = 1 << 14  # drawn at once on a CPU, so that intermediate tensors stay in its cache
 SEED_SOURCE_LENGTH, SEED_TARGET_LENGTH = 9, 6  # the lengths that `truncate` reproduces; the target begins with <bos>
 
 
@@ -103,23 +104,26 @@ def generate_formulas(count: int, generator: torch.Generator, complexity: int = 
         fraction, seed: the share held out and which split it is (see `held_out_side`).
     """
     limit, device = 10**complexity, generator.device
-    parts, missing = [], count
     share = 1.0 if held_out is None else fraction if held_out else 1 - fraction
     if share <= 0:
         raise InputError(f"no formulas are left on this side: held_out={held_out} with fraction {fraction}")
-    while missing > 0:
+    lengths = formula_lengths(complexity, signed)
+    examples = Examples(*(torch.empty(count, length, dtype=torch.long, device=device) for length in lengths))
+    start = 0
+    while start < count:
+        missing = min(count - start, CACHED_ROWS) if device.type == "cpu" else count - start
         draws = missing if held_out is None else int(missing / share * 1.05) + 64
         a = torch.randint(-limit if signed else 0, limit + 1, (draws,), generator=generator, device=device)
         b = torch.randint(0, limit + 1, (draws,), generator=generator, device=device)
         plus = torch.randint(0, 2, (draws,), generator=generator, device=device)
-        drawn = torch.stack((a, b, plus))
         if held_out is not None:
             key = ((a + limit) * (limit + 1) + b) * 2 + plus
-            drawn = drawn[:, held_out_side(key, fraction, seed) == held_out]
-        parts.append(drawn[:, :missing])
-        missing -= parts[-1].shape[1]
-    a, b, plus = torch.cat(parts, dim=1) if parts else torch.zeros(3, 0, dtype=torch.long, device=device)
-    return encode_formulas(a, b, plus.bool(), complexity, signed)
+            a, b, plus = torch.stack((a, b, plus))[:, held_out_side(key, fraction, seed) == held_out]
+        part = encode_formulas(a[:missing], b[:missing], plus[:missing].bool(), complexity, signed)
+        examples.source[start:start + len(part)] = part.source
+        examples.target[start:start + len(part)] = part.target
+        start += len(part)
+    return examples
 
 
 @dataclass(frozen=True)
