@@ -1,8 +1,6 @@
 """Layer norm: two loops -> no loop -> PyTorch -> the Triton kernels, interpreted or, where there is one, on a GPU.
 
-The bound on an error is PyTorch's own at the same dtype, both measured against float64 as root mean squares: a factor
-of 2 for the output, 3 for gradients. It is never less than the spacing of the dtype's numbers, since PyTorch is at
-times exact by luck, and since the interpreter rounds bfloat16 toward zero where a GPU rounds to nearest.
+The bound on an error is PyTorch's own at the same dtype, both measured against float64: see `tolerances.py`.
 """
 
 import itertools
@@ -17,11 +15,11 @@ from torch.func import grad, jacfwd, jacrev, jvp, vmap
 import kernels
 from kernels.layer_norm import ops
 from kernels.reference import layer_norm_no_loop, layer_norm_two_loop
+from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch
 
 backward = pytest.importorskip("kernels.layer_norm.backward", reason="needs triton")
 forward = pytest.importorskip("kernels.layer_norm.forward", reason="needs triton")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-5
 
@@ -32,12 +30,12 @@ def name_of(value):
 
 
 @pytest.fixture
-def normal():
+def normal(device):
     """Standard normal numbers of a shape and dtype, the same in every run."""
     generator = torch.Generator().manual_seed(20)
 
     def draw(*shape, dtype=torch.float32):
-        return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+        return torch.randn(shape, generator=generator).to(dtype).to(device)
 
     return draw
 
@@ -63,10 +61,6 @@ def output_and_gradients(function, tensors, upstream, shape, eps=EPS):
     return [output.detach(), *grads]
 
 
-def root_mean_square(tensor):
-    return tensor.square().mean().sqrt().item()
-
-
 def assert_no_worse_than_pytorch(function, tensors, upstream, shape=None, eps=EPS):
     """Compare output and gradients of `function` with float64, allowing a small multiple of PyTorch's own error."""
     shape = tensors[0].shape[-1:] if shape is None else shape
@@ -77,12 +71,8 @@ def assert_no_worse_than_pytorch(function, tensors, upstream, shape=None, eps=EP
     peers = output_and_gradients(peer, on_cpu, upstream.cpu(), shape, eps)
     exact = output_and_gradients(peer, in_float64, upstream.cpu().double(), shape, eps)
     names = ["output"] + [f"d{n}" for n, x in zip(("input", "weight", "bias"), tensors) if x is not None]
-    for name, mine, theirs, truth in zip(names, found, peers, exact, strict=True):
-        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape, name
-        error, allowed = (root_mean_square(x.cpu().double() - truth) for x in (mine, theirs))
-        spacing = torch.finfo(mine.dtype).eps * root_mean_square(truth)
-        bound = max((2 if name == "output" else 3) * allowed, spacing)
-        assert error <= bound, f"{name}: error {error:.3g}, PyTorch's {allowed:.3g}, bound {bound:.3g}"
+    for name, *results in zip(names, found, peers, exact, strict=True):
+        assert_as_exact_as_torch(*results, FORWARD if name == "output" else GRADIENT, name)
 
 
 # Values
@@ -99,6 +89,7 @@ def test_two_loops_no_loop_pytorch_kernel(normal):
     torch.testing.assert_close(on_triton(x, (11,), weight, bias).cpu().double(), pytorch, rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("n_cols", [3, 7, 63, 64, 65, 127, 129, 1000, 1024, 1025])
 def test_widths_and_dtypes(normal, n_cols, dtype):
@@ -107,6 +98,7 @@ def test_widths_and_dtypes(normal, n_cols, dtype):
     assert_no_worse_than_pytorch(on_triton, tensors, normal(n_rows, n_cols, dtype=dtype))
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("n_cols", [2, 15, 16, 17, 37, 64])
 def test_rows_walked_in_chunks(normal, chunks_of_16, n_cols, dtype):
@@ -123,6 +115,7 @@ def test_row_too_long_for_the_registers(normal):
     assert (on_triton(x, (16411,)).cpu() - expected).abs().max() < 1e-6
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("has_bias", [False, True], ids=["no_bias", "bias"])
 @pytest.mark.parametrize("has_weight", [False, True], ids=["no_weight", "weight"])
 @pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunked"])
@@ -167,27 +160,27 @@ def test_rows_far_from_zero(normal, request, chunked):
     assert (on_triton(x, (67,)).cpu() - expected).abs().max() < 1e-5
 
 
-def test_constant_rows_of_large_numbers_stay_finite():
+def test_constant_rows_of_large_numbers_stay_finite(device):
     """Rounding may leave a variance below 0 here, far beyond eps."""
-    x = torch.logspace(0, 15, 31, device=DEVICE).unsqueeze(1).expand(31, 67)
+    x = torch.logspace(0, 15, 31, device=device).unsqueeze(1).expand(31, 67)
     assert on_triton(x, (67,)).isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(5, 1), (5, 7)], ids=["one_column", "constant_rows"])
-def test_rows_without_variance(normal, shape):
+def test_rows_without_variance(normal, device, shape):
     """The output is the bias, and no gradient passes: a constant shift of a row changes nothing."""
-    x = torch.arange(5.0, device=DEVICE).reshape(5, 1).expand(shape) * 0.1
+    x = torch.arange(5.0, device=device).reshape(5, 1).expand(shape) * 0.1
     weight, bias = normal(shape[1]), normal(shape[1])
     output, dinput, dweight, _ = output_and_gradients(on_triton, (x, weight, bias), torch.ones_like(x), shape[1:])
     torch.testing.assert_close(output, bias.expand(shape), rtol=0, atol=2e-5)
-    torch.testing.assert_close(dinput.sum(dim=1), torch.zeros(5, device=DEVICE), rtol=0, atol=2e-3)
+    torch.testing.assert_close(dinput.sum(dim=1), torch.zeros(5, device=device), rtol=0, atol=2e-3)
     torch.testing.assert_close(dweight, torch.zeros_like(weight), rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("shape, normalized", [((0, 7), (7,)), ((3, 0), (0,)), ((2, 0, 3, 5), (3, 5))])
-def test_empty(shape, normalized):
-    x = torch.empty(shape, device=DEVICE)
-    parameters = torch.ones(normalized, device=DEVICE), torch.ones(normalized, device=DEVICE)
+def test_empty(device, shape, normalized):
+    x = torch.empty(shape, device=device)
+    parameters = torch.ones(normalized, device=device), torch.ones(normalized, device=device)
     output, *grads = output_and_gradients(on_triton, (x, *parameters), torch.empty_like(x), normalized)
     assert output.shape == shape
     for like, found in zip((x, *parameters), grads):
@@ -241,11 +234,11 @@ def test_rows_with_a_stride_are_not_copied(normal):
     assert ops._rows(x, (37,)).data_ptr() == x.data_ptr()
 
 
-def test_offsets_beyond_32_bits():
+def test_offsets_beyond_32_bits(device):
     """The third row starts 2^31 elements on. Only three pages of the 4 GiB are touched, so none are allocated."""
     stride = 2**30 + 16
     try:
-        x = torch.empty(2 * stride + 64, dtype=torch.float16, device=DEVICE).as_strided((3, 37), (stride, 1))
+        x = torch.empty(2 * stride + 64, dtype=torch.float16, device=device).as_strided((3, 37), (stride, 1))
     except RuntimeError as error:
         pytest.skip(f"no room for 4 GiB of address space: {error}")
     rows = torch.linspace(-3, 5, 111).square().reshape(3, 37).to(x)
@@ -496,7 +489,7 @@ def test_compiles_without_a_graph_break(normal, dynamic, backend):
     assert [name in graph for name, graph in zip(names, targets)] == [backend == "triton"] * 2
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Dynamo and Inductor about themselves
 def test_compiles_with_inductor(normal):
     torch._dynamo.reset()
     leaves = [x.requires_grad_() for x in three_tensors(normal)]
