@@ -68,6 +68,8 @@ def scaled_dot_product_attention(
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
     lead, q, k, v, mask = _four_dimensional(query, key, value, attn_mask, enable_gqa)
+    if torch.compiler.is_compiling():  # Dynamo refuses an autograd.Function that is given one tensor twice
+        k, v = k.view_as(k), v.view_as(v)
     seed = torch.randint(2**63 - 1, (1,), device=query.device) if dropout_p > 0.0 else None
     output = Attention.apply(q, k, v, mask, seed, float(dropout_p), is_causal, float(scale))[0]
     return output if query.ndim == 4 else output.reshape(*lead, *output.shape[-2:])

@@ -1,0 +1,258 @@
+"""The public attention: arguments, errors, backends, graphs. What the kernels compute is in test_attention.py."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import kernels
+from kernels.backend import choose, why_not_triton
+from tests.attention_problem import check, problem
+
+attention = kernels.scaled_dot_product_attention
+
+
+def inputs(*shape: int, **options: object) -> list[torch.Tensor]:
+    """Query, key and value of one shape."""
+    return [torch.randn(shape, **options) for _ in range(3)]
+
+
+@pytest.fixture
+def on_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without TRITON_INTERPRET: tensors on the CPU go to PyTorch."""
+    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
+
+
+def test_positional_arguments_are_those_of_torch() -> None:
+    with_torch = [torch.randn(2, 3, 5, 8) for _ in range(3)]
+    mask = torch.rand(5, 5) < 0.7
+    for arguments in [(), (mask,), (mask, 0.0), (mask, 0.0, False, 0.3), (None, 0.0, True, None, False)]:
+        theirs = torch.nn.functional.scaled_dot_product_attention(
+            *with_torch, *arguments[:3], **dict(zip(("scale", "enable_gqa"), arguments[3:]))
+        )
+        torch.testing.assert_close(attention(*with_torch, *arguments), theirs)
+    names = list(inspect.signature(attention).parameters)
+    assert names[:8] == ["query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"]
+
+
+ERRORS = {
+    "E of query and key differ": (
+        ValueError, "same last dimension E; found query \\(2, 3, 5, 8\\), key \\(2, 3, 5, 7\\)",
+        lambda q, k, v: attention(q, k[..., :7], v),
+    ),
+    "S of key and value differ": (ValueError, "same length S", lambda q, k, v: attention(q, k, v[:, :, :4])),
+    "one dimension": (ValueError, "at least 2", lambda q, k, v: attention(q[0, 0, 0], k[0, 0, 0], v[0, 0, 0])),
+    "numbers of dimensions differ": (ValueError, "same number of dimensions", lambda q, k, v: attention(q, k[0], v)),
+    "E is 0": (ValueError, "at least 1", lambda q, k, v: attention(q[..., :0], k[..., :0], v)),
+    "heads differ": (ValueError, "pass enable_gqa=True", lambda q, k, v: attention(q, k[:, :2], v[:, :2])),
+    "batches differ": (ValueError, "must broadcast", lambda q, k, v: attention(q.repeat(2, 1, 1, 1)[:3], k, v)),
+    "heads no multiple": (
+        ValueError, "multiple of key and value heads",
+        lambda q, k, v: attention(q, k[:, :2], v[:, :2], enable_gqa=True),
+    ),
+    "GQA with key heads unlike value heads": (
+        ValueError, "multiple of key and value heads", lambda q, k, v: attention(q, k, v[:, :1], enable_gqa=True),
+    ),
+    "GQA without heads": (
+        ValueError, "needs a dimension of heads", lambda q, k, v: attention(q[0, 0], k[0, 0], v[0, 0], enable_gqa=True),
+    ),
+    "mixed dtypes": (
+        TypeError, "share a dtype, found torch.float32, torch.float16", lambda q, k, v: attention(q, k.half(), v),
+    ),
+    "integers": (TypeError, "found torch.int64", lambda q, k, v: attention(q.long(), k.long(), v.long())),
+    "float8": (
+        TypeError, "float8_e4m3fn", lambda q, k, v: attention(*(x.to(torch.float8_e4m3fn) for x in (q, k, v))),
+    ),
+    "mask of the wrong shape": (
+        ValueError, "attn_mask must broadcast to .* = \\(2, 3, 5, 5\\), found \\(2, 5\\)",
+        lambda q, k, v: attention(q, k, v, torch.ones(2, 5, dtype=torch.bool)),
+    ),
+    "mask with too many dimensions": (
+        ValueError, "attn_mask must broadcast", lambda q, k, v: attention(q, k, v, torch.ones(1, 2, 3, 5, 5)),
+    ),
+    "integer mask": (
+        TypeError, "attn_mask must be bool", lambda q, k, v: attention(q, k, v, torch.ones(5, 5, dtype=torch.int64)),
+    ),
+    "dropout above 1": (ValueError, "from 0 to 1, found 1.5", lambda q, k, v: attention(q, k, v, None, 1.5)),
+    "dropout is NaN": (ValueError, "probability", lambda q, k, v: attention(q, k, v, None, math.nan)),
+    "scale is NaN": (ValueError, "finite", lambda q, k, v: attention(q, k, v, scale=math.nan)),
+    "unknown backend": (
+        ValueError, "'auto', 'triton', 'torch', found 'cuda'", lambda q, k, v: attention(q, k, v, backend="cuda"),
+    ),
+    "float64 on Triton": (
+        ValueError, "float16, bfloat16, float32, found float64",
+        lambda q, k, v: attention(q.double(), k.double(), v.double(), backend="triton"),
+    ),
+    "heads too wide for Triton": (
+        ValueError, "wider than 256",
+        lambda q, k, v: attention(*(torch.randn(2, 3, 5, 257) for _ in range(3)), backend="triton"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_say_rule_and_finding_in_one_line(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, pattern, call = ERRORS[case]
+    monkeypatch.setattr("kernels.attention.api.Attention.apply", lambda *_: pytest.fail("launched"))
+    monkeypatch.setattr("kernels.attention.eager.attention", lambda *_: pytest.fail("ran"))
+    with pytest.raises(error, match=pattern) as caught:
+        call(*inputs(2, 3, 5, 8))
+    assert "\n" not in str(caught.value)
+
+
+def test_triton_that_cannot_run_raises_with_the_reason(on_pytorch: None) -> None:
+    with pytest.raises(ValueError, match="on the CPU and TRITON_INTERPRET=1 was not set"):
+        attention(*inputs(1, 1, 5, 8), backend="triton")
+
+
+def test_explain_says_which_kernel_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = inputs(1, 1, 5, 8)
+    assert str(kernels.explain(q, k, v)) == "runs on triton general"
+    assert "asked for" in str(kernels.explain(q, k, v, backend="torch"))
+    assert kernels.explain(q.double(), k.double(), v.double()).kernel.startswith("torch")
+    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
+    text = str(kernels.explain(q, k, v))
+    assert text.startswith("runs on torch scaled_dot_product_attention\nnot on triton general: the tensors are on")
+    with pytest.raises(ValueError, match="same length S"):
+        kernels.explain(q, k, v[:, :, :3])
+    monkeypatch.setattr("kernels.backend.HAS_TRITON", False)
+    assert "not installed" in str(kernels.explain(q, k, v))
+
+
+def test_reasons_against_triton_name_the_device() -> None:
+    assert why_not_triton(torch.device("cpu"), torch.float32) == ""
+    assert "found meta" in why_not_triton(torch.device("meta"), torch.float32)
+    assert choose("auto", torch.device("cpu"), torch.float32, "too blue").reason == "too blue"
+
+
+def test_a_float64_call_goes_to_pytorch() -> None:
+    q, k, v = inputs(2, 3, 5, 8, dtype=torch.float64)
+    torch.testing.assert_close(attention(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float", "1-D"])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("gqa", [False, True], ids=["", "gqa"])
+def test_the_pytorch_path_follows_the_same_rules(on_pytorch: None, mask: str, is_causal: bool, gqa: bool) -> None:
+    masks = {
+        "none": None,
+        "bool": lambda _: torch.rand(2, 1, 7, 11) < 0.5,
+        "float": lambda _: torch.randn(1, 4, 7, 11).masked_fill(torch.rand(7, 11) < 0.3, -math.inf),
+        "1-D": lambda _: torch.rand(11) < 0.5,
+    }
+    check(problem((2, 4, 2 if gqa else 4, 7, 11, 8, 5), mask=masks[mask], is_causal=is_causal), attention)
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+def test_bad_keys_on_the_pytorch_path_reach_those_who_may_see_them(on_pytorch: None, mask: str) -> None:
+    p = problem((2, 4, 2, 7, 11, 8, 5), is_causal=mask == "none")
+    ok = torch.rand(2, 4, 7, 11) < 0.5 if mask != "none" else torch.ones(7, 11, dtype=torch.bool).tril()
+    p.attn_mask = {"none": None, "bool": ok, "float": torch.zeros(ok.shape).masked_fill(~ok, -math.inf)}[mask]
+    clean = attention(p.query, p.key, p.value, p.attn_mask, is_causal=p.is_causal, enable_gqa=True)
+    value = p.value.clone()
+    value[:, 1, 3] = math.inf
+    dirty = attention(p.query, p.key, value, p.attn_mask, is_causal=p.is_causal, enable_gqa=True)
+    sees = ok[..., 3].expand(2, 4, 7).clone()
+    sees[:, :2] = False  # the other key head is clean
+    assert torch.equal(dirty.isnan().all(-1), sees)
+    torch.testing.assert_close(dirty[~sees], clean[~sees])
+
+
+def compiled(backend: str) -> None:
+    """A block of both kernels, in one graph, forward and backward, as eager."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 32, requires_grad=True)
+    weight = torch.randn(32, requires_grad=True)
+    mask = torch.rand(7, 7) < 0.7
+
+    def block(x: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        h = kernels.layer_norm(x, (32,), weight)
+        heads = h.unflatten(-1, (4, 8)).transpose(1, 2)
+        first = attention(heads, heads, heads, mask, is_causal=True)
+        return x + attention(first, heads, heads, scale=0.5).transpose(1, 2).flatten(2)
+
+    grad = torch.randn(2, 7, 32)
+    results = []
+    for call in (block, torch.compile(block, fullgraph=True, backend=backend)):
+        output = call(x, weight, mask)
+        results.append((output, *torch.autograd.grad(output, (x, weight), grad)))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, inside the compiler
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_compiles_to_one_graph(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.backend.INTERPRETED", path == "triton")
+    torch._dynamo.reset()
+    compiled("aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiles_with_inductor(on_pytorch: None) -> None:
+    torch._dynamo.reset()
+    compiled("inductor")
+
+
+LAYOUTS = {
+    "compact": lambda x: x,
+    "transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "expanded": lambda x: x[:1].expand(x.shape),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mask", [False, True], ids=["", "mask"])
+def test_registered_operations_keep_their_promises(layout: str, mask: bool) -> None:
+    q, k, v = (LAYOUTS[layout](x) for x in inputs(2, 2, 5, 8))
+    attn_mask = torch.randn(1, 2, 5, 5) if mask else None
+    forward = (q, k, v, attn_mask, None, 0.0, True, 0.3)
+    torch.library.opcheck(torch.ops.kernels.attention_forward, forward)
+    outputs = torch.ops.kernels.attention_forward(*forward)
+    backward = (torch.randn_like(outputs[0]), *forward[:5], *outputs, 0.0, True, 0.3, [True, True, False, mask])
+    torch.library.opcheck(torch.ops.kernels.attention_backward, backward)
+
+
+def test_operations_without_triton_say_so(on_pytorch: None) -> None:
+    q, k, v = inputs(1, 1, 5, 8)
+    with pytest.raises(NotImplementedError, match="call the public function"):
+        torch.ops.kernels.attention_forward(q, k, v, None, None, 0.0, False, 1.0)
+
+
+def test_flops_are_counted() -> None:
+    q = torch.randn(2, 3, 5, 8, requires_grad=True)
+    k, v = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 4)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        attention(q, k, v, backend="triton").sum().backward()
+    forward, backward = 2 * 6 * 5 * 7 * (8 + 4), 2 * 6 * 5 * 7 * (3 * 8 + 2 * 4)
+    assert counter.get_total_flops() == forward + backward
+
+
+def test_autocast_sets_the_dtype() -> None:
+    q, k, v = inputs(1, 2, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = attention(q, k, v.bfloat16())
+        theirs = attention(q, k, v.bfloat16(), backend="torch")
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_kernels_imports_without_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
+        "import torch, kernels\n"
+        "q = torch.randn(1, 2, 5, 8)\n"
+        "print(kernels.explain(q, q, q)); kernels.scaled_dot_product_attention(q, q, q); kernels.layer_norm(q, (8,))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "the triton package is not installed" in done.stdout
