@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from calcformer.build import build_model, build_task
 from calcformer.config import PRESETS, DataConfig, RunConfig, TrainingConfig
 from calcformer.plots import save_curve
 from calcformer.training import RunError, checkpoint, evaluate, exact_match, load_run, loop, resume, train
+from calcformer.training.files import write_atomically
 from calcformer.training.metrics import Totals, token_loss
 from calcformer.training.run_log import RunLog
 
@@ -244,19 +246,38 @@ def test_folder_in_use_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_divergence_is_said_and_the_last_good_epoch_kept(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the loss became nan in epoch [12]; lower --learning-rate"):
+        train(small(learning_rate=1e30), tmp_path / "run", bar=False)
+    _, _, model, _ = load_run(tmp_path / "run")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_bar_shows_loss_accuracy_and_time_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(small(), tmp_path / "run", bar=True)
+    assert re.search(r"epoch 4/4: .*<00:00.*ex/s, loss \d\.\d+, accuracy 0\.\d+", capsys.readouterr().err)
+
+
+def test_finished_run_without_its_log_is_refused(trained: Path, tmp_path: Path) -> None:
+    run = copy(trained, tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match="metrics.jsonl is damaged"):
+        resume(run, bar=False)
+
+
 # Files
 
 
 def test_atomic_write_keeps_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
-    checkpoint.write_atomically(path, b"old")
+    write_atomically(path, b"old")
 
     def fail(descriptor: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", fail)
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_atomically(path, b"new")
+        write_atomically(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 

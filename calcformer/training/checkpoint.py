@@ -6,7 +6,6 @@ resume.safetensors   the same weights with Adam's state: one file, so that the t
 metrics.jsonl        a line an epoch
 """
 
-import os
 from pathlib import Path
 
 import torch
@@ -19,9 +18,9 @@ from calcformer.config import RunConfig
 from calcformer.data import Task
 from calcformer.errors import InputError
 from calcformer.model import EncoderDecoder
+from calcformer.training.files import write_atomically
 
-__all__ = ["RunError", "finished_epochs", "load_resume_state", "load_run", "read_config", "save_checkpoint",
-           "write_atomically"]
+__all__ = ["RunError", "finished_epochs", "load_resume_state", "load_run", "read_config", "save_checkpoint"]
 
 CONFIG, MODEL, RESUME, METRICS = "config.json", "model.safetensors", "resume.safetensors", "metrics.jsonl"
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -29,19 +28,6 @@ ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 class RunError(InputError):
     """A run folder that is missing or damaged."""
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that its name stands for either the old content or all of the new, even after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _weights(model: nn.Module) -> dict[str, torch.Tensor]:

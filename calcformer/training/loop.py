@@ -15,8 +15,8 @@ from calcformer.data import Examples
 from calcformer.errors import InputError
 from calcformer.model import EncoderDecoder
 from calcformer.plots import save_curve
-from calcformer.training.checkpoint import (CONFIG, METRICS, load_resume_state, read_config, save_checkpoint,
-                                            write_atomically)
+from calcformer.training.checkpoint import CONFIG, METRICS, load_resume_state, read_config, save_checkpoint
+from calcformer.training.files import write_atomically
 from calcformer.training.metrics import Totals, evaluate, exact_match, token_loss
 from calcformer.training.run_log import RunLog
 
@@ -68,10 +68,10 @@ def build_optimizer(model: EncoderDecoder, config: TrainingConfig) -> torch.opti
 class Trainer:
     """The state of one training run."""
 
-    def __init__(self, config: RunConfig, folder: Path, bar: bool | None) -> None:
+    def __init__(self, config: RunConfig, folder: Path, device: torch.device, bar: bool | None) -> None:
         self.config = config
         self.folder = folder
-        self.device = pick_device(config.training.device)
+        self.device = device
         self.task = build_task(config.data)
         train, valid = self.task.split()
         self.train_examples, self.valid_examples = train.to(self.device), valid.to(self.device)
@@ -80,8 +80,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.training)
         self.steps_per_epoch = math.ceil(len(train) / config.training.batch_size)
         self.log = RunLog(folder / METRICS)
-        self.bar = tqdm(total=config.training.epochs * len(train), unit="ex", unit_scale=True, dynamic_ncols=True,
-                        disable=None if bar is None else not bar)
+        self.want_bar = bar
+        self.bar = tqdm(disable=True)
         self.last_shown = 0.0
 
     def step(self, batch: Examples, rate: float, totals: Totals) -> None:
@@ -116,6 +116,8 @@ class Trainer:
             self._show(len(batch), totals)
             step += 1
         loss, accuracy = totals.result()
+        if not math.isfinite(loss):
+            raise InputError(f"the loss became {loss} in epoch {epoch}; lower --learning-rate or set --clip-norm")
         seconds = time.perf_counter() - started
         entry = {"epoch": epoch, "loss": loss, "token_accuracy": accuracy, "learning_rate": rate}
         last = epoch == training.epochs
@@ -146,8 +148,10 @@ class Trainer:
 
     def run(self, finished: int) -> dict[str, Any]:
         """Train the epochs after `finished`; returns the last line of the log."""
-        self.bar.update(finished * len(self.train_examples))
-        self.last_shown = time.perf_counter()
+        size = len(self.train_examples)
+        self.bar = tqdm(total=self.config.training.epochs * size, initial=finished * size, unit="ex", unit_scale=True,
+                        dynamic_ncols=True, disable=None if self.want_bar is None else not self.want_bar)
+        self.last_shown = 0.0 if not self.bar.disable else time.perf_counter()
         try:
             for epoch in range(finished + 1, self.config.training.epochs + 1):
                 entry = self.epoch(epoch)
@@ -157,16 +161,20 @@ class Trainer:
                 self._say(entry)
         finally:
             self.bar.close()
-        save_curve(self.log.read(), self.folder / "curve.png")
-        return self.log.read()[-1]
+        entries = self.log.read()
+        if not entries or entries[-1]["epoch"] != self.config.training.epochs:
+            raise InputError(f"{self.log.path} is damaged: it does not reach the last epoch; train the run again")
+        save_curve(entries, self.folder / "curve.png")
+        return entries[-1]
 
 
 def _run(config: RunConfig, folder: Path, bar: bool | None, continued: bool) -> dict[str, Any]:
+    device = pick_device(config.training.device)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.training.threads or 1)
     try:
-        with torch.random.fork_rng():
-            trainer = Trainer(config, folder, bar)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            trainer = Trainer(config, folder, device, bar)
             finished = 0
             if continued:
                 finished = load_resume_state(folder, trainer.model, trainer.optimizer)

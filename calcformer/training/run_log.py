@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from calcformer.training.files import write_atomically
+
 __all__ = ["RunLog"]
 
 
@@ -31,4 +33,4 @@ class RunLog:
     def rewind(self, epoch: int) -> None:
         """Keep the entries up to `epoch`."""
         kept = [json.dumps(entry) + "\n" for entry in self.read() if entry["epoch"] <= epoch]
-        self.path.write_text("".join(kept), encoding="utf-8")
+        write_atomically(self.path, "".join(kept).encode())
