@@ -227,13 +227,10 @@ def mask_arguments(attn_mask: torch.Tensor | None) -> tuple:
     return attn_mask.view(torch.uint8) if attn_mask.dtype == torch.bool else attn_mask, *strides
 
 
-def tile_arguments(
-    query: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None, seed: torch.Tensor | None
-) -> tuple:
+def tile_arguments(query: torch.Tensor, value: torch.Tensor, seed: torch.Tensor | None) -> tuple:
     """What `choose_tile` asks about a call."""
     head_size = max(query.shape[-1], value.shape[-1])
-    heavy = attn_mask is not None or seed is not None
-    return head_size, query.element_size(), query.shape[-2], capability(query.device), heavy
+    return head_size, query.element_size(), query.shape[-2], capability(query.device), seed is not None
 
 
 def keep_scale(dropout_p: float) -> float:
@@ -279,7 +276,7 @@ def launch_forward(
     """
     batch, n_heads, n_queries, e = query.shape
     n_keys, ev = value.shape[-2:]
-    tile = choose_tile("forward", *tile_arguments(query, value, attn_mask, seed))
+    tile = choose_tile("forward", *tile_arguments(query, value, seed))
     grid = (triton.cdiv(n_queries, tile.block_q) * n_heads * batch,)  # query tiles fastest, then heads, then batch
     if grid[0] == 0:
         return

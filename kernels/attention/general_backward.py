@@ -258,7 +258,7 @@ def launch_backward(
     n_kv_heads, n_keys, ev = value.shape[1:]
     mask_ptr, *mask_strides = mask_arguments(attn_mask)
     strides = (*query.stride(), *key.stride(), *value.stride(), *mask_strides, *grad.stride())
-    about = tile_arguments(query, value, attn_mask, seed)
+    about = tile_arguments(query, value, seed)
     options = {
         "E": e, "EV": ev, "BLOCK_E": block_of(e), "BLOCK_EV": block_of(ev), "IS_CAUSAL": is_causal,
         "HAS_DROPOUT": seed is not None, "PRECISION": dot_precision(query.dtype), "WIDE": is_wide(*strides),

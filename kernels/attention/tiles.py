@@ -30,26 +30,26 @@ class Tile(NamedTuple):
         }
 
 
-# (kernel, chip): block of the head size -> (tile, tile with a mask or dropout), for elements of 2 bytes. A chip without
+# (kernel, chip): block of the head size -> (tile, tile with dropout), for elements of 2 bytes. A chip without
 # an entry takes that of the one before it.
 _TABLES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
     ("forward", 90): {
-        64: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
+        64: (Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
         128: (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
         256: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     },
     ("query", 90): {
-        64: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+        64: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
         128: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
         256: (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
     },
     ("key_value", 90): {
-        64: (Tile(32, 128, 8, 2), Tile(16, 64, 4, 2)),
-        128: (Tile(16, 128, 8, 2), Tile(16, 64, 8, 2)),
+        64: (Tile(32, 128, 8, 2), Tile(16, 64, 8, 2)),
+        128: (Tile(16, 128, 8, 1), Tile(16, 64, 8, 2)),
         256: (Tile(16, 64, 8, 1), Tile(16, 64, 8, 1)),
     },
     ("mask", 90): {
-        64: (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+        64: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
         128: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
         256: (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
     },
@@ -98,7 +98,7 @@ def block_of(head_size: int) -> int:
 
 
 def choose_tile(
-    kernel: str, head_size: int, element_size: int, n_queries: int, capability: int, has_mask_or_dropout: bool
+    kernel: str, head_size: int, element_size: int, n_queries: int, capability: int, has_dropout: bool
 ) -> Tile:
     """Tile of a kernel.
 
@@ -108,9 +108,9 @@ def choose_tile(
         element_size: bytes of an input element, 2 or 4.
         n_queries: L.
         capability: compute capability times ten: 80, 90, 100 and so on.
-        has_mask_or_dropout: whether the scores are masked or dropped one by one, which takes registers.
+        has_dropout: whether weights are dropped, which takes registers for random numbers.
     """
     chip = max(chip for name, chip in _TABLES if name == kernel and chip <= max(capability, 80))
     table = _FLOAT32 if element_size == 4 else _TABLES[kernel, chip]
-    tile = table[max(64, block_of(head_size))][has_mask_or_dropout]
+    tile = table[max(64, block_of(head_size))][has_dropout]
     return tile._replace(block_q=16) if n_queries <= FEW_ROWS else tile

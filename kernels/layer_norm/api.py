@@ -55,7 +55,7 @@ def layer_norm(
     device = input.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     _check(input, shape, weight, bias, eps, autocast)
-    if _on_triton(backend, input.device, input.dtype):
+    if choose(backend, input.device, input.dtype).backend == "triton":
         dtype = torch.float32 if autocast and input.is_cuda else None
         return apply_layer_norm(input, shape, weight, bias, eps, dtype)[0]
     mixed = any(x is not None and x.dtype != input.dtype for x in (weight, bias))
@@ -63,12 +63,6 @@ def layer_norm(
         output = torch.nn.functional.layer_norm(input.float(), shape, weight, bias, eps)
         return output.to(input.dtype)
     return torch.nn.functional.layer_norm(input, shape, weight, bias, eps)
-
-
-@torch.compiler.assume_constant_result  # Dynamo warns of the caches in `choose` when it traces into them
-def _on_triton(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels of this package take the call; raises ValueError where they must and cannot."""
-    return choose(backend, device, dtype).backend == "triton"
 
 
 def _check(
