@@ -147,8 +147,8 @@ SECTIONS: dict[str, Any] = {"data": DataConfig, "model": ModelConfig, "training"
 PRESETS = {
     # Learning to calculate, as the seed report sets it.
     "formula": RunConfig("formula"),
-    # The strong weight decay is what makes the rule win over the memory: without it the last errors, answers of
-    # NEGATIVE 00, stay (CONTRIBUTING.md says how that was found).
+    # The strong weight decay makes the rule win over memory: with 0.3 seven of the 15,000 held-out answers stay wrong
+    # (NEGATIVE 00 for zero, mostly), with 1.0 none.
     "expression": RunConfig(
         "expression",
         DataConfig(task="expression", train_size=4_602, valid_size=15_000, data_seed=0),
