@@ -1,0 +1,150 @@
+"""What a piece of work costs at least: floating-point operations, and bytes through device memory.
+
+A multiplication and an addition count two operations. Bytes count each input once and each output once, whatever an
+implementation reads again; softmax, dropout and the statistics of a row are left out. The floor of a time is the larger
+of operations over the rate of the matrix units and bytes over the bandwidth of memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+Direction = Literal["forward", "backward"]
+
+NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Work:
+    """flops and bytes of one call, and the dtype whose matrix rate bounds it."""
+
+    flops: int
+    bytes: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Attention on query (B, H, S, D), key and value (B, Hkv, S, D).
+
+    Args:
+        kv_heads: Hkv, 0 for H.
+        mask: "padding" is bool (B, 1, 1, S), True = may attend; "bias" is a learned (1, H, S, S) of the inputs' dtype.
+    """
+
+    batch: int
+    heads: int
+    length: int
+    head_size: int
+    is_causal: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    kv_heads: int = 0
+    mask: Literal["", "padding", "bias"] = ""
+    dropout: float = 0.0
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share a key and value head."""
+        return self.heads // (self.kv_heads or self.heads)
+
+    def __str__(self) -> str:
+        words = [f"B{self.batch} H{self.heads}"]
+        words += [f"Hkv{self.kv_heads}"] if self.kv_heads else []
+        words += [f"S{self.length} D{self.head_size}", "causal" if self.is_causal else "full"]
+        words += [self.mask] if self.mask else []
+        words += [f"dropout {self.dropout}"] if self.dropout else []
+        return " ".join([*words, NAMES[self.dtype]])
+
+    def without_dropout(self) -> AttentionCase:
+        return replace(self, dropout=0.0)
+
+    def work(self, direction: Direction) -> Work:
+        """Forward: 2 products of S x S x D a head. Backward: 5 of them, the scores being made anew. Causal: half.
+
+        Backward reads query, key, value and the output's gradient and writes three gradients; padding is not deducted.
+        """
+        products = 2 if direction == "forward" else 5
+        flops = products * 2 * self.batch * self.heads * self.length**2 * self.head_size // (1 + self.is_causal)
+        query = self.batch * self.heads * self.length * self.head_size
+        key = query // self.groups
+        elements = 2 * query + 2 * key if direction == "forward" else 3 * query + 4 * key
+        size = elements * self.dtype.itemsize
+        if self.mask == "padding":
+            size += self.batch * self.length
+        elif self.mask == "bias":
+            bias = self.heads * self.length**2 * self.dtype.itemsize
+            size += bias if direction == "forward" else 2 * bias
+        return Work(flops, size, self.dtype)
+
+
+@dataclass(frozen=True)
+class LayerNormCase:
+    """Layer norm of M rows of N columns with weight and bias of the same dtype."""
+
+    rows: int
+    columns: int
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        return f"M{self.rows} N{self.columns} {NAMES[self.dtype]}"
+
+    def work(self, direction: Direction) -> Work:
+        """Forward: 8 operations an element, reads the input, writes the output. Backward: 14, reads two, writes one.
+
+        The parameters and their gradients count; mean and 1 / deviation of each row (float32) are written, then read.
+        """
+        elements, statistics = self.rows * self.columns, 2 * self.rows * 4
+        tensors, parameters, flops = (2, 2, 8) if direction == "forward" else (3, 3, 14)
+        size = (tensors * elements + parameters * self.columns) * self.dtype.itemsize + statistics
+        return Work(flops * elements, size, self.dtype)
+
+
+def attention_cases(on_gpu: bool) -> list[AttentionCase]:
+    """The full set for a GPU, at constant tokens and width; a small one for a CPU."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    if not on_gpu:
+        return [
+            AttentionCase(2, 4, 256, 64, dtype=fp32),
+            AttentionCase(2, 4, 256, 64, True, fp32),
+            AttentionCase(2, 4, 256, 64, True, bf16),
+            AttentionCase(125, 4, 9, 16, dtype=fp32),
+            AttentionCase(125, 4, 9, 16, dtype=fp32, mask="padding"),
+            AttentionCase(2, 4, 128, 64, dtype=fp32, mask="bias"),
+            AttentionCase(2, 4, 128, 64, True, fp32, kv_heads=2),
+            AttentionCase(2, 4, 128, 64, dtype=fp32, dropout=0.1),
+        ]
+    tokens, width = 16_384, 2_048
+    cases = [
+        AttentionCase(tokens // length, width // head_size, length, head_size, is_causal)
+        for head_size in (64, 128, 256)
+        for is_causal in (True, False)
+        for length in (128, 512, 1_024, 2_048, 4_096, 8_192, 16_384)
+    ]
+    cases += [
+        AttentionCase(8_192, 4, length, head_size, is_causal)
+        for length, is_causal in ((5, True), (9, False), (16, False), (16, True), (32, False), (32, True))
+        for head_size in (16, 32)
+    ]
+    return cases + [
+        AttentionCase(4, 16, 4_096, 128, True, fp16),
+        AttentionCase(4, 16, 1_024, 64, True, fp32),
+        AttentionCase(1, 64, 4_096, 128, True, kv_heads=8),
+        AttentionCase(1, 64, 8_192, 128, True, kv_heads=8),
+        AttentionCase(8, 16, 2_048, 128, mask="padding"),
+        AttentionCase(8_192, 4, 9, 16, mask="padding"),
+        AttentionCase(8, 16, 1_024, 64, mask="bias"),
+        AttentionCase(4, 16, 2_048, 128, mask="bias"),
+        AttentionCase(8, 16, 2_048, 128, True, dropout=0.1),
+    ]
+
+
+def layer_norm_cases(on_gpu: bool) -> list[LayerNormCase]:
+    """The full set for a GPU, 128 MiB of bf16 each; a small one for a CPU."""
+    if not on_gpu:
+        return [LayerNormCase(1_125, 64, torch.float32), LayerNormCase(512, 1_024, torch.float32)]
+    cases = [LayerNormCase(2**26 // columns, columns) for columns in (64, 256, 512, 1_024, 2_048, 4_096, 8_192, 16_384)]
+    return cases + [LayerNormCase(13_001, 5_120), LayerNormCase(2**14, 4_096, torch.float32),
+                    LayerNormCase(2**16, 1_024, torch.float16)]

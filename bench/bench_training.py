@@ -1,0 +1,44 @@
+"""A training step of S1's model (forward, backward, Adam; batch 125): calcformer against torch.nn.Transformer.
+
+All rows come from one measurement in which the providers take turns (`bench.training_speed`); times are of one step.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from bench import training_speed
+from bench.machine import pick_device
+from bench.record import name_row
+from bench.timing import play_samples
+from bench.training_speed import OURS, PEER, PROVIDERS, Speeds, best
+
+BATCH = 125
+STEPS = training_speed.EXAMPLES // BATCH
+THREADS = training_speed.thread_counts(pick_device())
+
+
+@pytest.fixture(scope="module")
+def speeds(request: pytest.FixtureRequest, device: torch.device) -> Speeds:
+    rounds = 1 if request.config.getoption("--benchmark-disable") else 8
+    return training_speed.measure(device, rounds, THREADS)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("threads", THREADS)
+def test_step(
+    benchmark: BenchmarkFixture, threads: int, provider: str, device: torch.device, speeds: Speeds
+) -> None:  # fmt: skip
+    where = "GPU" if device.type == "cuda" else f"CPU, {threads} thread{'s' * (threads > 1)}"
+    name_row(benchmark, f"S1 training step B{BATCH} fp32 on {where}", provider)
+    speed = speeds[provider, threads]
+    benchmark.extra_info.update(
+        examples_per_second=speed.examples_per_second,
+        times_nn_transformer=speed.examples_per_second / speeds[PEER, threads].examples_per_second,
+        calcformer_times_this=speeds[OURS, threads].examples_per_second / speed.examples_per_second,
+        calcformer_times_this_each_at_its_best=best(speeds, OURS) / best(speeds, provider),
+        method=f"wall clock, epochs of {STEPS} steps, providers in turns",
+    )
+    play_samples(benchmark, [seconds / STEPS for seconds in speed.seconds])

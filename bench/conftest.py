@@ -1,0 +1,66 @@
+"""Set-up of the benchmarks: device, seeds, the clock, and what the JSON says of the machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import machine
+from bench.timing import clock
+
+STARTED = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("bench")
+    group.addoption("--time-limit", type=float, default=0.0, metavar="SECONDS",
+                    help="skip the benchmarks that would begin after this time, and still write the JSON")
+    group.addoption("--commit", default="", help="the commit to name in the JSON where git cannot tell it")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the benchmarks read the samples' clock. On a GPU a peer's warning may not cost the run its figures."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.benchmark(timer=clock))
+            if torch.cuda.is_available():
+                item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info["bench"] = machine.describe()
+    if config.getoption("--commit"):
+        machine_info["bench"]["commit"] = config.getoption("--commit")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    from kernels.backend import INTERPRETED
+
+    if INTERPRETED:
+        pytest.fail("TRITON_INTERPRET is on: the interpreter has no speed to measure; run pytest bench by itself")
+    return machine.pick_device()
+
+
+@pytest.fixture(autouse=True)
+def prepared(request: pytest.FixtureRequest, device: torch.device) -> Iterator[None]:
+    """Time left, the same random numbers for each row, and a stream on which a CUDA graph can be captured."""
+    limit = request.config.getoption("--time-limit")
+    if limit and time.monotonic() - STARTED > limit:
+        pytest.skip(f"the time limit of {limit:.0f} s is reached")
+    torch.manual_seed(20_260_101)
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
