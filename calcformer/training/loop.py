@@ -68,10 +68,10 @@ def build_optimizer(model: EncoderDecoder, config: TrainingConfig) -> torch.opti
 class Trainer:
     """The state of one training run."""
 
-    def __init__(self, config: RunConfig, folder: Path, device: torch.device, bar: bool | None) -> None:
+    def __init__(self, config: RunConfig, folder: Path, bar: bool | None) -> None:
         self.config = config
         self.folder = folder
-        self.device = device
+        self.device = pick_device(config.training.device)
         self.task = build_task(config.data)
         train, valid = self.task.split()
         self.train_examples, self.valid_examples = train.to(self.device), valid.to(self.device)
@@ -174,7 +174,7 @@ def _run(config: RunConfig, folder: Path, bar: bool | None, continued: bool) -> 
     torch.set_num_threads(config.training.threads or 1)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            trainer = Trainer(config, folder, device, bar)
+            trainer = Trainer(config, folder, bar)
             finished = 0
             if continued:
                 finished = load_resume_state(folder, trainer.model, trainer.optimizer)
