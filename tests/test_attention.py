@@ -311,9 +311,9 @@ def test_rows_far_apart_take_the_wide_offsets(device: str, monkeypatch: pytest.M
 def test_wide_is_decided_by_the_largest_stride() -> None:
     from kernels.attention.general import is_wide
 
-    assert not is_wide(0, 1, (1 << 23) - 1)
-    assert is_wide(0, 1 << 23)
-    assert 128 * ((1 << 23) - 1) + 256 < 1 << 31  # the largest offset inside a tile that is not wide
+    assert not is_wide(0, 1, (1 << 22) - 1)
+    assert is_wide(0, 1 << 22)
+    assert (128 + 256) * ((1 << 22) - 1) < 1 << 31  # the largest offset inside a tile that is not wide
 
 
 @pytest.mark.parametrize("heads", [65_537, 80_000])

@@ -45,7 +45,7 @@ def load_rows(
         inside = inside & (cols < N_COLS)
     pointers = ptr + tl.cast(start, tl.int64) * stride_row
     if WIDE:
-        return tl.load(pointers + rows.to(tl.int64) * stride_row + cols * stride_col, mask=inside, other=0.0)
+        rows, cols = rows.to(tl.int64), cols.to(tl.int64)
     return tl.load(pointers + (rows * stride_row + cols * stride_col), mask=inside, other=0.0)
 
 
@@ -57,7 +57,7 @@ def store_rows(
     """Write the tile x (ROWS, BLOCK) to rows [start, start + ROWS) of a matrix, as far as it has them."""
     rows = tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
-    pointers = ptr + (tl.cast(start, tl.int64) + rows) * stride_row + cols * stride_col
+    pointers = ptr + (tl.cast(start, tl.int64) + rows) * stride_row + cols.to(tl.int64) * stride_col
     tl.store(pointers, x.to(ptr.dtype.element_ty), mask=(rows < n_rows - start) & (cols < N_COLS))
 
 
@@ -239,8 +239,8 @@ def keep_scale(dropout_p: float) -> float:
 
 
 def is_wide(*strides: int) -> bool:
-    """Whether offsets inside a tile of rows so far apart could pass 2^31 (tiles have at most 128 rows)."""
-    return max(strides) >= 1 << 23
+    """Whether offsets inside a tile could pass 2^31 with such strides: a tile is at most 128 by 256."""
+    return max(strides) >= 1 << 22
 
 
 def dot_precision(dtype: torch.dtype) -> str:
