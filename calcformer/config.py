@@ -145,8 +145,9 @@ class RunConfig:
 SECTIONS: dict[str, Any] = {"data": DataConfig, "model": ModelConfig, "training": TrainingConfig}
 
 PRESETS = {
-    # Learning to calculate, as the seed report sets it.
-    "formula": RunConfig("formula"),
+    # Learning to calculate, as the seed report sets it, but for the schedule: at its constant rate the same model
+    # reaches a held-out token accuracy of .957, with the schedule .981.
+    "formula": RunConfig("formula", training=TrainingConfig(schedule="cosine", warmup_steps=200)),
     # The strong weight decay makes the rule win over memory: with 0.3 seven of the 15,000 held-out answers stay wrong
     # (NEGATIVE 00 for zero, mostly), with 1.0 none.
     "expression": RunConfig(
