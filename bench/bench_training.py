@@ -22,15 +22,15 @@ THREADS = training_speed.thread_counts(pick_device())
 
 @pytest.fixture(scope="module")
 def speeds(request: pytest.FixtureRequest, device: torch.device) -> Speeds:
-    rounds = 1 if request.config.getoption("--benchmark-disable") else 8
-    return training_speed.measure(device, rounds, THREADS)
+    seconds = 0.0 if request.config.getoption("--benchmark-disable") else 45.0
+    return training_speed.measure(device, seconds, THREADS)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("threads", THREADS)
 def test_step(
     benchmark: BenchmarkFixture, threads: int, provider: str, device: torch.device, speeds: Speeds
-) -> None:  # fmt: skip
+) -> None:
     where = "GPU" if device.type == "cuda" else f"CPU, {threads} thread{'s' * (threads > 1)}"
     name_row(benchmark, f"S1 training step B{BATCH} fp32 on {where}", provider)
     speed = speeds[provider, threads]

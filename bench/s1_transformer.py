@@ -14,7 +14,7 @@ __all__ = ["S1Transformer", "TransformerTrainer"]
 
 
 class S1Transformer(nn.Module):
-    """Embeddings, sinusoid, nn.Transformer and a prediction layer: the parameters of calcformer's model, one for one."""
+    """Embeddings, sinusoid, nn.Transformer and prediction layer: as many parameters as calcformer's model."""
 
     positions: torch.Tensor
 

@@ -1,8 +1,8 @@
 """Training speed at S1's size: calcformer's own loop against torch.nn.Transformer, in turns, on the same problems.
 
-    python -m bench.training_speed [--rounds 12] [--threads 1 2]
+    python -m bench.training_speed [--seconds 60] [--threads 1 2]
 
-A round is one epoch of 2,500 formulas in batches of 125. calcformer's is `Trainer.epoch`, all of it: order, batches,
+A round is one epoch of 1,000 formulas in batches of 125. calcformer's is `Trainer.epoch`, all of it: order, batches,
 steps, running loss and accuracy. The peer's counts nothing but its loss. Rounds alternate between providers and thread
 counts, so that what else the machine does hits all alike.
 """
@@ -29,7 +29,8 @@ from calcformer.training.loop import Trainer
 
 OURS, PEER, LEAN = "calcformer", "nn.Transformer", "nn.Transformer, no padding, fused Adam"
 PROVIDERS = (OURS, PEER, LEAN)
-EXAMPLES = 2_500
+EXAMPLES = 1_000
+TURNS = 3, 40  # fewest and most
 
 
 class Speed(NamedTuple):
@@ -82,24 +83,28 @@ def thread_counts(device: torch.device) -> list[int]:
     return [1] if device.type == "cuda" else [n for n in (1, 2) if n <= (os.cpu_count() or 1)]
 
 
-def measure(device: torch.device, rounds: int, threads: Iterable[int]) -> Speeds:
-    """Train in turns; the first epoch of each provider warms up and shows that it learns."""
+def measure(device: torch.device, seconds: float, threads: Iterable[int]) -> Speeds:
+    """Train in turns for about `seconds`; the first epochs of each provider warm up and show that it learns."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         epochs = build_epochs(device, Path(folder))
         for provider, epoch in epochs.items():
-            first, second = epoch(), epoch()
+            with thread_count(1):
+                first, second = epoch(), epoch()
             if not second < first < 2 * math.log(20):
                 raise AssertionError(f"{provider} does not learn: mean loss {first:.3f}, then {second:.3f}")
         keys = [(provider, count) for count in threads for provider in epochs]
-        seconds: dict[tuple[str, int], list[float]] = {key: [] for key in keys}
-        for turn in range(rounds):
+        taken: dict[tuple[str, int], list[float]] = {key: [] for key in keys}
+        end = time.perf_counter() + seconds
+        for turn in range(TURNS[1]):
+            if turn >= TURNS[0] and time.perf_counter() > end:
+                break
             for provider, count in keys if turn % 2 == 0 else reversed(keys):
                 with thread_count(count):
                     started = time.perf_counter()
                     epochs[provider]()  # ends with a number on the host, so nothing is left running
-                    seconds[provider, count].append(time.perf_counter() - started)
-    return {key: Speed(values) for key, values in seconds.items()}
+                    taken[provider, count].append(time.perf_counter() - started)
+    return {key: Speed(values) for key, values in taken.items()}
 
 
 def best(speeds: Speeds, provider: str) -> float:
@@ -109,7 +114,9 @@ def best(speeds: Speeds, provider: str) -> float:
 
 def table(speeds: Speeds) -> str:
     """A line for each provider and thread count, then ours over each peer with the best thread count of either."""
-    lines = [f"{'provider':<40} threads  examples/s   slowest   fastest  calcformer is"]
+    rounds = len(next(iter(speeds.values())).seconds)
+    lines = [f"Medians of {rounds} rounds of {EXAMPLES} examples, in turns",
+             f"{'provider':<40} threads  examples/s   slowest   fastest  calcformer is"]
     for (provider, count), speed in speeds.items():
         ratio = speeds[OURS, count].examples_per_second / speed.examples_per_second
         low, high = (speed.examples / pick(speed.seconds) for pick in (max, min))
@@ -123,14 +130,13 @@ def table(speeds: Speeds) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12, help="epochs of each provider and thread count (12)")
+    parser.add_argument("--seconds", type=float, default=60, help="to measure for (60); three turns are always taken")
     parser.add_argument("--threads", type=int, nargs="+", help="CPU thread counts (1 and 2)")
     options = parser.parse_args(argv)
     device = pick_device()
     info = describe()
-    print(f"{info['gpu'] or 'CPU'}, {info['cpu_count']} cores, torch {info['torch']}, commit {info['commit']}; "
-          f"medians of {options.rounds} epochs of {EXAMPLES} examples")
-    print(table(measure(device, options.rounds, options.threads or thread_counts(device))))
+    print(f"{info['gpu'] or 'CPU'}, {info['cpu_count']} cores, torch {info['torch']}, commit {info['commit']}")
+    print(table(measure(device, options.seconds, options.threads or thread_counts(device))))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,215 @@
+"""The benchmarks' accounting against hand numbers, their check of providers, and the report's commands."""
+
+import math
+import statistics
+import sys
+
+import pytest
+import torch
+
+from bench import attention, gpu_report, layer_norm, timing, training_speed
+from bench.accounting import AttentionCase, LayerNormCase, Work, attention_cases, layer_norm_cases
+from bench.ceilings import Ceilings
+from bench.check import WrongResult, relative_error, require_right
+from bench.record import attempt, figures
+from bench.s1_transformer import S1Transformer
+from bench.timing import Samples
+from calcformer.build import build_model, build_task
+from calcformer.config import PRESETS
+
+CPU = torch.device("cpu")
+SMALL = AttentionCase(2, 6, 7, 5, dtype=torch.float32, kv_heads=2, mask="bias")
+
+
+def test_attention_work_by_hand():
+    # 2 products of 3x3x5 a head, 2 operations each; 4 tensors of 2*2*3*5 elements of 2 bytes
+    case = AttentionCase(2, 2, 3, 5)
+    assert case.work("forward") == Work(2 * 2 * 2 * (2 * 3 * 3 * 5), 4 * 60 * 2, torch.bfloat16)
+    assert case.work("backward") == Work(5 * 2 * 2 * 90, 7 * 60 * 2, torch.bfloat16)
+
+
+def test_causal_attention_counts_half():
+    full, causal = (AttentionCase(4, 16, 4_096, 128, is_causal) for is_causal in (False, True))
+    assert causal.work("forward").flops == full.work("forward").flops // 2 == 274_877_906_944
+    assert causal.work("backward").flops == 687_194_767_360  # 2.5 times
+    assert causal.work("forward").bytes == full.work("forward").bytes == 4 * 4 * 16 * 4_096 * 128 * 2
+
+
+def test_shared_heads_masks_and_biases_are_counted_once():
+    case = AttentionCase(1, 6, 7, 5, dtype=torch.float32, kv_heads=2)
+    assert case.work("forward").bytes == 4 * (2 * 6 * 35 + 2 * 2 * 35)
+    assert case.work("backward").bytes == 4 * (3 * 6 * 35 + 4 * 2 * 35)
+    padded = AttentionCase(3, 2, 7, 5, dtype=torch.float32, mask="padding").work("forward")
+    assert padded.bytes == 4 * 4 * 3 * 2 * 35 + 3 * 7
+    plain, biased = (AttentionCase(3, 2, 7, 5, mask=mask).work("backward") for mask in ("", "bias"))
+    assert biased.bytes == plain.bytes + 2 * 2 * 49 * 2 and biased.flops == plain.flops
+
+
+def test_layer_norm_work_by_hand():
+    case = LayerNormCase(3, 5, torch.float32)
+    assert case.work("forward").bytes == 4 * (2 * 15 + 2 * 5) + 3 * 2 * 4
+    assert case.work("backward").bytes == 4 * (3 * 15 + 3 * 5) + 3 * 2 * 4
+
+
+def test_labels():
+    assert str(AttentionCase(4, 16, 4_096, 128, True)) == "B4 H16 S4096 D128 causal bf16"
+    assert str(SMALL) == "B2 H6 Hkv2 S7 D5 full bias fp32"
+    assert str(LayerNormCase(512, 1_024, torch.float16)) == "M512 N1024 fp16"
+    for on_gpu in (False, True):
+        for cases in (attention_cases(on_gpu), layer_norm_cases(on_gpu)):
+            assert len(set(map(str, cases))) == len(cases)
+
+
+def test_gpu_cases_keep_the_tokens():
+    long = [case for case in attention_cases(True) if case.batch * case.length == 16_384 and not case.kv_heads]
+    assert {case.head_size for case in long} == {64, 128, 256}
+    assert {case.length for case in long} == {128, 512, 1_024, 2_048, 4_096, 8_192, 16_384}
+    assert {case.length for case in attention_cases(True) if case.length < 64} == {5, 9, 16, 32}
+
+
+def test_share_of_the_ceiling():
+    limits = Ceilings(copy_bytes=100.0, matrix_flops=1_000.0)
+    work = LayerNormCase(3, 5, torch.float32).work("forward")  # 184 bytes, 120 operations
+    assert limits.floor(work) == 1.84 and limits.bound(work) == "memory"
+
+
+def test_figures_of_a_row(monkeypatch):
+    monkeypatch.setattr("bench.record.ceilings", lambda device, dtype: Ceilings(1e12, 1e15))
+    work = AttentionCase(4, 16, 4_096, 128, True).work("forward")
+    row = figures(Samples([1e-3, 2e-3, 9e-3], "by hand", 5e-6), work, CPU)
+    assert row["cpu_ms"] == 2.0 and row["host_us"] == pytest.approx(5.0)
+    assert row["tflops_per_second"] == pytest.approx(137.438953472)
+    assert row["share_of_ceiling"] == pytest.approx(0.137438953472) and row["bound"] == "matrix"
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("case", [
+    SMALL,
+    AttentionCase(2, 2, 7, 5, True, torch.float32),
+    AttentionCase(3, 2, 7, 5, dtype=torch.float32, mask="padding"),
+], ids=str)  # fmt: skip
+def test_right_attention_passes_and_wrong_is_rejected(monkeypatch, case, backward):
+    inputs = attention.make_inputs(case, CPU, requires_grad=backward)
+    attention.check("torch math", case, inputs, backward)
+    right = attention.build("torch math", case)
+    for wrong in (
+        lambda x: right(x._replace(query=x.query * 1.01)),  # the scale of the scores
+        lambda x: right(x).roll(1, 2),  # rows in the wrong place
+        lambda x: right(x) * math.nan,
+        lambda x: right(x)[:, :, :-1],  # the last row missing
+    ):
+        monkeypatch.setattr(attention, "build", lambda provider, case, wrong=wrong: wrong)
+        with pytest.raises((WrongResult, RuntimeError), match="torch math|Mismatch in shape"):
+            attention.check("torch math", case, inputs, backward)
+
+
+def test_dropout_that_drops_nothing_is_rejected(monkeypatch):
+    case = AttentionCase(2, 2, 64, 8, dtype=torch.float32, dropout=0.1)
+    inputs = attention.make_inputs(case, CPU)
+    attention.check("torch math", case, inputs, backward=False)
+    without = attention.build("torch math", case.without_dropout())
+    monkeypatch.setattr(attention, "build", lambda provider, case: without)
+    with pytest.raises(WrongResult, match="dropout"):
+        attention.check("torch math", case, inputs, backward=False)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_right_layer_norm_passes_and_wrong_is_rejected(monkeypatch, backward):
+    case = LayerNormCase(7, 11, torch.float32)
+    inputs = layer_norm.make_inputs(case, CPU, requires_grad=True)
+    layer_norm.check("torch eager", case, inputs, backward)
+    right = layer_norm.build("torch eager", case, CPU)
+    monkeypatch.setattr(layer_norm, "build", lambda *_: lambda x: right(x) + 1e-3 * x.input)
+    with pytest.raises(WrongResult):
+        layer_norm.check("torch eager", case, inputs, backward)
+
+
+def test_bounds_by_hand():
+    exact = torch.tensor([3.0, 4.0])
+    assert relative_error(torch.tensor([3.0, 4.5]), exact) == pytest.approx(0.1)
+    require_right("peer", [exact.bfloat16() * 1.0078125], [exact])  # one unit in the last place: 0.8 %
+    with pytest.raises(WrongResult, match="peer: tensor 0 is 7.8e-03 from the exact one, allowed 1e-05"):
+        require_right("peer", [exact * 1.0078125], [exact])
+    with pytest.raises(WrongResult, match="1 tensors, expected 2"):
+        require_right("peer", [exact], [exact, exact])
+
+
+def test_a_peer_may_refuse_but_not_be_wrong_and_ours_may_do_neither():
+    def refuse():
+        raise RuntimeError("not for heads of 512")
+
+    def be_wrong():
+        raise WrongResult("far off")
+
+    with pytest.raises(pytest.skip.Exception, match="torch flash refuses: not for heads of 512"):
+        attempt("torch flash", refuse)
+    with pytest.raises(RuntimeError, match="heads of 512"):
+        attempt("kernels", refuse)
+    with pytest.raises(WrongResult):
+        attempt("torch flash", be_wrong)
+
+
+def test_measuring_takes_every_input_in_turn():
+    seen = []
+    samples = timing.measure([lambda: seen.append(0), lambda: seen.append(1)], CPU, seconds=0.01)
+    assert samples.method == "wall clock" and len(samples.seconds) >= timing.ROUNDS[0]
+    assert samples.median == statistics.median(samples.seconds) > 0
+    assert abs(seen.count(0) - seen.count(1)) <= 2
+    assert timing.input_sets(100, CPU) == 1
+
+
+def test_pytest_benchmark_sees_the_samples():
+    class Benchmark:
+        def pedantic(self, function, rounds):
+            self.seconds = []
+            for _ in range(rounds):
+                started = timing.clock()
+                function()
+                self.seconds.append(timing.clock() - started)
+
+    benchmark = Benchmark()
+    timing.play_samples(benchmark, [0.5, 0.25, 2.0])
+    assert benchmark.seconds == [0.5, 0.25, 2.0]
+
+
+def test_the_training_peer_has_as_many_parameters():
+    config = PRESETS["formula"].with_settings({"train_size": 8, "valid_size": 1})
+    task = build_task(config.data)
+    ours, theirs = build_model(config.model, task), S1Transformer(task, config.model)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    examples = task.split()[0]
+    assert theirs(examples.source, examples.decoder_input).shape == (8, task.target_length - 1, len(task.vocabulary))
+
+
+def test_training_table_by_hand():
+    speeds = {
+        (provider, threads): training_speed.Speed([seconds / threads, seconds / threads], 100)
+        for provider, seconds in zip(training_speed.PROVIDERS, (1.0, 3.0, 2.0))
+        for threads in (1, 2)
+    }
+    text = training_speed.table(speeds)
+    assert "each at its best thread count: calcformer is 3.00 x as fast as nn.Transformer\n" in text
+    assert text.endswith(f"calcformer is 2.00 x as fast as {training_speed.LEAN}")
+
+
+def test_report_builds_its_commands(capsys, tmp_path):
+    assert gpu_report.main(["--dry-run", "--out", str(tmp_path), "--commit", "abc"]) == 0
+    commands = capsys.readouterr().out.splitlines()
+    assert len(commands) == len(gpu_report.PARTS) and all(line.startswith(sys.executable) for line in commands)
+    assert sum("--benchmark-json=" in line for line in commands) == 5
+    assert f"{tmp_path}/{gpu_report.stem('abc')}-layer-norm.json" in commands[4]
+    assert gpu_report.main(["layer-norm", "--dry-run", "--limit", "100"]) == 0
+    assert "--time-limit=55 " in capsys.readouterr().out  # less the grace to write the results
+    with pytest.raises(SystemExit):
+        gpu_report.main(["nothing"])
+
+
+def test_report_stops_what_takes_too_long(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_report, "GRACE", 0.2)
+    slow = gpu_report.Part((sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"), 0.5)
+    quick = gpu_report.Part((sys.executable, "-c", "print('done')"), 30)
+    monkeypatch.setattr(gpu_report, "PARTS", {"slow": slow, "quick": quick})
+    assert gpu_report.main(["slow", "quick", "--out", str(tmp_path), "--commit", "abc"]) == 1
+    printed = capsys.readouterr().out
+    assert "exit code 124" in printed and "done" in printed and "passed" in printed
+    assert gpu_report.main(["quick", "--limit", "0.1", "--out", str(tmp_path)]) == 1
