@@ -36,6 +36,7 @@ def test_step(
     speed = speeds[provider, threads]
     benchmark.extra_info.update(
         examples_per_second=speed.examples_per_second,
+        examples_per_cpu_second=speed.examples_per_cpu_second,
         times_nn_transformer=speed.examples_per_second / speeds[PEER, threads].examples_per_second,
         calcformer_times_this=speeds[OURS, threads].examples_per_second / speed.examples_per_second,
         calcformer_times_this_each_at_its_best=best(speeds, OURS) / best(speeds, provider),

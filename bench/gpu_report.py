@@ -58,7 +58,7 @@ def build_command(name: str, out: Path, commit: str, seconds: float) -> list[str
     if part.is_bench:
         json = out / f"{stem(commit)}-{name}.json"
         command += [f"--benchmark-json={json}", f"--time-limit={seconds:.0f}", f"--commit={commit}", "-q",
-                    "--benchmark-columns=median,iqr,rounds", "--benchmark-sort=median", "--benchmark-warmup=off"]
+                    "--benchmark-columns=median,iqr,rounds", "--benchmark-sort=min", "--benchmark-warmup=off"]
     return command
 
 

@@ -34,14 +34,22 @@ TURNS = 3, 40  # fewest and most
 
 
 class Speed(NamedTuple):
-    """Seconds of each round, `examples` long."""
+    """Seconds of each round, `examples` long: by the wall clock, and of this process's CPU time, all threads together.
+
+    With one thread and no GPU the two agree on an idle machine; on a busy one CPU time is the steadier.
+    """
 
     seconds: list[float]
+    cpu_seconds: list[float]
     examples: int = EXAMPLES
 
     @property
     def examples_per_second(self) -> float:
         return self.examples / statistics.median(self.seconds)
+
+    @property
+    def examples_per_cpu_second(self) -> float:
+        return self.examples / statistics.median(self.cpu_seconds)
 
 
 Speeds = dict[tuple[str, int], Speed]  # by provider and thread count
@@ -94,17 +102,18 @@ def measure(device: torch.device, seconds: float, threads: Iterable[int]) -> Spe
             if not second < first < 2 * math.log(20):
                 raise AssertionError(f"{provider} does not learn: mean loss {first:.3f}, then {second:.3f}")
         keys = [(provider, count) for count in threads for provider in epochs]
-        taken: dict[tuple[str, int], list[float]] = {key: [] for key in keys}
+        speeds = {key: Speed([], []) for key in keys}
         end = time.perf_counter() + seconds
         for turn in range(TURNS[1]):
             if turn >= TURNS[0] and time.perf_counter() > end:
                 break
             for provider, count in keys if turn % 2 == 0 else reversed(keys):
                 with thread_count(count):
-                    started = time.perf_counter()
+                    started, cpu_started = time.perf_counter(), time.process_time()
                     epochs[provider]()  # ends with a number on the host, so nothing is left running
-                    taken[provider, count].append(time.perf_counter() - started)
-    return {key: Speed(values) for key, values in taken.items()}
+                    speeds[provider, count].seconds.append(time.perf_counter() - started)
+                    speeds[provider, count].cpu_seconds.append(time.process_time() - cpu_started)
+    return speeds
 
 
 def best(speeds: Speeds, provider: str) -> float:
@@ -116,12 +125,14 @@ def table(speeds: Speeds) -> str:
     """A line for each provider and thread count, then ours over each peer with the best thread count of either."""
     rounds = len(next(iter(speeds.values())).seconds)
     lines = [f"Medians of {rounds} rounds of {EXAMPLES} examples, in turns",
-             f"{'provider':<40} threads  examples/s   slowest   fastest  calcformer is"]
+             f"{'provider':<40} threads  examples/s   slowest   fastest  a CPU second"
+             "  calcformer is (by CPU time)"]
     for (provider, count), speed in speeds.items():
         ratio = speeds[OURS, count].examples_per_second / speed.examples_per_second
+        cpu_ratio = speeds[OURS, count].examples_per_cpu_second / speed.examples_per_cpu_second
         low, high = (speed.examples / pick(speed.seconds) for pick in (max, min))
         lines.append(f"{provider:<40} {count:>7}  {speed.examples_per_second:>10,.0f}  {low:>8,.0f}  {high:>8,.0f}"
-                     f"  {ratio:.2f} x as fast")
+                     f"  {speed.examples_per_cpu_second:>12,.0f}  {ratio:.2f} x as fast ({cpu_ratio:.2f})")
     for peer in PROVIDERS[1:]:
         ratio = best(speeds, OURS) / best(speeds, peer)
         lines.append(f"each at its best thread count: calcformer is {ratio:.2f} x as fast as {peer}")

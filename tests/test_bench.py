@@ -183,7 +183,7 @@ def test_the_training_peer_has_as_many_parameters():
 
 def test_training_table_by_hand():
     speeds = {
-        (provider, threads): training_speed.Speed([seconds / threads, seconds / threads], 100)
+        (provider, threads): training_speed.Speed([seconds / threads, seconds / threads], [seconds, seconds], 100)
         for provider, seconds in zip(training_speed.PROVIDERS, (1.0, 3.0, 2.0))
         for threads in (1, 2)
     }
