@@ -1,8 +1,8 @@
 """What a piece of work costs at least: floating-point operations, and bytes through device memory.
 
-A multiplication and an addition count two operations. Bytes count each input once and each output once, whatever an
-implementation reads again; softmax, dropout and the statistics of a row are left out. The floor of a time is the larger
-of operations over the rate of the matrix units and bytes over the bandwidth of memory.
+Operations are those of matrix products, a multiplication and an addition counting two. Bytes count each input once and
+each output once, whatever an implementation reads again. The floor of a time is the larger of operations over the rate
+of the matrix units and bytes over the bandwidth of memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", t
 
 @dataclass(frozen=True)
 class Work:
-    """flops and bytes of one call, and the dtype whose matrix rate bounds it."""
+    """One call: flops for the matrix units, bytes, and the dtype whose matrix rate bounds it."""
 
     flops: int
     bytes: int
@@ -92,14 +92,14 @@ class LayerNormCase:
         return f"M{self.rows} N{self.columns} {NAMES[self.dtype]}"
 
     def work(self, direction: Direction) -> Work:
-        """Forward: 8 operations an element, reads the input, writes the output. Backward: 14, reads two, writes one.
+        """Forward reads the input and writes the output, backward reads two such and writes one; no matrix products.
 
         The parameters and their gradients count; mean and 1 / deviation of each row (float32) are written, then read.
         """
-        elements, statistics = self.rows * self.columns, 2 * self.rows * 4
-        tensors, parameters, flops = (2, 2, 8) if direction == "forward" else (3, 3, 14)
-        size = (tensors * elements + parameters * self.columns) * self.dtype.itemsize + statistics
-        return Work(flops * elements, size, self.dtype)
+        statistics = 2 * self.rows * 4
+        tensors, parameters = (2, 2) if direction == "forward" else (3, 3)
+        elements = tensors * self.rows * self.columns + parameters * self.columns
+        return Work(0, elements * self.dtype.itemsize + statistics, self.dtype)
 
 
 def attention_cases(on_gpu: bool) -> list[AttentionCase]:

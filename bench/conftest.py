@@ -20,6 +20,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
     group.addoption("--time-limit", type=float, default=0.0, metavar="SECONDS",
                     help="skip the benchmarks that would begin after this time, and still write the JSON")
+    group.addoption("--threads", type=int, default=1, help="CPU threads (1: more of them wait for each other wherever "
+                    "another program runs); the training benchmark has thread counts of its own")
     group.addoption("--commit", default="", help="the commit to name in the JSON where git cannot tell it")
 
 
@@ -39,13 +41,16 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 @pytest.fixture(scope="session")
-def device() -> torch.device:
+def device(pytestconfig: pytest.Config) -> torch.device:
     """The GPU where there is one, else the CPU."""
     from kernels.backend import INTERPRETED
 
     if INTERPRETED:
         pytest.fail("TRITON_INTERPRET is on: the interpreter has no speed to measure; run pytest bench by itself")
-    return machine.pick_device()
+    found = machine.pick_device()
+    if found.type == "cpu":
+        torch.set_num_threads(pytestconfig.getoption("--threads"))
+    return found
 
 
 @pytest.fixture(autouse=True)

@@ -69,8 +69,12 @@ def test_gpu_cases_keep_the_tokens():
 
 def test_share_of_the_ceiling():
     limits = Ceilings(copy_bytes=100.0, matrix_flops=1_000.0)
-    work = LayerNormCase(3, 5, torch.float32).work("forward")  # 184 bytes, 120 operations
+    work = LayerNormCase(3, 5, torch.float32).work("forward")  # 184 bytes
     assert limits.floor(work) == 1.84 and limits.bound(work) == "memory"
+    work = AttentionCase(1, 1, 4, 5, dtype=torch.float32).work("forward")  # 320 bytes, 320 operations
+    assert limits.floor(work) == 3.2
+    assert limits._replace(matrix_flops=10.0).floor(work) == 32.0
+    assert limits._replace(matrix_flops=10.0).bound(work) == "matrix"
 
 
 def test_figures_of_a_row(monkeypatch):
