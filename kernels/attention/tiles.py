@@ -30,7 +30,7 @@ class Tile(NamedTuple):
         }
 
 
-# (kernel, chip): block of the head size -> (tile, tile with dropout), for elements of 2 bytes. A chip without
+# (kernel, chip): largest block of the head size -> (tile, tile with dropout), for elements of 2 bytes. A chip without
 # an entry takes that of the one before it.
 _TABLES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
     ("forward", 90): {
@@ -73,8 +73,14 @@ _TABLES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
         128: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
         256: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     },
+    ("forward", 100): {
+        64: (Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
+        128: (Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
+        256: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+    },
     ("query", 100): {
-        64: (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+        32: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
+        64: (Tile(64, 64, 8, 2), Tile(128, 32, 8, 2)),
         128: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
         256: (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
     },
@@ -112,5 +118,5 @@ def choose_tile(
     """
     chip = max(chip for name, chip in _TABLES if name == kernel and chip <= max(capability, 80))
     table = _FLOAT32 if element_size == 4 else _TABLES[kernel, chip]
-    tile = table[max(64, block_of(head_size))][has_dropout]
+    tile = next(tiles for block, tiles in table.items() if block >= block_of(head_size))[has_dropout]
     return tile._replace(block_q=16) if n_queries <= FEW_ROWS else tile
