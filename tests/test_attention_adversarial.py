@@ -1,0 +1,288 @@
+"""Attention where mistakes hide: random shapes, masks and layouts at once, and corners one would not write down."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+import kernels
+from kernels.attention import tiles
+from tests.attention_problem import Problem, check, no_loop, problem
+
+triton_attention = functools.partial(kernels.scaled_dot_product_attention, backend="triton")
+torch_attention = functools.partial(kernels.scaled_dot_product_attention, backend="torch")
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def set_tile(monkeypatch: pytest.MonkeyPatch, block_q: int, block_k: int) -> None:
+    """Make every kernel work in tiles of this size."""
+    tile = tiles.Tile(block_q, block_k, num_warps=4, num_stages=1)
+    for module in ("general", "general_backward"):
+        monkeypatch.setattr(f"kernels.attention.{module}.choose_tile", lambda *_: tile)
+
+
+@pytest.fixture(autouse=True)
+def tiny_tiles(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """In the interpreter, the smallest tiles, of two sides; on a GPU, those of the launcher."""
+    if device == "cpu":
+        set_tile(monkeypatch, 16, 32)
+
+
+def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same numbers (except "expanded": those of the first head) at other strides."""
+    if layout == "heads last":
+        return x.permute(2, 0, 3, 1).contiguous().permute(1, 3, 0, 2)
+    if layout == "strided":
+        return x.mT.contiguous().mT
+    if layout == "padded":
+        return torch.nn.functional.pad(x, (1, 2, 1, 1))[:, :, 1 : 1 + x.shape[2], 1 : 1 + x.shape[3]]
+    if layout == "expanded":
+        return x[:1, :1].expand(x.shape)
+    return x
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> dict:
+    """One call: sizes, a mask broadcast anyhow, layouts."""
+    b, hkv, group = (draw(st.integers(1, 2)) for _ in range(3))
+    length = st.one_of(st.integers(1, 3), st.sampled_from([15, 16, 17, 31, 32, 33]))  # the sides of the tiles
+    width = st.sampled_from([1, 2, 7, 16, 17, 24])
+    sizes = (b, hkv * group, hkv, draw(length), draw(length), draw(width), draw(width))
+    full = (b, hkv * group, sizes[3], sizes[4])
+    axes = draw(st.integers(0, 4))
+    return {
+        "sizes": sizes,
+        "mask": draw(st.sampled_from(["none", "bool", "float", "least"])),
+        "mask_shape": tuple(draw(st.sampled_from([1, size])) for size in full[4 - axes :]),
+        "is_causal": draw(st.booleans()),
+        "scale": draw(st.sampled_from([None, 0.0, -0.7, 3.0])),
+        "layouts": draw(st.lists(st.sampled_from(LAYOUTS), min_size=4, max_size=4)),
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+LAYOUTS = ["transposed", "heads last", "strided", "padded", "expanded"]
+
+
+@settings(
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],  # shrinking a failure would take minutes
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(call=calls())
+def test_any_call(call: dict, device: str) -> None:
+    torch.manual_seed(call["seed"])
+    shape = call["mask_shape"]
+    masks = {
+        "none": None,
+        "bool": lambda _: torch.rand(shape) < 0.6,
+        "float": lambda _: torch.randn(shape).masked_fill(torch.rand(shape) < 0.3, -math.inf),
+        "least": lambda _: torch.randn(shape).masked_fill(torch.rand(shape) < 0.5, torch.finfo(torch.float32).min),
+    }
+    p = problem(
+        call["sizes"], device=device, mask=masks[call["mask"]], is_causal=call["is_causal"], scale=call["scale"]
+    )
+    tensors = [lay_out(x, layout) for x, layout in zip((p.query, p.key, p.value, p.grad), call["layouts"])]
+    p = Problem(*tensors[:3], p.attn_mask, p.is_causal, p.scale, grad=tensors[3])
+    inputs = p.inputs()
+    mask = inputs[3] if len(inputs) == 4 else p.attn_mask
+    output = triton_attention(*inputs[:3], mask, is_causal=p.is_causal, scale=p.scale, enable_gqa=True)
+    exact_inputs = p.inputs(torch.float64)
+    exact = no_loop(p, *exact_inputs)
+    grads = torch.autograd.grad(output, inputs, p.grad)
+    exact_grads = torch.autograd.grad(exact, exact_inputs, p.grad.double())
+    # Not check(): a query that sees a single key has gradients of exactly 0, of which any rounding is infinitely far.
+    for a, b in zip((output, *grads), (exact, *exact_grads)):
+        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=2e-4 * max(1.0, b.abs().max().item()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_large_numbers_in_half_precision(dtype: torch.dtype, device: str) -> None:
+    """Scores in the thousands and gradients of weights beyond what float16 could square."""
+    p = problem((1, 2, 1, 33, 47, 24, 24), dtype, device, is_causal=True)
+    p = Problem(p.query * 16, p.key * 16, p.value * 30, is_causal=True, grad=p.grad * 50)
+    check(p, triton_attention)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (47,), (33, 1), (2, 1, 33, 1), (1, 2, 1, 47), (33, 47)], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["mask", "mask+causal"])
+def test_least_numbers_everywhere_and_causal(shape: tuple, is_causal: bool, device: str) -> None:
+    """A mask of finfo.min alone changes nothing, whatever it is broadcast along."""
+    p = problem((2, 2, 2, 33, 47, 16, 8), device=device, is_causal=is_causal)
+    least = torch.full(shape, torch.finfo(torch.float32).min, device=device)
+    output = triton_attention(p.query, p.key, p.value, least, is_causal=is_causal)
+    zeros = torch.zeros_like(p.query)
+    torch.testing.assert_close(output, triton_attention(zeros, p.key, p.value, is_causal=is_causal))
+
+
+@pytest.mark.parametrize("n_queries", [1, 16, 33])
+@pytest.mark.parametrize("n_keys", [1, 33])
+def test_causal_is_a_lower_triangle(n_queries: int, n_keys: int, device: str) -> None:
+    """As a flag, as a bool mask, as a float mask: one meaning, also where L and S differ."""
+    p = problem((1, 2, 1, n_queries, n_keys, 16, 8), device=device)
+    lower = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril()
+    bias = torch.zeros(lower.shape, device=device).masked_fill(~lower, -math.inf)
+    results = []
+    for mask, is_causal in [(None, True), (lower, False), (bias, False), (lower, True)]:
+        inputs = p.inputs()
+        output = triton_attention(*inputs, mask, is_causal=is_causal, enable_gqa=True)
+        results.append((output, *torch.autograd.grad(output, inputs, p.grad)))
+    for other in results[1:]:
+        for a, b in zip(other, results[0]):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_result_does_not_depend_on_the_batch_it_is_in(device: str) -> None:
+    p = problem((3, 4, 2, 33, 47, 16, 8), device=device, is_causal=True)
+    inputs = p.inputs()
+    output = triton_attention(*inputs, is_causal=True, enable_gqa=True)
+    grads = torch.autograd.grad(output, inputs, p.grad)
+    alone = [x.detach()[1:2].requires_grad_() for x in inputs]
+    output_alone = triton_attention(*alone, is_causal=True, enable_gqa=True)
+    assert torch.equal(output_alone, output[1:2])
+    for a, b in zip(torch.autograd.grad(output_alone, alone, p.grad[1:2]), grads):
+        assert torch.equal(a, b[1:2])
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
+def test_an_expanded_upstream_gradient(masked: bool, device: str) -> None:
+    """As `sum().backward()` and `mean(2)` send it: strides of 0."""
+    mask = (lambda _: torch.randn(1, 2, 17, 1)) if masked else None
+    p = problem((1, 2, 1, 17, 33, 16, 8), device=device, mask=mask)
+    for grad in (torch.ones((), device=device), p.grad[:, :, :1], p.grad[..., :1]):
+        expanded = grad.expand(p.grad.shape)
+        assert 0 in expanded.stride()
+        found, expected = [], []
+        for sent, grads in ((expanded, found), (expanded.contiguous(), expected)):
+            inputs = p.inputs()
+            output = triton_attention(*inputs, enable_gqa=True)
+            grads.extend(torch.autograd.grad(output, inputs, sent))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+@pytest.mark.parametrize("tile", [(16, 16), (64, 16), (16, 64)], ids=str)
+def test_dropout_draws_the_same_in_every_tile_size(
+    tile: tuple[int, int], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = problem((1, 2, 1, 33, 47, 16, 8), device=device, mask=lambda _: torch.randn(2, 1, 47), is_causal=True)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        inputs = p.inputs()
+        output = triton_attention(*inputs, dropout_p=0.4, is_causal=True, enable_gqa=True)
+        results.append((output, *torch.autograd.grad(output, inputs, p.grad)))
+        set_tile(monkeypatch, *tile)
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
+def test_dropout_is_independent_between_heads_batches_and_positions(device: str) -> None:
+    batch, heads, n = 3, 4, 64
+    zeros = torch.zeros(batch, heads, n, 8, device=device)
+    unit = torch.eye(n, device=device).expand(batch, heads, n, n)
+    signs = (triton_attention(zeros, zeros, unit, dropout_p=0.5) != 0).flatten(0, 1).double() * 2 - 1
+    between = torch.einsum("aij,bij->ab", signs, signs).fill_diagonal_(0) / n
+    assert between.abs().max() < 4.5, "heads or batch entries share draws"  # 66 pairs, in standard deviations
+    for shift, axis in [(1, 1), (1, 2), (16, 1), (32, 2)]:
+        together = (signs * signs.roll(shift, axis)).mean() * math.sqrt(signs.numel())
+        assert together.abs() < 4.5, f"positions {shift} apart along axis {axis} share draws"
+    mirrored = (signs * signs.mT).triu(1).sum() / math.sqrt(batch * heads * n * (n - 1) / 2)
+    assert mirrored.abs() < 4.5, "queries and keys are mixed up"
+
+
+@pytest.mark.parametrize("dropout_p", [1e-12, 1.0])
+def test_the_ends_of_dropout(dropout_p: float, device: str) -> None:
+    p = problem((1, 2, 2, 17, 33, 16, 8), device=device, mask=lambda _: torch.randn(17, 33))
+    inputs = p.inputs()
+    output = triton_attention(*inputs, dropout_p=dropout_p)
+    grads = torch.autograd.grad(output, inputs, p.grad)
+    inputs = p.inputs()
+    without = triton_attention(*inputs)
+    expected = (without, *torch.autograd.grad(without, inputs, p.grad))
+    for a, b in zip((output, *grads), expected):
+        torch.testing.assert_close(a, b if dropout_p < 1 else torch.zeros_like(b))
+
+
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(0, 7), (5, 0), (0, 0)])
+@pytest.mark.parametrize("shape", ["1111", "11L1", "111S", "BHLS", "B11S"])
+def test_no_queries_or_no_keys_with_a_mask(n_queries: int, n_keys: int, shape: str, device: str) -> None:
+    sizes = {"1": 1, "B": 2, "H": 3, "L": n_queries, "S": n_keys}
+    p = problem(
+        (2, 3, 3, n_queries, n_keys, 8, 4), device=device, is_causal=True,
+        mask=lambda _: torch.randn([sizes[axis] for axis in shape]),
+    )  # fmt: skip
+    inputs = p.inputs()
+    output = triton_attention(*inputs, is_causal=True)
+    for x in (output, *torch.autograd.grad(output, inputs, p.grad)):
+        assert torch.equal(x, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("mask", [(2, 1, 1, 9, 11), (3, 1, 9, 1), (1, 3, 1, 1, 11), (2, 3, 4, 9, 11)], ids=str)
+def test_five_dimensions_with_a_mask_that_learns(mask: tuple, device: str) -> None:
+    sizes = [(2, 3, 4, 9, 8), (1, 3, 2, 11, 8), (2, 1, 2, 11, 5)]
+    results = []
+    for attention in (triton_attention, torch_attention):
+        torch.manual_seed(3)
+        inputs = [torch.randn(shape, device=device, requires_grad=True) for shape in (*sizes, mask)]
+        if attention is torch_attention:  # PyTorch's own wants the mask's axes in full
+            output = attention(*inputs[:3], inputs[3].expand(2, 3, 4, 9, 11), is_causal=True, enable_gqa=True)
+        else:
+            output = attention(*inputs, is_causal=True, enable_gqa=True)
+        results.append((output, *torch.autograd.grad(output, inputs, torch.randn(output.shape).to(device))))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "n_queries"), [("bool", 1), ("bool", 32), ("bool", 33), ("float", 32), ("causal", 1), ("causal", 32)]
+)
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's, at Inf times 0
+def test_a_key_nobody_sees_gets_no_gradient(kind: str, n_queries: int, device: str) -> None:
+    """Not even where it is NaN or Inf."""
+    bad = [35, 40]
+    p = problem((1, 2, 1, n_queries, 47, 16, 8), device=device)
+    mask = torch.ones(1, 47, dtype=torch.bool, device=device)
+    mask[:, bad] = False
+    if kind == "float":
+        mask = torch.zeros(1, 47, device=device).masked_fill(~mask, -math.inf)
+    results = []
+    for fill in (None, math.nan, math.inf):
+        inputs = [x.detach().clone() for x in (p.query, p.key, p.value)]
+        for x in inputs[1:]:
+            if fill is not None:
+                x[:, :, bad] = fill
+        inputs = [x.requires_grad_() for x in inputs]
+        if kind == "float":
+            inputs.append(mask.clone().requires_grad_())
+        output = triton_attention(
+            *inputs[:3], None if kind == "causal" else inputs[3] if kind == "float" else mask,
+            is_causal=kind == "causal", enable_gqa=True,
+        )  # fmt: skip
+        results.append((output, *torch.autograd.grad(output, inputs, p.grad)))
+        assert not results[-1][2][:, :, bad].any() and not results[-1][3][:, :, bad].any()
+    for other in results[1:]:
+        for a, b in zip(other, results[0]):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("how", ["all one tensor", "query from key", "value from mask"])
+def test_inputs_that_depend_on_each_other(how: str, device: str) -> None:
+    x = torch.randn(1, 2, 11, 8, device=device, requires_grad=True)
+    results = []
+    for attention in (triton_attention, torch_attention):
+        key, mask = x * 1, None
+        query, value = (key * 2, key) if how == "query from key" else (key, key)
+        if how == "value from mask":
+            mask = x[..., :1] * 2
+            value = mask.expand(1, 2, 11, 8) * 3
+        output = attention(query, key, value, mask)
+        results.append(torch.autograd.grad(output.square().sum(), x)[0])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
