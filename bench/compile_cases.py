@@ -86,10 +86,10 @@ def layer_norm_cases(arch: int, dtype: str, widths: tuple[int, ...] = WIDTHS) ->
         tile = forward.forward_tile(n_cols, size)
         name = "forward_chunks_kernel" if tile.chunked else "forward_rows_kernel"
         yield _layer_norm_case(arch, dtype, "forward", name, n_cols, tile.rows, tile.block_n, tile.num_warps)
-        tile = backward.backward_tile(n_cols, size)
-        name = "backward_chunks_kernel" if tile.chunked else "backward_rows_kernel"
+        back = backward.backward_tile(n_cols, size)
+        name = "backward_chunks_kernel" if back.chunked else "backward_rows_kernel"
         yield _layer_norm_case(
-            arch, dtype, "backward", name, n_cols, tile.rows, tile.block_n, tile.num_warps, NUM_STAGES=tile.num_stages
+            arch, dtype, "backward", name, n_cols, back.rows, back.block_n, back.num_warps, NUM_STAGES=back.num_stages
         )
     rows, block_n, num_stages = backward.COLUMNS
     yield _layer_norm_case(

@@ -2,7 +2,7 @@
 
     python -m bench.training_speed [--seconds 60] [--threads 1 2]
 
-A round is one epoch of 1,000 formulas in batches of 125. calcformer's is `Trainer.epoch`, all of it: order, batches,
+A round is one epoch of 10,000 formulas in batches of 125. calcformer's is `Trainer.epoch`, all of it: order, batches,
 steps, running loss and accuracy. The peer's counts nothing but its loss. Rounds alternate between providers and thread
 counts, so that what else the machine does hits all alike.
 """
@@ -29,8 +29,8 @@ from calcformer.training.loop import Trainer
 
 OURS, PEER, LEAN = "calcformer", "nn.Transformer", "nn.Transformer, no padding, fused Adam"
 PROVIDERS = (OURS, PEER, LEAN)
-EXAMPLES = 1_000
-TURNS = 1, 40  # fewest and most
+EXAMPLES = 10_000
+TURNS = 2, 40  # fewest and most
 
 
 class Speed(NamedTuple):

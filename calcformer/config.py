@@ -86,6 +86,7 @@ class TrainingConfig:
     clip_norm: float = setting(0.0, "largest norm of the gradient, 0 for no limit", 0)
     label_smoothing: float = setting(0.0, "share of the target spread over all tokens", 0, 0.99)
     seed: int = setting(0, "seed of initial weights, order and dropout", 0, 2**62)
+    group_by_length: bool = setting(True, "make batches of problems of like length: less padding")
     valid_every: int = setting(1, "epochs between validations (the last epoch always has one)", 1)
     exact_match_every: int = setting(0, "epochs between exact-match measurements, 0 for the last epoch only", 0)
     device: str = setting("auto", "auto, cpu, cuda or cuda:N; auto takes the GPU where there is one")

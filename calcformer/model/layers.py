@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import kernels
 import kernels.nn
 from calcformer.model.dropout import Dropout
+from calcformer.model.linear import Linear
 
 __all__ = ["DecoderLayer", "EncoderLayer", "FeedForward", "MultiHeadAttention"]
 
@@ -38,11 +39,11 @@ class MultiHeadAttention(nn.Module):
         self.dropout = dropout
         self.cross = cross
         if cross:
-            self.query = nn.Linear(width, width)
-            self.key_value = nn.Linear(width, 2 * width)
+            self.query = Linear(width, width)
+            self.key_value = Linear(width, 2 * width)
         else:
-            self.query_key_value = nn.Linear(width, 3 * width)
-        self.output = nn.Linear(width, width)
+            self.query_key_value = Linear(width, 3 * width)
+        self.output = Linear(width, width)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -87,8 +88,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int, dropout: float = 0.0, activation: str = "relu") -> None:
         super().__init__()
-        self.expand = nn.Linear(width, hidden)
-        self.contract = nn.Linear(hidden, width)
+        self.expand = Linear(width, hidden)
+        self.contract = Linear(hidden, width)
         self.dropout = Dropout(dropout)
         self.activation = ACTIVATIONS[activation]
         nn.init.xavier_uniform_(self.expand.weight)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from calcformer.build import build_model, build_task
 from calcformer.config import RunConfig, TrainingConfig
-from calcformer.data import Examples
+from calcformer.data import Examples, order_by_length
 from calcformer.errors import InputError
 from calcformer.model import EncoderDecoder
 from calcformer.plots import save_curve
@@ -58,6 +58,9 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 def build_optimizer(model: EncoderDecoder, config: TrainingConfig) -> torch.optim.Optimizer:
     """Adam whose weight decay, if any, is decoupled (Loshchilov and Hutter 2019) and spares biases and norms."""
+    if not config.weight_decay:  # one group is faster than two
+        return torch.optim.AdamW(
+            model.parameters(), lr=config.learning_rate, betas=(0.9, config.beta2), weight_decay=0.0, fused=True)
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": config.weight_decay},
@@ -103,7 +106,10 @@ class Trainer:
         training, pad_id = self.config.training, self.task.vocabulary.pad_id
         started = time.perf_counter()
         torch.manual_seed(epoch_seed(training.seed, epoch))
-        order = torch.randperm(len(self.train_examples)).to(self.device)
+        if training.group_by_length:
+            order = order_by_length(self.train_examples, pad_id, training.batch_size).to(self.device)
+        else:
+            order = torch.randperm(len(self.train_examples)).to(self.device)
         totals = Totals(pad_id, self.device)
         step = (epoch - 1) * self.steps_per_epoch
         self.model.train()

@@ -11,7 +11,9 @@ import math
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-# Entries of one head's scores up to which `_short_attention` is faster on a CPU: PyTorch's fused kernel has no dropout.
+from kernels.attention.short_cpu import short_attention
+
+# Entries of one head's scores up to which `short_attention` is faster on a CPU: PyTorch's fused kernel has no dropout.
 SHORT = 128
 SHORT_WITH_DROPOUT = 4096
 
@@ -36,7 +38,7 @@ def attention(
     sees_all = attn_mask is None and not is_causal
     if sees_all or _all_finite(key, value):
         if _is_short(query, key, value, attn_mask, dropout_p):
-            return _short_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
+            return short_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
         return scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -54,7 +56,7 @@ def attention(
 def _is_short(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None, dropout_p: float
 ) -> bool:
-    """Whether `_short_attention` takes the call, and faster than PyTorch's kernels would (bench/bench_attention.py)."""
+    """Whether `short_attention` takes the call, and faster than PyTorch's kernels would (bench/bench_attention.py)."""
     if query.device.type != "cpu" or query.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
     if torch.compiler.is_compiling():
@@ -70,32 +72,6 @@ def _is_short(
         return attn_mask.dtype == torch.bool and bool(attn_mask.any(-1).all())
     except RuntimeError:  # no value to look at: vmap, fake tensors
         return False
-
-
-def _short_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-) -> torch.Tensor:
-    """The formula, for sequences so short that on a CPU the parts of a fused kernel cost more than they save.
-
-    Works on transposed scores (B, H, S, L), since PyTorch's softmax is several times faster along an axis that is not
-    the last when that axis is this short. Every query may attend to at least one key. Arguments as for `attention`.
-    """
-    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = key @ (query * scale).mT
-    if is_causal:
-        scores = scores + torch.full(scores.shape[-2:], -math.inf).tril(-1)
-    if attn_mask is not None:
-        scores = scores + torch.zeros(attn_mask.shape).masked_fill_(~attn_mask, -math.inf).mT
-    weights = torch.softmax(scores, -2)
-    if dropout_p:
-        weights = torch.nn.functional.dropout(weights, dropout_p)
-    return weights.mT @ value
 
 
 def _with_causal(attn_mask: torch.Tensor, n_queries: int, n_keys: int) -> torch.Tensor:

@@ -1,0 +1,110 @@
+"""Attention over short sequences on a CPU, by PyTorch's plain operations.
+
+For a hundred heads of ten queries and keys, PyTorch's fused kernel spends its time on the parts of each small problem,
+its softmax is slow along a last axis of ten, and its autograd makes strided gradients that are slow to gather. Here the
+formula runs over all heads at once, in place, and the backward is written out so that each gradient comes out compact.
+
+Bytes: the scores are stored, 4 L S a head, which is less than the inputs as long as S is below E.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from kernels.dropout import keep_factors
+
+
+def short_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> torch.Tensor:
+    """Attention in float32, for finite keys and values, each query seeing at least one key.
+
+    Args:
+        query: (B, H, L, E); key: (B, H, S, E); value: (B, H, S, Ev).
+        attn_mask: bool, True = may attend, broadcastable to (B, H, L, S); or None.
+        dropout_p, is_causal, scale: as in `kernels.scaled_dot_product_attention`.
+
+    Returns:
+        (B, H, L, Ev).
+    """
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = (*query.shape[:-1], key.shape[-2])
+    bias = None
+    if is_causal:
+        bias = torch.full(scores[-2:], -math.inf).triu_(1)
+    if attn_mask is not None:
+        forbidden = torch.zeros(attn_mask.shape).masked_fill_(~attn_mask, -math.inf)
+        bias = forbidden if bias is None else bias + forbidden
+    kept = None
+    if dropout_p:
+        kept = keep_factors((scores[0] * scores[1], *scores[2:]), dropout_p)
+    if bias is not None and bias.ndim > 2:
+        bias = bias.expand(*scores[:2], *bias.shape[-2:]).reshape(-1, *bias.shape[-2:])
+    query, key, value = (x.reshape(-1, *x.shape[-2:]) for x in (query, key, value))  # one copy, for both directions
+    output = ShortAttention.apply(query, key, value, bias, kept, float(scale))[0]
+    return output.view(*scores[:-1], output.shape[-1])
+
+
+def scaled_products(a: torch.Tensor, b: torch.Tensor, scale: float, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """scale * a @ b + bias for a (N, P, Q) and b (N, Q, R), bias broadcastable to (N, P, R): (N, P, R)."""
+    if bias is None:
+        return torch.baddbmm(a.new_empty(()).expand(1, 1, 1), a, b, beta=0, alpha=scale)
+    return torch.baddbmm(bias, a, b, alpha=scale)
+
+
+class ShortAttention(torch.autograd.Function):
+    """(softmax(scale * query key^T + bias) * kept) value for query (N, L, E), key (N, S, E), value (N, S, Ev)."""
+
+    @staticmethod
+    def forward(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        kept: torch.Tensor | None,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output (N, L, Ev), and the weights (N, L, S) before dropout."""
+        weights = scaled_products(query, key.mT, scale, bias)
+        weights.sub_(weights.amax(-1, keepdim=True)).exp_()
+        weights.div_(weights.sum(-1, keepdim=True))
+        return torch.bmm(weights if kept is None else weights * kept, value), weights
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Keep the inputs and the weights."""
+        *tensors, ctx.scale = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of query, key and value."""
+        if grad is None:
+            return (None,) * 6
+        query, key, value, bias, kept, weights = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this backward is itself to be differentiated, so the weights need a graph
+            weights = torch.softmax(scaled_products(query, key.mT, ctx.scale, bias), -1)
+        dropped = weights if kept is None else weights * kept
+        grad_weights = torch.bmm(grad, value.mT)
+        grad_weights = grad_weights if kept is None else grad_weights * kept
+        pulled = weights * grad_weights
+        grad_scores = torch.addcmul(pulled, weights, pulled.sum(-1, keepdim=True), value=-1)
+        return (
+            scaled_products(grad_scores, key, ctx.scale),
+            scaled_products(grad_scores.mT, query, ctx.scale),
+            torch.bmm(dropped.mT, grad),
+            None,
+            None,
+            None,
+        )
