@@ -25,6 +25,11 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for this kind of device."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
     """The reason the Triton kernels cannot take tensors of this device and dtype; empty when they can."""
     if not HAS_TRITON:

@@ -80,7 +80,7 @@ ERRORS = {
     ),
     "dropout above 1": (ValueError, "from 0 to 1, found 1.5", lambda q, k, v: attention(q, k, v, None, 1.5)),
     "dropout is NaN": (ValueError, "probability", lambda q, k, v: attention(q, k, v, None, math.nan)),
-    "scale is NaN": (ValueError, "finite", lambda q, k, v: attention(q, k, v, scale=math.nan)),
+    "scale is NaN": (ValueError, "number that float32 holds", lambda q, k, v: attention(q, k, v, scale=math.nan)),
     "unknown backend": (
         ValueError, "'auto', 'triton', 'torch', found 'cuda'", lambda q, k, v: attention(q, k, v, backend="cuda"),
     ),
@@ -295,3 +295,43 @@ def test_kernels_imports_without_triton() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "the triton package is not installed" in done.stdout
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_one_graph_serves_all_sizes(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.backend.INTERPRETED", path == "triton")
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    call = torch.compile(lambda *x: attention(*x, scale=0.3), fullgraph=True, dynamic=True, backend=graphs)
+    for batch, length in ((2, 5), (3, 7), (4, 11)):
+        q, k, v = inputs(batch, 2, length, 8)
+        mask = torch.rand(batch, 1, length, length) < 0.8
+        torch.testing.assert_close(call(q, k, v, mask), attention(q, k, v, mask, scale=0.3), rtol=1e-4, atol=1e-5)
+    assert graphs.frame_count == 1
+
+
+def test_a_mask_may_have_the_batch_that_keys_bring() -> None:
+    q, k, v = torch.randn(1, 2, 5, 8), torch.randn(3, 2, 7, 8), torch.randn(3, 2, 7, 8)
+    mask = torch.rand(3, 1, 5, 7) < 0.8
+    torch.testing.assert_close(attention(q, k, v, mask), attention(q, k, v, mask, backend="torch"))
+
+
+def test_precision_set_the_new_way_is_followed() -> None:
+    from kernels.attention.general import dot_precision
+
+    code = (
+        "import torch; from kernels.attention.general import dot_precision\n"
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'; print(dot_precision(torch.float32))\n"
+        "torch.backends.cuda.matmul.fp32_precision = 'ieee'; print(dot_precision(torch.float32))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["tf32", "ieee"], done.stderr
+    assert dot_precision(torch.float32) == "ieee"
+
+
+def test_no_query_gives_zero_gradients() -> None:
+    q, k, v = (torch.randn(2, 2, n, 8, requires_grad=True) for n in (0, 5, 5))
+    output = attention(q, k, v, backend="triton")
+    for x, grad in zip((q, k, v), torch.autograd.grad(output, (q, k, v), torch.empty_like(output))):
+        assert torch.equal(grad, torch.zeros_like(x))

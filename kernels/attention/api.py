@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -10,7 +11,10 @@ import torch
 from kernels.attention import eager
 from kernels.attention.ops import Attention
 from kernels.attention.tiles import MAX_HEAD_SIZE
-from kernels.backend import Choice, choose
+from kernels.backend import Choice, autocasts, choose
+
+NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+LARGEST_SCALE = 1e38  # times log2(e) it is still a float32
 
 __all__ = ["Explanation", "explain", "scaled_dot_product_attention"]
 
@@ -62,7 +66,7 @@ def scaled_dot_product_attention(
     _check(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
     if _choose(query, value, backend).backend == "torch":
         return eager.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if torch.is_autocast_enabled(query.device.type):
+    if autocasts(query.device):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if scale is None:
@@ -116,7 +120,7 @@ def _choose(query: torch.Tensor, value: torch.Tensor, backend: str) -> Choice:
     if head_size > MAX_HEAD_SIZE:
         unsupported = f"heads wider than {MAX_HEAD_SIZE} are not covered yet, found {head_size}"
     dtype = query.dtype
-    if torch.is_autocast_enabled(query.device.type):
+    if autocasts(query.device):
         dtype = torch.get_autocast_dtype(query.device.type)
     return choose(backend, query.device, dtype, unsupported)
 
@@ -172,7 +176,7 @@ def _check(
     dtype, device = query.dtype, query.device
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise TypeError(f"query must be float16, bfloat16, float32 or float64, found {dtype}; convert it with .to()")
-    if not (key.dtype == value.dtype == dtype) and not torch.is_autocast_enabled(device.type):
+    if not (key.dtype == value.dtype == dtype) and not autocasts(device):
         raise TypeError(
             f"query, key and value must share a dtype, found {dtype}, {key.dtype} and {value.dtype}; convert with .to()"
         )
@@ -192,11 +196,11 @@ def _check(
         raise ValueError(f"key and value must have the same length S (next to last dimension); {shapes}")
     _check_leading(query, key, value, enable_gqa, shapes)
     if attn_mask is not None:
-        _check_mask(attn_mask, query, key)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p is a probability from 0 to 1, found {dropout_p}")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number or None for 1 / sqrt(E), found {scale}")
+        _check_mask(attn_mask, query, key, value, enable_gqa)
+    if not isinstance(dropout_p, NUMBERS) or not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p is a probability from 0 to 1, found {dropout_p!r}")
+    if scale is not None and not (isinstance(scale, NUMBERS) and abs(scale) < LARGEST_SCALE):
+        raise ValueError(f"scale must be a number that float32 holds, or None for 1 / sqrt(E), found {scale!r}")
 
 
 def _check_leading(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool, shapes: str) -> None:
@@ -215,7 +219,9 @@ def _check_leading(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
         raise ValueError(f"the dimensions before the heads of query, key and value must broadcast; {shapes}")
 
 
-def _check_mask(attn_mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> None:
+def _check_mask(
+    attn_mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool
+) -> None:
     """The mask's dtype, device and shape."""
     if attn_mask.dtype != torch.bool and attn_mask.dtype not in (torch.float32, query.dtype):
         raise TypeError(
@@ -224,9 +230,14 @@ def _check_mask(attn_mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor)
         )
     if attn_mask.device != query.device:
         raise ValueError(f"attn_mask must be on the query's device {query.device}, found {attn_mask.device}")
-    target = (*query.shape[:-1], key.shape[-2])
+    lead = query.shape[:-2]
+    if not enable_gqa:
+        lead = torch.broadcast_shapes(lead, key.shape[:-2], value.shape[:-2])
+    else:
+        lead = torch.broadcast_shapes(lead[:-1], key.shape[:-3], value.shape[:-3]) + lead[-1:]
+    target = (*lead, query.shape[-2], key.shape[-2])
     fits = attn_mask.ndim <= len(target) and all(
-        size in (1, full) for size, full in zip(reversed(attn_mask.shape), reversed(target))
+        size == 1 or size == full for size, full in zip(reversed(attn_mask.shape), reversed(target))
     )
     if not fits:
         raise ValueError(
@@ -237,4 +248,4 @@ def _check_mask(attn_mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor)
 
 def _broadcast(*shapes: torch.Size) -> bool:
     """Whether the shapes, equally long, broadcast."""
-    return all(len({size for size in sizes if size != 1}) <= 1 for sizes in zip(*shapes))
+    return all(a == 1 or b == 1 or a == b for sizes in zip(*shapes) for a, b in itertools.combinations(sizes, 2))

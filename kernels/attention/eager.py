@@ -30,7 +30,8 @@ def attention(
 ) -> torch.Tensor:
     """Arguments and result as for `kernels.scaled_dot_product_attention`; differentiable as often as PyTorch's."""
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype):
-        attn_mask = attn_mask.to(query.dtype)
+        least = torch.finfo(query.dtype).min  # "least of all", which must not become -inf, "never"
+        attn_mask = attn_mask.clamp(min=least).masked_fill(attn_mask == -math.inf, -math.inf).to(query.dtype)
     if attn_mask is not None and attn_mask.ndim < 2:  # PyTorch wants an axis of queries
         attn_mask = attn_mask.reshape(1, -1)
     if attn_mask is not None and is_causal:
@@ -82,6 +83,8 @@ def _with_causal(attn_mask: torch.Tensor, n_queries: int, n_keys: int) -> torch.
 
 def _may_see(bad: torch.Tensor, attn_mask: torch.Tensor | None, n_queries: int) -> torch.Tensor:
     """Which queries (..., L or 1) may attend to one of the keys that are `bad` (..., S). No mask: causal."""
+    if bad.shape[-1] == 0:
+        return bad.new_zeros((*bad.shape[:-1], n_queries))
     if attn_mask is None:
         seen = bad.int().cummax(-1).values.bool()  # (..., S): one of the keys up to here
         return seen[..., torch.arange(n_queries, device=bad.device).clamp(max=bad.shape[-1] - 1)]
@@ -92,9 +95,10 @@ def _may_see(bad: torch.Tensor, attn_mask: torch.Tensor | None, n_queries: int) 
 def _all_finite(*tensors: torch.Tensor) -> bool:
     """Whether all numbers are known to be finite. False where that cannot be asked: under torch.compile and vmap.
 
-    One pass over each tensor; a sum that overflows costs speed only.
+    One pass over each tensor; a sum that overflows costs speed only. Nor is a GPU asked, which would have to be waited
+    for.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or any(tensor.device.type != "cpu" for tensor in tensors):
         return False
     try:
         return all(math.isfinite(tensor.detach().sum().item()) for tensor in tensors)

@@ -86,14 +86,14 @@ def restrict(
     scores: (A, B) in either orientation; di, dj: indices in the tile, (A, 1) and (1, B) or the reverse.
     mask_ptr: start of this head's (L, S) mask, a byte (not zero = may attend) or a float (natural units) an entry.
     """
-    allowed = dj < S - start_k
+    inside = (di < L - start_q) & (dj < S - start_k)
+    allowed = inside
     if IS_CAUSAL:
         allowed = allowed & (dj - di <= start_q - start_k)
     if MASK != NO_MASK:
         tile_ptr = mask_ptr + tl.cast(start_q, tl.int64) * stride_ml + tl.cast(start_k, tl.int64) * stride_ms
         if WIDE:
             di, dj = di.to(tl.int64), dj.to(tl.int64)
-        inside = (di < L - start_q) & (dj < S - start_k)
         entry = tl.load(tile_ptr + (di * stride_ml + dj * stride_ms), mask=inside, other=0)
         if MASK == BOOL_MASK:
             allowed = allowed & (entry != 0)
@@ -101,7 +101,7 @@ def restrict(
             bias = entry.to(tl.float32)
             allowed = allowed & (bias != float("-inf"))
             # finfo.min times log2(e) would overflow to -inf, which says "never"; torch means "least of all".
-            scores += tl.maximum(bias, LEAST_BIAS) * LOG2_E
+            scores += tl.maximum(bias, LEAST_BIAS, propagate_nan=tl.PropagateNan.ALL) * LOG2_E
     return tl.where(allowed, scores, float("-inf"))
 
 
@@ -239,8 +239,13 @@ def keep_scale(dropout_p: float) -> float:
 
 
 def is_wide(*strides: int) -> bool:
-    """Whether offsets inside a tile could pass 2^31 with such strides: a tile is at most 128 by 256."""
+    """Whether offsets inside a tile could pass 2^31 with such strides of rows and columns: it is at most 128 by 256."""
     return max(strides) >= 1 << 22
+
+
+def tile_strides(*tensors: torch.Tensor | None) -> list[int]:
+    """The last two strides of each tensor there is: those of the rows and columns of its tiles."""
+    return [stride for x in tensors if x is not None for stride in x.stride()[-2:]]
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -250,7 +255,13 @@ def dot_precision(dtype: torch.dtype) -> str:
     """
     if INTERPRETED and dtype == torch.bfloat16:
         return "widen"
-    return "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if dtype != torch.float32:
+        return "ieee"  # says nothing of 16-bit inputs
+    try:
+        exact = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # PyTorch's newer setting, a precision a device, was used: it refuses the older question
+        exact = torch.backends.cuda.matmul.fp32_precision in ("ieee", "none")
+    return "ieee" if exact else "tf32"
 
 
 def launch_forward(
@@ -288,6 +299,7 @@ def launch_forward(
             n_heads, n_heads // key.shape[1], n_queries, n_keys,
             scale * LOG2_E.value, dropout_p, keep_scale(dropout_p),
             E=e, EV=ev, BLOCK_E=block_of(e), BLOCK_EV=block_of(ev), IS_CAUSAL=is_causal, MASK=mask_kind(attn_mask),
-            HAS_DROPOUT=seed is not None, PRECISION=dot_precision(query.dtype), WIDE=is_wide(*strides),
+            HAS_DROPOUT=seed is not None, PRECISION=dot_precision(query.dtype),
+            WIDE=is_wide(*tile_strides(query, key, value, attn_mask)),
             **tile.options(),
         )  # fmt: skip

@@ -32,6 +32,7 @@ from kernels.attention.general import (
     restrict,
     store_rows,
     tile_arguments,
+    tile_strides,
     zero_nonfinite,
 )
 from kernels.attention.mask_gradient import mask_grid, mask_kernel, summed_axes
@@ -261,18 +262,23 @@ def launch_backward(
     about = tile_arguments(query, value, seed)
     options = {
         "E": e, "EV": ev, "BLOCK_E": block_of(e), "BLOCK_EV": block_of(ev), "IS_CAUSAL": is_causal,
-        "HAS_DROPOUT": seed is not None, "PRECISION": dot_precision(query.dtype), "WIDE": is_wide(*strides),
+        "HAS_DROPOUT": seed is not None, "PRECISION": dot_precision(query.dtype),
+        "WIDE": is_wide(*tile_strides(query, key, value, attn_mask, grad)),
     }  # fmt: skip
-    group = n_heads // n_kv_heads if n_kv_heads else 1
+    if query.numel() == 0:  # no query asks: keys, values and mask get nothing
+        for unasked in (dk, dv, dmask):
+            if unasked is not None:
+                unasked.zero_()
+        return
+    group = n_heads // max(n_kv_heads, 1)
     delta = torch.empty_like(row_max)
     inputs = (query, key, value, mask_ptr, seed, row_max, row_sum, delta, grad)
     numbers = (dropout_p, keep_scale(dropout_p))
     with launch_on(query.device):
-        if delta.numel():
-            delta_kernel[(triton.cdiv(n_queries, DELTA_ROWS) * batch * n_heads,)](  # rows fastest, then heads, batch
-                output, grad, delta, *output.stride(), *grad.stride(), n_heads, n_queries,
-                EV=ev, BLOCK_EV=block_of(ev), BLOCK_Q=DELTA_ROWS,
-            )  # fmt: skip
+        delta_kernel[(triton.cdiv(n_queries, DELTA_ROWS) * batch * n_heads,)](  # rows fastest, then heads, batch
+            output, grad, delta, *output.stride(), *grad.stride(), n_heads, n_queries,
+            EV=ev, BLOCK_EV=block_of(ev), BLOCK_Q=DELTA_ROWS,
+        )  # fmt: skip
         if dq is not None and dq.numel():
             tile = choose_tile("query", *about)
             query_kernel[(triton.cdiv(n_queries, tile.block_q) * batch * n_heads,)](  # query tiles fastest

@@ -203,6 +203,10 @@ def _differentiable_backward(ctx: Any, grad_output: torch.Tensor, needed: list[b
     query, key, value, attn_mask, seed, *_ = ctx.saved_tensors
     if seed is not None:
         raise NotImplementedError("double backward through attention dropout: not supported; use dropout_p=0.0")
+    # Aliases: partial derivatives, also where one input is another or comes from it.
+    query, key, value, attn_mask = (
+        x.view_as(x) if need else x for x, need in zip((query, key, value, attn_mask), needed)
+    )
     inputs = [x for x, need in zip((query, key, value, attn_mask), needed) if need]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         output = eager.attention(

@@ -116,6 +116,8 @@ def choose_tile(
         capability: compute capability times ten: 80, 90, 100 and so on.
         has_dropout: whether weights are dropped, which takes registers for random numbers.
     """
+    if capability >= 120:  # consumer Blackwell has the shared memory of 86 and 89, and their matrix instructions
+        capability = 80
     chip = max(chip for name, chip in _TABLES if name == kernel and chip <= max(capability, 80))
     table = _FLOAT32 if element_size == 4 else _TABLES[kernel, chip]
     tile = next(tiles for block, tiles in table.items() if block >= block_of(head_size))[has_dropout]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kernels.backend import choose
+from kernels.backend import autocasts, choose
 from kernels.layer_norm.ops import apply_layer_norm
 
 __all__ = ["layer_norm"]
@@ -52,8 +52,7 @@ def layer_norm(
     Source: Ba, Kiros and Hinton 2016, "Layer Normalization", section 3, equation 4.
     """
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    device = input.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = autocasts(input.device)
     _check(input, shape, weight, bias, eps, autocast)
     if choose(backend, input.device, input.dtype).backend == "triton":
         dtype = torch.float32 if autocast and input.is_cuda else None
