@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from kernels.attention.short_cpu import short_attention
 
 # Entries of one head's scores up to which `short_attention` is faster on a CPU: PyTorch's fused kernel has no dropout.
+MANY = 32  # heads over the batch; for fewer, one call into PyTorch costs less than several
 SHORT = 128
 SHORT_WITH_DROPOUT = 4096
 
@@ -65,7 +66,8 @@ def _is_short(
     if query.ndim != 4 or not query.shape[:2] == key.shape[:2] == value.shape[:2]:
         return False
     scores = query.shape[-2] * key.shape[-2]
-    if not 0 < scores <= (SHORT_WITH_DROPOUT if dropout_p else SHORT):
+    heads = query.shape[0] * query.shape[1]
+    if heads < MANY or not 0 < scores <= (SHORT_WITH_DROPOUT if dropout_p else SHORT):
         return False
     if attn_mask is None:
         return True
