@@ -1,4 +1,4 @@
-"""The timing case of the expression report (S0): attention over 64 sequences of 256 or 512 positions, width 2048, float32.
+"""The timing case of the expression report (S0): attention over 64 sequences of 256 or 512 positions, width 2048, fp32.
 
 S0 gives 543 ms (256 positions) and 1.67 s (512) a call of its no-loop function, on a machine it does not name.
 """

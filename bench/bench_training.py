@@ -1,4 +1,4 @@
-"""A training step of the formula report's (S1) model (forward, backward, Adam; batch 125): calcformer against torch.nn.Transformer.
+"""A training step of S1's model (forward, backward, Adam; batch 125): calcformer against torch.nn.Transformer.
 
 All rows come from one measurement in which the providers take turns (`bench.training_speed`); times are of one step.
 """

@@ -1,4 +1,4 @@
-"""The peer of the training benchmark: the formula report's (S1) model on torch.nn.Transformer, eager, as one writes it."""
+"""The peer of the training benchmark: S1's model on torch.nn.Transformer, eager, as one writes it."""
 
 from __future__ import annotations
 
