@@ -8,7 +8,7 @@ import torch
 
 from calcformer.data.vocab import Vocabulary
 
-__all__ = ["Examples", "Task", "held_out_side", "order_by_length"]
+__all__ = ["Examples", "Task", "held_out_side"]
 
 
 @dataclass(frozen=True)
@@ -58,26 +58,6 @@ class Examples:
         chosen = self if order is None else self.select(order)
         for start in range(0, len(self), size):
             yield Examples(chosen.source[start:start + size], chosen.target[start:start + size])
-
-
-def order_by_length(examples: Examples, pad_id: int | None, size: int) -> torch.Tensor:
-    """A random order in which batches of `size` hold problems of like length, so that little of them is padding.
-
-    Problems of one length fall into batches at random, and the batches come in random order; what is left over from
-    whole batches comes last. Draws from torch's global generator.
-
-    Returns:
-        (N,) int64, every problem once.
-    """
-    order = torch.randperm(len(examples))
-    if pad_id is None:
-        return order
-    tokens = [(ids != pad_id).sum(1).cpu() for ids in (examples.source, examples.target)]
-    length = tokens[0] * (examples.target.shape[1] + 1) + tokens[1]
-    whole = len(order) // size * size
-    batched, rest = order[:whole], order[whole:]
-    batched = batched[torch.argsort(length[batched], stable=True)].view(-1, size)
-    return torch.cat([batched[torch.randperm(len(batched))].flatten(), rest])
 
 
 class Task(Protocol):

@@ -81,7 +81,7 @@ class ExpressionTask:
     """Expressions, split at random into disjoint sets of distinct expressions.
 
     `leaky_split` instead draws `train_size + valid_size` expressions with replacement and splits that list 80 to 20
-    at random, as the seed report did: what is drawn twice can then stand on both sides.
+    at random, as the report did: what is drawn twice can then stand on both sides.
     """
 
     train_size: int = 4_602

@@ -128,10 +128,10 @@ def generate_formulas(count: int, generator: torch.Generator, complexity: int = 
 
 @dataclass(frozen=True)
 class FormulaTask:
-    """Formulas of one complexity, split as the seed report does, but disjoint.
+    """Formulas of one complexity, split as the formula report does, but disjoint.
 
     Training is the first `train_size` of the stream of `seed`; held out are the first `valid_size` of the stream of
-    `seed + 1` that are not in training. `leaky_split` keeps those too; `truncate` cuts as the seed report did.
+    `seed + 1` that are not in training. `leaky_split` keeps those too; `truncate` cuts as the report did.
     """
 
     complexity: int = 3

@@ -35,7 +35,7 @@ class OneDnnLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The gradients of x, weight and bias."""
         x, weight = ctx.saved_tensors
-        return product(grad, weight.t()), product(grad.t(), x.t()), grad.sum(0)
+        return product(grad, weight.t()), product(x.t(), grad.t()).t(), grad.sum(0)
 
 
 class Linear(nn.Linear):

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from calcformer.build import build_model, build_task
 from calcformer.config import RunConfig, TrainingConfig
-from calcformer.data import Examples, order_by_length
+from calcformer.data import Examples
 from calcformer.errors import InputError
 from calcformer.model import EncoderDecoder
 from calcformer.plots import save_curve
@@ -106,10 +106,7 @@ class Trainer:
         training, pad_id = self.config.training, self.task.vocabulary.pad_id
         started = time.perf_counter()
         torch.manual_seed(epoch_seed(training.seed, epoch))
-        if training.group_by_length:
-            order = order_by_length(self.train_examples, pad_id, training.batch_size).to(self.device)
-        else:
-            order = torch.randperm(len(self.train_examples)).to(self.device)
+        order = torch.randperm(len(self.train_examples)).to(self.device)
         totals = Totals(pad_id, self.device)
         step = (epoch - 1) * self.steps_per_epoch
         self.model.train()

@@ -49,9 +49,7 @@ def short_attention(
         kept = keep_factors((scores[0] * scores[1], *scores[2:]), dropout_p)
     if bias is not None and bias.ndim > 2:
         bias = bias.expand(*scores[:2], *bias.shape[-2:]).reshape(-1, *bias.shape[-2:])
-    query, key, value = (x.reshape(-1, *x.shape[-2:]) for x in (query, key, value))  # one copy, for both directions
-    output = ShortAttention.apply(query, key, value, bias, kept, float(scale))[0]
-    return output.view(*scores[:-1], output.shape[-1])
+    return ShortAttention.apply(query, key, value, bias, kept, float(scale))[0]
 
 
 def scaled_products(a: torch.Tensor, b: torch.Tensor, scale: float, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -61,8 +59,13 @@ def scaled_products(a: torch.Tensor, b: torch.Tensor, scale: float, bias: torch.
     return torch.baddbmm(bias, a, b, alpha=scale)
 
 
+def compact(x: torch.Tensor) -> torch.Tensor:
+    """x (B, H, T, E) as (B H, T, E), contiguous: one copy of a strided view, for all products that read it."""
+    return x.reshape(-1, *x.shape[-2:])
+
+
 class ShortAttention(torch.autograd.Function):
-    """(softmax(scale * query key^T + bias) * kept) value for query (N, L, E), key (N, S, E), value (N, S, Ev)."""
+    """(softmax(scale * query key^T + bias) * kept) value; bias (N or 1, L or 1, S or 1) and kept (N, L, S), N = B H."""
 
     @staticmethod
     def forward(
@@ -72,39 +75,41 @@ class ShortAttention(torch.autograd.Function):
         bias: torch.Tensor | None,
         kept: torch.Tensor | None,
         scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output (N, L, Ev), and the weights (N, L, S) before dropout."""
-        weights = scaled_products(query, key.mT, scale, bias)
+    ) -> tuple[torch.Tensor, ...]:
+        """Output (B, H, L, Ev); for the backward, compact query, key, value (N, ...) and weights (N, L, S)."""
+        q, k, v = (compact(x) for x in (query, key, value))
+        weights = scaled_products(q, k.mT, scale, bias)
         weights.sub_(weights.amax(-1, keepdim=True)).exp_()
         weights.div_(weights.sum(-1, keepdim=True))
-        return torch.bmm(weights if kept is None else weights * kept, value), weights
+        output = torch.bmm(weights if kept is None else weights * kept, v)
+        return output.view(*query.shape[:-1], v.shape[-1]), q, k, v, weights
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Keep the inputs and the weights."""
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        """Keep the inputs, and what the forward made of them."""
         *tensors, ctx.scale = inputs
-        ctx.mark_non_differentiable(output[1])
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, output[1])
+        ctx.save_for_backward(*tensors, *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         """Gradients of query, key and value."""
         if grad is None:
             return (None,) * 6
-        query, key, value, bias, kept, weights = ctx.saved_tensors
-        if torch.is_grad_enabled():  # this backward is itself to be differentiated, so the weights need a graph
-            weights = torch.softmax(scaled_products(query, key.mT, ctx.scale, bias), -1)
+        *inputs, bias, kept, q, k, v, weights = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this backward is itself to be differentiated, so all of it needs a graph
+            q, k, v = (compact(x) for x in inputs)
+            weights = torch.softmax(scaled_products(q, k.mT, ctx.scale, bias), -1)
+        grad = compact(grad)
         dropped = weights if kept is None else weights * kept
-        grad_weights = torch.bmm(grad, value.mT)
+        grad_weights = torch.bmm(grad, v.mT)
         grad_weights = grad_weights if kept is None else grad_weights * kept
         pulled = weights * grad_weights
         grad_scores = torch.addcmul(pulled, weights, pulled.sum(-1, keepdim=True), value=-1)
-        return (
-            scaled_products(grad_scores, key, ctx.scale),
-            scaled_products(grad_scores.mT, query, ctx.scale),
+        grads = (
+            scaled_products(grad_scores, k, ctx.scale),
+            scaled_products(grad_scores.mT, q, ctx.scale),
             torch.bmm(dropped.mT, grad),
-            None,
-            None,
-            None,
         )
+        return (*(x.view(like.shape) for x, like in zip(grads, inputs)), None, None, None)

@@ -45,7 +45,7 @@ _TABLES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
     },
     ("key_value", 90): {
         64: (Tile(32, 128, 8, 2), Tile(16, 64, 8, 2)),
-        128: (Tile(16, 128, 8, 1), Tile(16, 64, 8, 2)),
+        128: (Tile(16, 64, 8, 2), Tile(16, 64, 8, 2)),
         256: (Tile(16, 64, 8, 1), Tile(16, 64, 8, 1)),
     },
     ("mask", 90): {
@@ -64,6 +64,7 @@ _TABLES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
         256: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     },
     ("key_value", 80): {
+        32: (Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
         64: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
         128: (Tile(64, 32, 8, 1), Tile(32, 32, 8, 2)),
         256: (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
