@@ -1,21 +1,40 @@
 """Set-up shared by all tests.
 
-Without a GPU the Triton kernels run in Triton's interpreter, which must be switched on before any of them is imported.
-With a GPU the same tests run on it (mark `gpu`), unless TRITON_INTERPRET=1 is set from outside.
+`pytest` runs the Triton kernels in Triton's interpreter, which must be switched on before any of them is imported.
+`pytest -m gpu`, where there is a GPU, runs the same kernel tests on it.
 """
 
 import os
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
-HAS_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1"
-if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic PyTorch wants of cuBLAS
-
 torch.set_num_threads(1)  # the tensors of the tests are small
+
+
+def runs_on_gpu(config: pytest.Config) -> bool:
+    """Whether this session tests on a GPU: asked for, and there."""
+    return config.option.markexpr == "gpu" and torch.cuda.is_available()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Switch the interpreter on or off, before the tests import any kernel."""
+    os.environ["TRITON_INTERPRET"] = "0" if runs_on_gpu(config) else "1"
+    if not runs_on_gpu(config):
+        _round_bfloat16_to_nearest()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what this session cannot run, with the reason."""
+    if runs_on_gpu(config):
+        return
+    reason = "run by: pytest -m gpu" if torch.cuda.is_available() else "needs a CUDA GPU"
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def _round_bfloat16_to_nearest() -> None:
@@ -33,27 +52,7 @@ def _round_bfloat16_to_nearest() -> None:
     interpreter._convert_float = to_nearest
 
 
-if not HAS_GPU:
-    _round_bfloat16_to_nearest()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run, with the reason."""
-    for item in items:
-        if item.get_closest_marker("gpu") and not HAS_GPU:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
-
-
-@pytest.fixture(
-    params=[
-        pytest.param(
-            "cpu",
-            id="interpreter",
-            marks=pytest.mark.skipif(HAS_GPU, reason="kernels are compiled here; TRITON_INTERPRET=1 interprets them"),
-        ),
-        pytest.param("cuda", id="gpu", marks=pytest.mark.gpu),
-    ]
-)
+@pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     """Where Triton kernels run: interpreted on the CPU, or on a GPU."""
     return request.param
@@ -66,8 +65,8 @@ def seeded() -> None:
 
 
 @pytest.fixture
-def poisoned() -> object:
+def poisoned() -> Iterator[None]:
     """Fill every freshly allocated tensor with NaN, so that an entry nobody writes shows."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
