@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from calcformer.model import EncoderDecoder, MultiHeadAttention
-from calcformer.model.dropout import Dropout, dropped_places
+from calcformer.model.dropout import Dropout
 from calcformer.model.layers import ACTIVATIONS
 from calcformer.model.positions import LearnedPositions, SinusoidPositions, sinusoid
 
@@ -163,19 +163,6 @@ def test_positions_start_where_told_and_grow() -> None:
     torch.testing.assert_close(positions(x, start=5)[0], sinusoid(9, 8)[5:])
 
 
-@pytest.mark.parametrize("p", [0.01, 0.1])
-def test_sparse_dropout_drops_each_element_with_its_probability(p: float) -> None:
-    count, rounds = 199, 20_000
-    dropped = torch.zeros(rounds, count, dtype=torch.float64)
-    for row in dropped:
-        row[dropped_places(count, p)] += 1
-    assert set(dropped.unique().tolist()) == {0.0, 1.0}
-    deviation = (p * (1 - p) / rounds) ** 0.5
-    assert (dropped.mean(dim=0) - p).abs().max() < 5 * deviation  # at every place, the first and the last too
-    both = (dropped[:, 1:] * dropped[:, :-1]).mean().item()  # neighbours are independent
-    assert both == pytest.approx(p * p, rel=0.25)
-
-
 @pytest.mark.parametrize("p", [0.03, 0.4], ids=["sparse", "dense"])
 def test_dropout_scales_what_it_keeps_and_is_off_in_evaluation(p: float) -> None:
     layer = Dropout(p)
@@ -189,8 +176,11 @@ def test_dropout_scales_what_it_keeps_and_is_off_in_evaluation(p: float) -> None
     assert layer.eval()(x) is x
 
 
-def test_dropout_repeats_with_its_seed() -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_and_residual_in_one(training: bool) -> None:
+    layer = Dropout(0.2).train(training)
+    residual, x = torch.randn(2, 83, 89, requires_grad=True).unbind()
     torch.manual_seed(3)
-    first = dropped_places(997, 0.1)
+    expected = residual + layer(x)
     torch.manual_seed(3)
-    assert torch.equal(dropped_places(997, 0.1), first)
+    torch.testing.assert_close(layer.add(residual, x), expected)

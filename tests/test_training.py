@@ -13,7 +13,7 @@ import torch
 from calcformer.build import build_model, build_task
 from calcformer.config import PRESETS, DataConfig, RunConfig, TrainingConfig
 from calcformer.plots import save_curve
-from calcformer.training import RunError, checkpoint, evaluate, exact_match, load_run, loop, resume, train
+from calcformer.training import RunError, checkpoint, evaluate, exact_match, load_run, loop, optimizer, resume, train
 from calcformer.training.files import write_atomically
 from calcformer.training.metrics import Totals, token_loss
 from calcformer.training.run_log import RunLog
@@ -133,22 +133,32 @@ def test_evaluation_does_not_depend_on_the_batch_size_and_restores_training() ->
 
 def test_schedules() -> None:
     config = TrainingConfig(learning_rate=2.0, warmup_steps=4, schedule="cosine")
-    rates = [loop.learning_rate(step, 12, config) for step in range(12)]
+    rates = [optimizer.learning_rate(step, 12, config) for step in range(12)]
     assert rates[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
     assert rates[8] == pytest.approx(1.0) and rates[11] == pytest.approx(1 + math.cos(math.pi * 7 / 8))
     constant = TrainingConfig(learning_rate=2.0)
-    assert {loop.learning_rate(step, 12, constant) for step in range(12)} == {2.0}
+    assert {optimizer.learning_rate(step, 12, constant) for step in range(12)} == {2.0}
 
 
 def test_weight_decay_spares_vectors() -> None:
     config = small(weight_decay=0.5)
     model = build_model(config.model, build_task(config.data))
-    optimizer = loop.build_optimizer(model, config.training)
-    decayed, spared = optimizer.param_groups
+    decayed, spared = optimizer.build_optimizer(model, config.training).param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.5, 0.0)
-    assert {parameter.dim() for parameter in decayed["params"]} == {2}
-    assert {parameter.dim() for parameter in spared["params"]} == {1}
-    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
+    sizes = {matrix: sum(p.numel() for p in model.parameters() if (p.dim() > 1) == matrix) for matrix in (True, False)}
+    assert (decayed["params"][0].numel(), spared["params"][0].numel()) == (sizes[True], sizes[False])
+
+
+def test_flat_parameter_shares_memory_with_its_parts() -> None:
+    parts = [torch.nn.Parameter(torch.randn(3, 5)), torch.nn.Parameter(torch.randn(7))]
+    before = [part.detach().clone() for part in parts]
+    flat = optimizer.flatten(parts)
+    assert torch.equal(flat, torch.cat([part.flatten() for part in before]))
+    (2 * parts[0].sum() + 3 * parts[1].sum()).backward()
+    assert flat.grad is not None and flat.grad.tolist() == [2.0] * 15 + [3.0] * 7
+    torch.optim.SGD([flat], lr=1.0).step()
+    for part, old, step in zip(parts, before, (2, 3)):
+        torch.testing.assert_close(part.detach(), old - step)
 
 
 # Runs

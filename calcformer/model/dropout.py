@@ -1,41 +1,28 @@
 """Dropout that is cheap on a CPU when little is dropped."""
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kernels.dropout import SPARSE_LIMIT, dropped_places
+from kernels.dropout import keep_factors
 
 __all__ = ["Dropout"]
 
 
-class SparseDropout(torch.autograd.Function):
-    """x / (1 - p) with zeros at `places` of the flattened x: one pass over x and no mask kept for the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor, p: float) -> torch.Tensor:
-        ctx.places, ctx.p = places, p
-        return SparseDropout.apply_to(x, places, p)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return SparseDropout.apply_to(grads[0], ctx.places, ctx.p), None, None
-
-    @staticmethod
-    def apply_to(x: torch.Tensor, places: torch.Tensor, p: float) -> torch.Tensor:
-        out = torch.mul(x, 1 / (1 - p), out=torch.empty(x.shape, dtype=x.dtype))  # contiguous whatever x is
-        out.view(-1).index_fill_(0, places, 0.0)
-        return out
-
-
 class Dropout(nn.Dropout):
-    """torch.nn.Dropout, with the gaps between dropped elements drawn where that is faster."""
+    """torch.nn.Dropout, whose mask is drawn by `keep_factors` on a CPU: most of its time goes into drawing."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.p == 0:
-            return x
-        if x.device.type != "cpu" or self.p > SPARSE_LIMIT:
-            return F.dropout(x, self.p)
-        return SparseDropout.apply(x, dropped_places(x.numel(), self.p), self.p)
+        """x of any shape, each element dropped with probability p, the others divided by 1 - p."""
+        return x * keep_factors(x.shape, self.p) if self._draws_factors(x) else F.dropout(x, self.p, self.training)
+
+    def add(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """residual + forward(x), both of one shape, in one pass where the factors are at hand."""
+        if self._draws_factors(x):
+            return torch.addcmul(residual, x, keep_factors(x.shape, self.p))
+        return residual + F.dropout(x, self.p, self.training)
+
+    def _draws_factors(self, x: torch.Tensor) -> bool:
+        if not self.training or self.p == 0 or torch.compiler.is_compiling():
+            return False
+        return x.device.type == "cpu" and x.dtype == torch.float32

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 import kernels
 import kernels.nn
 from calcformer.model.dropout import Dropout
-from calcformer.model.linear import Linear
 
 __all__ = ["DecoderLayer", "EncoderLayer", "FeedForward", "MultiHeadAttention"]
 
@@ -39,11 +38,11 @@ class MultiHeadAttention(nn.Module):
         self.dropout = dropout
         self.cross = cross
         if cross:
-            self.query = Linear(width, width)
-            self.key_value = Linear(width, 2 * width)
+            self.query = nn.Linear(width, width)
+            self.key_value = nn.Linear(width, 2 * width)
         else:
-            self.query_key_value = Linear(width, 3 * width)
-        self.output = Linear(width, width)
+            self.query_key_value = nn.Linear(width, 3 * width)
+        self.output = nn.Linear(width, width)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -88,8 +87,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int, dropout: float = 0.0, activation: str = "relu") -> None:
         super().__init__()
-        self.expand = Linear(width, hidden)
-        self.contract = Linear(hidden, width)
+        self.expand = nn.Linear(width, hidden)
+        self.contract = nn.Linear(hidden, width)
         self.dropout = Dropout(dropout)
         self.activation = ACTIVATIONS[activation]
         nn.init.xavier_uniform_(self.expand.weight)
@@ -119,10 +118,10 @@ class EncoderLayer(nn.Module):
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, S, D), mask broadcast to (B, H, S, S); returns (B, S, D)."""
         if self.pre_norm:
-            x = x + self.dropout(self.attention(self.attention_norm(x), mask=mask))
-            return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-        x = self.attention_norm(x + self.dropout(self.attention(x, mask=mask)))
-        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+            x = self.dropout.add(x, self.attention(self.attention_norm(x), mask=mask))
+            return self.dropout.add(x, self.feed_forward(self.feed_forward_norm(x)))
+        x = self.attention_norm(self.dropout.add(x, self.attention(x, mask=mask)))
+        return self.feed_forward_norm(self.dropout.add(x, self.feed_forward(x)))
 
 
 class DecoderLayer(nn.Module):
@@ -143,9 +142,9 @@ class DecoderLayer(nn.Module):
     def forward(self, x: torch.Tensor, memory: torch.Tensor, memory_mask: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, T, D), memory (B, S, D), memory_mask broadcast to (B, H, T, S); returns (B, T, D)."""
         if self.pre_norm:
-            x = x + self.dropout(self.attention(self.attention_norm(x), is_causal=True))
-            x = x + self.dropout(self.cross_attention(self.cross_attention_norm(x), memory, memory_mask))
-            return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-        x = self.attention_norm(x + self.dropout(self.attention(x, is_causal=True)))
-        x = self.cross_attention_norm(x + self.dropout(self.cross_attention(x, memory, memory_mask)))
-        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+            x = self.dropout.add(x, self.attention(self.attention_norm(x), is_causal=True))
+            x = self.dropout.add(x, self.cross_attention(self.cross_attention_norm(x), memory, memory_mask))
+            return self.dropout.add(x, self.feed_forward(self.feed_forward_norm(x)))
+        x = self.attention_norm(self.dropout.add(x, self.attention(x, is_causal=True)))
+        x = self.cross_attention_norm(self.dropout.add(x, self.cross_attention(x, memory, memory_mask)))
+        return self.feed_forward_norm(self.dropout.add(x, self.feed_forward(x)))

@@ -35,14 +35,19 @@ def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
 
 
+def _trained(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The parameters as the optimiser sees them, in its order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
     """Write the state after `epoch` finished epochs."""
     metadata = {"epoch": str(epoch)}
     weights = _weights(model)
     state = {f"model.{name}": value for name, value in weights.items()}
-    for name, parameter in model.named_parameters():
+    for index, parameter in enumerate(_trained(optimizer)):
         for key, value in optimizer.state.get(parameter, {}).items():
-            state[f"{key}.{name}"] = value.detach().cpu().contiguous()
+            state[f"{key}.{index}"] = value.detach().cpu()
     write_atomically(folder / RESUME, save(state, metadata))
     write_atomically(folder / MODEL, save(weights, metadata))
 
@@ -113,8 +118,8 @@ def load_resume_state(folder: Path, model: nn.Module, optimizer: torch.optim.Opt
     tensors, epoch = _read_tensors(path)
     prefix = "model."
     _fill(model, {name[len(prefix):]: value for name, value in tensors.items() if name.startswith(prefix)}, path)
-    for name, parameter in model.named_parameters():
-        state = {key: tensors[f"{key}.{name}"] for key in ADAM_STATE if f"{key}.{name}" in tensors}
+    for index, parameter in enumerate(_trained(optimizer)):
+        state = {key: tensors[f"{key}.{index}"] for key in ADAM_STATE if f"{key}.{index}" in tensors}
         if state:
             optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
     return epoch

@@ -10,17 +10,17 @@ import torch
 from tqdm import tqdm
 
 from calcformer.build import build_model, build_task
-from calcformer.config import RunConfig, TrainingConfig
+from calcformer.config import RunConfig
 from calcformer.data import Examples
 from calcformer.errors import InputError
-from calcformer.model import EncoderDecoder
 from calcformer.plots import save_curve
 from calcformer.training.checkpoint import CONFIG, METRICS, load_resume_state, read_config, save_checkpoint
 from calcformer.training.files import write_atomically
 from calcformer.training.metrics import Totals, evaluate, exact_match, token_loss
+from calcformer.training.optimizer import build_optimizer, learning_rate
 from calcformer.training.run_log import RunLog
 
-__all__ = ["build_optimizer", "epoch_seed", "learning_rate", "pick_device", "resume", "train"]
+__all__ = ["epoch_seed", "pick_device", "resume", "train"]
 
 QUIET_SECONDS = 5.0  # between lines where there is no terminal to draw a bar on
 BAR_SECONDS = 0.2  # between updates of the bar, which wait for the device
@@ -41,31 +41,9 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def learning_rate(step: int, steps: int, config: TrainingConfig) -> float:
-    """The learning rate of step 0..steps-1: a linear warm-up, then constant, or half a cosine down to 0."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.learning_rate
-    share = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
-
-
 def epoch_seed(seed: int, epoch: int) -> int:
     """The seed of one epoch's order and dropout: a resumed run needs no generator state, only the epoch's number."""
     return (seed * 1_000_003 + epoch) % 2**63
-
-
-def build_optimizer(model: EncoderDecoder, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Adam whose weight decay, if any, is decoupled (Loshchilov and Hutter 2019) and spares biases and norms."""
-    if not config.weight_decay:  # one group is faster than two
-        return torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, betas=(0.9, config.beta2), weight_decay=0.0, fused=True)
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
-    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": config.weight_decay},
-                                    {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True)
 
 
 class Trainer:
@@ -92,12 +70,14 @@ class Trainer:
         training = self.config.training
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+            group["params"][0].grad.zero_()
         logits = self.model(batch.source, batch.decoder_input)
         loss = token_loss(logits, batch.labels, self.task.vocabulary.pad_id, training.label_smoothing)
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if training.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_norm)
+            torch.nn.utils.clip_grad_norm_(
+                [parameter for group in self.optimizer.param_groups for parameter in group["params"]],
+                training.clip_norm)
         self.optimizer.step()
         totals.add(loss, logits, batch.labels)
 

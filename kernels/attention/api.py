@@ -136,11 +136,7 @@ def _four_dimensional(
 
     Copies only where more than two leading dimensions cannot be merged by strides.
     """
-    if enable_gqa:
-        batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-        leads = [batch + x.shape[-3:-2] for x in (query, key, value)]
-    else:
-        leads = [torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])] * 3
+    leads = _leads(query, key, value, enable_gqa)
     lead = leads[0]
     q, k, v = (
         _merge_batch(x if x.shape[:-2] == to else x.expand(*to, *x.shape[-2:]))
@@ -152,6 +148,17 @@ def _four_dimensional(
             attn_mask = attn_mask.expand(*lead[:-1], *attn_mask.shape[-3:])
         attn_mask = _merge_batch(attn_mask)
     return lead, q, k, v, attn_mask
+
+
+def _leads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> list[torch.Size]:
+    """The dimensions before the last two of query, key and value, broadcast; with `enable_gqa` all but the heads."""
+    leads = [query.shape[:-2], key.shape[:-2], value.shape[:-2]]
+    if leads[0] == leads[1] == leads[2]:
+        return leads
+    if not enable_gqa:
+        return [torch.broadcast_shapes(*leads)] * 3
+    batch = torch.broadcast_shapes(*(lead[:-1] for lead in leads))
+    return [batch + lead[-1:] for lead in leads]
 
 
 def _merge_batch(x: torch.Tensor) -> torch.Tensor:
@@ -205,6 +212,8 @@ def _check(
 
 def _check_leading(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool, shapes: str) -> None:
     """The dimensions before the last two."""
+    if query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and (not enable_gqa or query.ndim > 2):
+        return
     if not enable_gqa:
         if not _broadcast(query.shape[:-2], key.shape[:-2], value.shape[:-2]):
             hint = "; for fewer key than query heads pass enable_gqa=True" if query.ndim > 2 else ""
@@ -230,12 +239,7 @@ def _check_mask(
         )
     if attn_mask.device != query.device:
         raise ValueError(f"attn_mask must be on the query's device {query.device}, found {attn_mask.device}")
-    lead = query.shape[:-2]
-    if not enable_gqa:
-        lead = torch.broadcast_shapes(lead, key.shape[:-2], value.shape[:-2])
-    else:
-        lead = torch.broadcast_shapes(lead[:-1], key.shape[:-3], value.shape[:-3]) + lead[-1:]
-    target = (*lead, query.shape[-2], key.shape[-2])
+    target = (*_leads(query, key, value, enable_gqa)[0], query.shape[-2], key.shape[-2])
     fits = attn_mask.ndim <= len(target) and all(
         size == 1 or size == full for size, full in zip(reversed(attn_mask.shape), reversed(target))
     )
