@@ -1,139 +1,132 @@
-"""What to compile to know that every kernel fits every GPU: each kernel at each tile its launcher can choose."""
+"""What to compile to know that every kernel fits every GPU: the launchers' own launches, on tensors without memory.
+
+A case calls a launcher with tensors of the meta device and a driver that claims to be a GPU, so what is compiled is
+what a user's call would compile: the launcher's tile, and Triton's own specialisation to strides and alignment.
+"""
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import math
-import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}  # Triton's name: bytes of an element
+import torch
+
+from kernels.attention.rules import Extras, Rules
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 HEAD_SIZES = (16, 32, 64, 128, 256)
 WIDTHS = (64, 256, 768, 1000, 1001, 1024, 4096, 8192, 16384, 65536)  # of layer norm rows
+LENGTH = 4096
 
 
 class Case(NamedTuple):
-    """A kernel with one choice of compile-time arguments; picklable."""
+    """One call of a launcher; picklable."""
 
-    module: str
-    function: str
-    label: str
-    tile: str
-    signature: dict[str, str]  # argument: Triton type, or "constexpr" for those below
-    constexprs: dict[str, Any]
-    aligned: list[str]  # arguments divisible by 16
-    num_warps: int
-    num_stages: int
     arch: int
-    no_spills: bool  # the case fails if it spills
-    wgmma: bool  # the case fails without warp-group matrix instructions
+    dtype: str
+    size: int  # E and Ev, or the width of a row
+    feature: str  # of FEATURES, or "norm"
+
+    @property
+    def label(self) -> str:
+        return f"{self.dtype} {'N' if self.feature == 'norm' else 'D'}{self.size} {self.feature}"
 
 
-def attention_cases(arch: int, dtype: str, head_size: int) -> Iterator[Case]:
-    """The attention kernels: with each feature that changes the tile, and with all at once."""
-    from kernels.attention.tiles import block_of, choose_tile
+class Feature(NamedTuple):
+    """A kind of attention call: which optional tensors it has, by name, its rules, and what it is compiled for.
 
-    places = {
-        "forward": ("general", "forward_kernel"),
-        "query": ("general_backward", "query_kernel"),
-        "key_value": ("general_backward", "key_value_kernel"),
-        "mask": ("mask_gradient", "mask_kernel"),
-    }
-    features = {  # name: (is_causal, has a float mask, has_dropout, L)
-        "plain": (False, False, False, 4096),
-        "causal": (True, False, False, 4096),
-        "mask": (True, True, False, 4096),
-        "all": (True, True, True, 4096),
-        "few": (True, True, True, 1),
-    }
-    block = block_of(head_size)
-    sizes = {"E": head_size, "EV": head_size, "BLOCK_E": block, "BLOCK_EV": block}
-    no_spills = dtype != "fp32" and head_size <= 128
-    for kernel, (feature, (is_causal, masked, dropped, n_queries)) in itertools.product(places, features.items()):
-        if kernel == "mask" and not masked:
-            continue
-        tile = choose_tile(kernel, head_size, DTYPES[dtype], n_queries, arch, dropped)
-        constexprs: dict[str, Any] = {**sizes, "BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k}
-        constexprs |= {"IS_CAUSAL": is_causal, "HAS_DROPOUT": dropped, "PRECISION": "ieee", "WIDE": False}
-        if kernel == "mask":
-            constexprs |= {"SUM_B": True, "SUM_H": False, "SUM_L": False, "SUM_S": False}
-        else:
-            constexprs |= {"MASK": 2 if masked else 0}
-        constexprs |= {} if masked else {"mask_ptr": None}
-        constexprs |= {} if dropped else {"seed_ptr": None}
-        module, function = places[kernel]
-        rows = tile.block_k if kernel == "key_value" else tile.block_q
-        yield _case(
-            f"kernels.attention.{module}", function, f"{dtype} D{head_size} {feature}", dtype, constexprs,
-            tile=f"{tile.block_q}x{tile.block_k}", num_warps=tile.num_warps, num_stages=tile.num_stages, arch=arch,
-            no_spills=no_spills, wgmma=arch == 90 and dtype != "fp32" and rows >= 64,
-        )  # fmt: skip
-    constexprs = {"EV": head_size, "BLOCK_EV": block, "BLOCK_Q": 16}
-    yield _case(
-        "kernels.attention.general_backward", "delta_kernel", f"{dtype} D{head_size}", dtype, constexprs, tile="16",
-        num_warps=4, num_stages=2, arch=arch, no_spills=no_spills, wgmma=False,
-    )  # fmt: skip
-
-
-def layer_norm_cases(arch: int, dtype: str, widths: tuple[int, ...] = WIDTHS) -> Iterator[Case]:
-    """The layer norm kernels at the tiles of each width, with weight and bias."""
-    from kernels.layer_norm import backward, forward
-
-    size = DTYPES[dtype]
-    for n_cols in widths:
-        tile = forward.forward_tile(n_cols, size)
-        name = "forward_chunks_kernel" if tile.chunked else "forward_rows_kernel"
-        yield _layer_norm_case(arch, dtype, "forward", name, n_cols, tile.rows, tile.block_n, tile.num_warps)
-        back = backward.backward_tile(n_cols, size)
-        name = "backward_chunks_kernel" if back.chunked else "backward_rows_kernel"
-        yield _layer_norm_case(
-            arch, dtype, "backward", name, n_cols, back.rows, back.block_n, back.num_warps, NUM_STAGES=back.num_stages
-        )
-    rows, block_n, num_stages = backward.COLUMNS
-    yield _layer_norm_case(
-        arch, dtype, "backward", "backward_columns_kernel", 16384, rows, block_n, 4, NUM_STAGES=num_stages
-    )
-    rows, block_n = backward.REDUCE
-    yield _layer_norm_case(arch, dtype, "backward", "reduce_partials_kernel", 1024, rows, block_n, 4)
-
-
-def _layer_norm_case(
-    arch: int, dtype: str, module: str, function: str, n_cols: int, rows: int, block_n: int, num_warps: int, **more: int
-) -> Case:
-    constexprs = {"ROWS": rows, "BLOCK_N": block_n, "ALIGN": math.gcd(n_cols, 8), **more}
-    return _case(
-        f"kernels.layer_norm.{module}", function, f"{dtype} N{n_cols}", dtype, constexprs, tile=f"{rows}x{block_n}",
-        num_warps=num_warps, num_stages=3, arch=arch, no_spills=True, wgmma=False, whole=n_cols % 16 == 0,
-    )  # fmt: skip
-
-
-def _case(
-    module: str, function: str, label: str, dtype: str, constexprs: dict[str, Any], whole: bool = True, **rest: Any
-) -> Case:
-    """A case, the types of its arguments told from their names.
-
-    constexprs: those that the kernel has are taken, and arguments that are None. whole: row strides divide by 16.
+    Each tile is compiled for every dtype and head size by the features that choose it; for the others, two head sizes
+    of bfloat16 stand for all.
     """
-    names = getattr(importlib.import_module(module), function).arg_names
-    constexprs = {name: value for name, value in constexprs.items() if name in names}
-    signature = {}
-    for name in names:
-        if re.fullmatch(r"stride_\w+e|stride_d?ms", name):
-            constexprs[name] = 1  # the last axis is contiguous, as Triton specialises it at a launch
-        signature[name] = "constexpr" if name in constexprs else _type(name, dtype)
-    divisible = [name for name in names if name.startswith("stride") or name == "n_cols"] if whole else []
-    pointers = [name for name in names if name.endswith("_ptr")]
-    aligned = [name for name in (*pointers, *divisible) if signature[name] != "constexpr"]
-    return Case(module, function, label, signature=signature, constexprs=constexprs, aligned=aligned, **rest)
+
+    tensors: tuple[str, ...] = ()
+    rules: dict[str, Any] = {}
+    length: int = LENGTH
+    dtypes: tuple[str, ...] = ("bf16",)
+    sizes: tuple[int, ...] = (64, 128)
 
 
-def _type(name: str, dtype: str) -> str:
-    if name == "seed_ptr":
-        return "*i64"
-    if name in ("row_max_ptr", "row_sum_ptr", "delta_ptr", "mean_ptr", "rstd_ptr") or name.startswith("partial"):
-        return "*fp32"
-    if name.endswith("_ptr"):
-        return f"*{dtype}"
-    return "fp32" if name.endswith("scale") or name in ("dropout_p", "eps") else "i32"
+EVERY: dict[str, Any] = {"dtypes": tuple(DTYPES), "sizes": HEAD_SIZES}
+EVERY_RULE = {"softcap": 30.0, "left": 512, "right": 64, "bottom_right": True}
+FEATURES = {
+    "plain": Feature(**EVERY),
+    "causal": Feature((), {"right": 0}, dtypes=("bf16", "fp32"), sizes=HEAD_SIZES),
+    "mask": Feature(("mask",), {"right": 0}),
+    "bool mask": Feature(("bool mask",)),
+    "window": Feature((), {"left": 512, "right": 0}),
+    "softcap": Feature((), {"right": 0, "softcap": 30.0}),
+    "rules": Feature(("lengths", "slopes", "sinks"), EVERY_RULE),
+    "packed": Feature(("starts",), {"right": 0, "max_queries": LENGTH, "max_keys": LENGTH}),
+    "dropout": Feature(("seed",), {"right": 0, "dropout_p": 0.1}),
+    "all": Feature(("seed", "mask", "lengths", "slopes", "sinks"), {**EVERY_RULE, "dropout_p": 0.1}, **EVERY),
+    "few": Feature(("seed", "mask"), {"right": 0, "dropout_p": 0.1}, length=1, **EVERY),
+    "tf32": Feature((), {"right": 0}, dtypes=("fp32",), sizes=HEAD_SIZES),
+}
+QUICK_FEATURES = ("plain", "causal", "all")
+
+
+def all_cases(archs: list[int], quick: bool) -> Iterator[Case]:
+    """The cases of these chips; `quick`: two dtypes, two head sizes, three features, three widths."""
+    dtypes = ["bf16", "fp32"] if quick else list(DTYPES)
+    for arch, dtype in itertools.product(archs, dtypes):
+        for feature, size in itertools.product(FEATURES, HEAD_SIZES):
+            if (quick or arch == 120) and (feature not in QUICK_FEATURES or size not in (64, 128)):
+                continue  # 120 takes the tiles of 80
+            if dtype in FEATURES[feature].dtypes and size in FEATURES[feature].sizes:
+                yield Case(arch, dtype, size, feature)
+        yield Case(arch, dtype, 1024, "all")  # heads wider than a tile
+        for size in (64, 1024, 16384) if quick else WIDTHS:
+            yield Case(arch, dtype, size, "norm")
+
+
+def launch(case: Case) -> None:
+    """Call the launchers of a case, which must have been patched to compile only."""
+    (launch_layer_norm if case.feature == "norm" else launch_attention)(case)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch_attention(case: Case) -> None:
+    """Forward and backward of four heads in two batch entries."""
+    from kernels.attention.general import launch_forward
+    from kernels.attention.general_backward import launch_backward, launch_delta
+
+    torch.set_float32_matmul_precision("high" if case.feature == "tf32" else "highest")
+    feature, dtype = FEATURES[case.feature], DTYPES[case.dtype]
+    packed = "starts" in feature.tensors
+    q = empty(1 if packed else 2, feature.length, 4, case.size, dtype=dtype).transpose(1, 2)
+    k, v = (empty(1 if packed else 2, LENGTH, 4, case.size, dtype=dtype).transpose(1, 2) for _ in range(2))
+    some = {
+        "attn_mask": {"mask": empty(1, 4, feature.length, LENGTH, dtype=dtype),
+                      "bool mask": empty(2, 1, 1, LENGTH, dtype=torch.bool)},
+        "key_lengths": {"lengths": empty(2, dtype=torch.int32)},
+        "alibi_slopes": {"slopes": empty(1, 4)},
+        "sinks": {"sinks": empty(1, 4)},
+        "query_starts": {"starts": empty(9, dtype=torch.int32)},
+        "key_starts": {"starts": empty(9, dtype=torch.int32)},
+    }  # fmt: skip
+    extras = Extras(**{
+        field: tensor for field, kinds in some.items() for kind, tensor in kinds.items() if kind in feature.tensors
+    })  # fmt: skip
+    seed = empty(1, dtype=torch.int64) if "seed" in feature.tensors else None
+    rules = Rules(0.125, **feature.rules)
+    output, row_max = torch.empty_like(q), empty(*q.shape[:3])
+    launch_forward(q, k, v, seed, extras, rules, output, row_max, row_max)
+    launch_delta(output, output, row_max)
+    has_gradient = extras.attn_mask is not None and extras.attn_mask.is_floating_point()
+    dmask = extras.attn_mask if has_gradient else None
+    launch_backward(output, q, k, v, seed, extras, rules, row_max, row_max, row_max, q, k, v, dmask)
+
+
+def launch_layer_norm(case: Case) -> None:
+    """Forward and backward of rows with weight and bias."""
+    from kernels.layer_norm.backward import launch_backward
+    from kernels.layer_norm.forward import launch_forward
+
+    dtype = DTYPES[case.dtype]
+    rows, weight, mean = empty(4096, case.size, dtype=dtype), empty(case.size, dtype=dtype), empty(4096)
+    launch_forward(rows, weight, weight, rows, mean, mean, 1e-5)
+    launch_backward(rows, rows, weight, mean, mean, rows, weight, weight)

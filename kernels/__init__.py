@@ -1,8 +1,13 @@
 """Fused scaled-dot-product attention and layer norm for PyTorch, written in Triton."""
 
 from kernels import nn, reference
-from kernels.attention.api import explain, scaled_dot_product_attention
+from kernels.attention.api import AttentionResult, scaled_dot_product_attention
+from kernels.attention.explanation import explain
+from kernels.attention.varlen import varlen_attention
 from kernels.layer_norm.api import layer_norm
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "explain", "layer_norm", "nn", "reference", "scaled_dot_product_attention"]
+__all__ = [
+    "AttentionResult", "__version__", "explain", "layer_norm", "nn", "reference", "scaled_dot_product_attention",
+    "varlen_attention",
+]  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 
 import kernels
 from kernels.attention import tiles
+from kernels.attention.rules import Extras, Rules
 from tests.attention_problem import Problem, check, problem
 
 triton_attention = functools.partial(kernels.scaled_dot_product_attention, backend="triton")
@@ -311,8 +312,11 @@ def test_rows_far_apart_take_the_wide_offsets(device: str, monkeypatch: pytest.M
 def test_wide_is_decided_by_the_largest_stride() -> None:
     from kernels.attention.general import is_wide
 
-    assert not is_wide(0, 1, (1 << 22) - 1)
-    assert is_wide(0, 1 << 22)
+    def strided(*strides: int) -> torch.Tensor:
+        return torch.empty(1).as_strided((1, 1, 1, 1), (1, 1, *strides))
+
+    assert not is_wide(strided(0, 1), None, strided(1, (1 << 22) - 1))
+    assert is_wide(strided(0, 1), strided(1 << 22, 0))
     assert (128 + 256) * ((1 << 22) - 1) < 1 << 31  # the largest offset inside a tile that is not wide
 
 
@@ -329,10 +333,10 @@ def test_more_heads_than_a_second_grid_axis_holds(heads: int) -> None:
             return lambda *_, **__: None
 
     q = torch.empty(1, 1, 16, 8).expand(heads, 1, 16, 8)
-    out, stats = torch.empty(1), torch.empty(1)
+    out, stats = torch.empty(1), torch.empty(1).expand(heads, 1, 16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(general, "forward_kernel", Recorder())
-        general.launch_forward(q, q, q, None, None, 0.0, False, 1.0, out.expand(heads, 1, 16, 8), stats, stats)
+        general.launch_forward(q, q, q, None, Extras(), Rules(1.0), out.expand(heads, 1, 16, 8), stats, stats)
     assert launched == [(heads,)]
 
 

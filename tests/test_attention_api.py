@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import kernels
+from kernels.attention.rules import Extras, Rules
 from kernels.backend import choose, why_not_triton
 from tests.attention_problem import check, problem
 
@@ -89,8 +90,8 @@ ERRORS = {
         lambda q, k, v: attention(q.double(), k.double(), v.double(), backend="triton"),
     ),
     "heads too wide for Triton": (
-        ValueError, "wider than 256",
-        lambda q, k, v: attention(*(torch.randn(2, 3, 5, 257) for _ in range(3)), backend="triton"),
+        ValueError, "wider than 2048",
+        lambda q, k, v: attention(*(torch.randn(2, 3, 5, 2049) for _ in range(3)), backend="triton"),
     ),
 }  # fmt: skip
 
@@ -112,12 +113,19 @@ def test_triton_that_cannot_run_raises_with_the_reason(on_pytorch: None) -> None
 
 def test_explain_says_which_kernel_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = inputs(1, 1, 5, 8)
-    assert str(kernels.explain(q, k, v)) == "runs on triton general"
+    assert str(kernels.explain(q, k, v)) == "The Triton kernel for any shape runs this call."
     assert "asked for" in str(kernels.explain(q, k, v, backend="torch"))
-    assert kernels.explain(q.double(), k.double(), v.double()).kernel.startswith("torch")
+    assert kernels.explain(q.double(), k.double(), v.double()).kernel == "PyTorch's scaled_dot_product_attention"
     monkeypatch.setattr("kernels.backend.INTERPRETED", False)
     text = str(kernels.explain(q, k, v))
-    assert text.startswith("runs on torch scaled_dot_product_attention\nnot on triton general: the tensors are on")
+    first, second = text.split("\n")
+    assert first == "PyTorch's scaled_dot_product_attention runs this call."
+    assert second.startswith("The Triton kernel for any shape does not: the tensors are on the CPU")
+    formula = kernels.explain(q, k, v, softcap=2.0, sinks=torch.zeros(1), window=(3, 0))
+    assert formula.kernel.startswith("the formula in plain PyTorch")
+    assert "no way to give a soft cap and sinks" in str(formula)
+    with pytest.raises(TypeError, match="windw"):
+        kernels.explain(q, k, v, windw=(3, 0))
     with pytest.raises(ValueError, match="same length S"):
         kernels.explain(q, k, v[:, :, :3])
     monkeypatch.setattr("kernels.backend.HAS_TRITON", False)
@@ -248,21 +256,32 @@ LAYOUTS = {
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("mask", [False, True], ids=["", "mask"])
-def test_registered_operations_keep_their_promises(layout: str, mask: bool) -> None:
+@pytest.mark.parametrize("features", ["plain", "all", "packed"])
+def test_registered_operations_keep_their_promises(layout: str, features: str) -> None:
     q, k, v = (LAYOUTS[layout](x) for x in inputs(2, 2, 5, 8))
-    attn_mask = torch.randn(1, 2, 5, 5) if mask else None
-    forward = (q, k, v, attn_mask, None, 0.0, True, 0.3)
-    torch.library.opcheck(torch.ops.kernels.attention_forward, forward)
-    outputs = torch.ops.kernels.attention_forward(*forward)
-    backward = (torch.randn_like(outputs[0]), *forward[:5], *outputs, 0.0, True, 0.3, [True, True, False, mask])
-    torch.library.opcheck(torch.ops.kernels.attention_backward, backward)
+    rules, extras = Rules(0.3, right=0), Extras()
+    if features == "all":
+        rules = Rules(0.3, softcap=2.0, left=3, right=1, bottom_right=True)
+        used = torch.tensor([3, 5], dtype=torch.int32)
+        extras = Extras(torch.randn(1, 2, 5, 5), used, alibi_slopes=torch.rand(2, 2), sinks=torch.rand(1, 2))
+    elif features == "packed":
+        q, k, v = q[:1], k[:1], v[:1]
+        starts = torch.tensor([0, 2, 5], dtype=torch.int32)
+        rules, extras = Rules(0.3, max_queries=3, max_keys=3), Extras(query_starts=starts, key_starts=starts)
+    forward = (q, k, v, None, *extras)
+    torch.library.opcheck(torch.ops.kernels.attention_forward, (*forward, *rules))
+    outputs = torch.ops.kernels.attention_forward(*forward, *rules)
+    upstream = torch.randn_like(outputs[0]), torch.randn_like(outputs[1])
+    every = [True, True, True, extras.attn_mask is not None, extras.sinks is not None]
+    for output_mask in (every, [False, True, False, False, False]):
+        backward = (*upstream, *forward, *outputs, *rules, output_mask)
+        torch.library.opcheck(torch.ops.kernels.attention_backward, backward)
 
 
 def test_operations_without_triton_say_so(on_pytorch: None) -> None:
     q, k, v = inputs(1, 1, 5, 8)
     with pytest.raises(NotImplementedError, match="call the public function"):
-        torch.ops.kernels.attention_forward(q, k, v, None, None, 0.0, False, 1.0)
+        torch.ops.kernels.attention_forward(q, k, v, None, *Extras(), *Rules(1.0))
 
 
 def test_flops_are_counted() -> None:

@@ -1,22 +1,35 @@
-"""The public attention: checks, choice of backend, and the call."""
+"""The public attention: choice of backend, any number of dimensions to four, and the call."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from kernels.attention import eager
+from kernels.attention.checks import check, check_rules, leads_of
+from kernels.attention.composed import alibi, composed_attention
 from kernels.attention.ops import Attention
+from kernels.attention.rules import Extras, Rules
 from kernels.attention.tiles import MAX_HEAD_SIZE
 from kernels.backend import Choice, autocasts, choose
 
-NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
-LARGEST_SCALE = 1e38  # times log2(e) it is still a float32
+__all__ = ["AttentionResult", "scaled_dot_product_attention"]
 
-__all__ = ["Explanation", "explain", "scaled_dot_product_attention"]
+
+class AttentionResult(NamedTuple):
+    """What `scaled_dot_product_attention` returns when it is asked for more than the output.
+
+    output: (..., Hq, L, Ev).
+    lse: (..., Hq, L), the natural logarithm of the sum of exp(score) over the keys a query may attend to, its sink
+        included; -inf where there are none. float32 (or float64), differentiable. None unless `return_lse`.
+    weights: (..., Hq, L, S), the softmax before dropout, dtype of the output. None unless `need_weights`.
+    """
+
+    output: torch.Tensor
+    lse: torch.Tensor | None
+    weights: torch.Tensor | None
 
 
 def scaled_dot_product_attention(
@@ -29,8 +42,17 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    causal_alignment: str = "top_left",
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    key_lengths: torch.Tensor | None = None,
+    need_weights: bool = False,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
     backend: str = "auto",
-) -> torch.Tensor:
+) -> Any:
     """Attend: mix the values by how well each query fits each key.
 
         output = dropout(softmax(scale * query key^T + attn_mask)) value
@@ -47,78 +69,162 @@ def scaled_dot_product_attention(
         attn_mask: broadcastable to (..., Hq, L, S). bool: True = may attend. Floating point: added to the scores
             (natural units; -inf forbids), and differentiable. With `is_causal` both apply.
         dropout_p: probability, 0 to 1, of dropping each weight; the others are divided by 1 - dropout_p.
-        is_causal: query i may attend to keys 0 to i only (counted from the top left when L != S).
+        is_causal: a query may attend to the keys up to its own place only.
         scale: factor of the scores; None for 1 / sqrt(E).
         enable_gqa: query heads share key and value heads, Hq / Hkv of them each (grouped-query attention).
+        causal_alignment: where query i has its place when L != S, for `is_causal`, `window` and `alibi_slopes`:
+            "top_left" beside key i; "bottom_right" beside key i + S - L, so that the last query stands beside the last
+            key (of those in use, with `key_lengths`).
+        window: (left, right), how many keys before and after its own place a query may attend to, None for all. Keys
+            outside are not read.
+        softcap: scores become softcap * tanh(score / softcap), before mask and slopes.
+        alibi_slopes: (Hq,) or (..., Hq); each score is lowered by slope * |place of the query - key|. Differentiable:
+            then a float mask is made of them.
+        sinks: (Hq,), a logit a head that takes part in the softmax and has no value: weight that goes nowhere.
+            Differentiable.
+        key_lengths: (...) without the heads, usually (B,), int32 or int64: how many keys of each batch entry are in
+            use. Later ones are not read. On a GPU, lengths outside 0 to S are clamped.
+        need_weights: return the weights too. They are computed anew, and are the only L x S matrix ever stored.
+        return_lse: return the log-sum-exp of each row too.
+        deterministic: True wants bitwise equal results from run to run, None what
+            `torch.are_deterministic_algorithms_enabled` says. The kernels there are so far always give them.
         backend: "triton" for this package's kernels, "torch" for PyTorch's own, "auto" for the former where they can
             run; `kernels.explain` tells which.
 
     Returns:
         (..., Hq, L, Ev), dtype of the query (under autocast: of autocast), heads and rows ordered in memory as its are.
+        With `need_weights` or `return_lse`, an `AttentionResult`.
 
     Raises:
         TypeError: a dtype does not fit.
-        ValueError: shapes, devices, dropout_p or backend do not fit, or backend="triton" cannot run.
+        ValueError: shapes, devices, a number or backend do not fit, or backend="triton" cannot run.
 
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1; online softmax and backward as in Dao 2023,
-    "FlashAttention-2", section 3.1; shared heads: Ainslie et al. 2023, "GQA", section 2.2.
+    "FlashAttention-2", section 3.1; shared heads: Ainslie et al. 2023, "GQA", section 2.2; slopes: Press et al. 2022,
+    "Train Short, Test Long", section 3; window: Beltagy et al. 2020, "Longformer", section 3.1; softcap: Gemma Team
+    2024, "Gemma 2", section 2; sinks: Xiao et al. 2024, "Efficient Streaming Language Models with Attention Sinks",
+    section 3, and Miller 2023, "Attention Is Off By One".
     """
-    _check(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
-    if _choose(query, value, backend).backend == "torch":
+    check(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
+    backend = choose_backend(query, value, backend).backend
+    plain = (
+        window is None and softcap is None and alibi_slopes is None and sinks is None and key_lengths is None
+        and causal_alignment == "top_left" and not need_weights and not return_lse and deterministic is None
+    )  # fmt: skip
+    if plain and backend == "torch":
         return eager.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if autocasts(query.device):
+    if backend == "triton" and autocasts(query.device):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[-1])
-    lead, q, k, v, mask = _four_dimensional(query, key, value, attn_mask, enable_gqa)
-    if torch.compiler.is_compiling():  # Dynamo refuses an autograd.Function that is given one tensor twice
-        k, v = k.view_as(k), v.view_as(v)
-    seed = torch.randint(2**63 - 1, (1,), device=query.device) if dropout_p > 0.0 else None
-    output = Attention.apply(q, k, v, mask, seed, float(dropout_p), is_causal, float(scale))[0]
-    return output if query.ndim == 4 else output.reshape(*lead, *output.shape[-2:])
+    lead, q, k, v, rules, extras = prepare(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap,
+        alibi_slopes, sinks, key_lengths, deterministic,
+    )  # fmt: skip
+    if backend == "torch":
+        found = eager.extended_attention(q, k, v, rules, extras, need_lse=return_lse, need_weights=need_weights)
+    else:
+        output, lse = triton_attention(q, k, v, rules, extras, return_lse)
+        weights = composed_attention(q, k, v, rules._replace(dropout_p=0.0), extras)[2] if need_weights else None
+        found = output, lse, weights
+    if query.ndim == 4:
+        result = AttentionResult(*found)
+    else:
+        output, *more = (x if x is None else x.reshape(*lead, *x.shape[2:]) for x in found)
+        result = AttentionResult(output, *more)
+    return result if need_weights or return_lse else result.output
 
 
-class Explanation(NamedTuple):
-    """Which kernel runs a call, and why not the other ones."""
-
-    kernel: str
-    why_not: dict[str, str]  # kernel: reason
-
-    def __str__(self) -> str:
-        """One line a kernel."""
-        return "\n".join([f"runs on {self.kernel}", *(f"not on {k}: {reason}" for k, reason in self.why_not.items())])
-
-
-def explain(
+def prepare(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    *,
-    backend: str = "auto",
-) -> Explanation:
-    """Say which kernel `scaled_dot_product_attention` would run for these arguments, and why not each faster one.
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    causal_alignment: str = "top_left",
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    key_lengths: torch.Tensor | None = None,
+    deterministic: bool | None = None,
+) -> tuple[torch.Size, torch.Tensor, torch.Tensor, torch.Tensor, Rules, Extras]:
+    """The arguments of a call as the kernels take them, checked: lead (..., Hq), query, key, value, rules, extras."""
+    lead, q, k, v, mask = _four_dimensional(query, key, value, attn_mask, enable_gqa)
+    check_rules(
+        query, lead, causal_alignment, window, softcap, alibi_slopes, sinks, key_lengths, deterministic, k.shape[2]
+    )
+    rules = make_rules(q, dropout_p, is_causal, scale, causal_alignment, window, softcap)
+    return lead, q, k, v, rules, _extras(lead, mask, key_lengths, alibi_slopes, sinks)
 
-    Runs nothing. Arguments and errors as there.
-    """
-    _check(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
-    choice = _choose(query, value, backend)
-    if choice.backend == "triton":
-        return Explanation("triton general", {})
-    return Explanation("torch scaled_dot_product_attention", {"triton general": choice.reason})
+
+def make_rules(
+    q: torch.Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    causal_alignment: str,
+    window: tuple[int | None, int | None] | None,
+    softcap: float | None,
+) -> Rules:
+    """The numbers of a checked call."""
+    left, right = window or (None, None)
+    return Rules(
+        scale=float(1.0 / math.sqrt(q.shape[-1]) if scale is None else scale),
+        dropout_p=float(dropout_p),
+        softcap=float(softcap or 0.0),
+        left=left,
+        right=0 if is_causal else right,
+        bottom_right=causal_alignment == "bottom_right",
+    )
 
 
-def _choose(query: torch.Tensor, value: torch.Tensor, backend: str) -> Choice:
+def _extras(
+    lead: torch.Size,
+    mask: torch.Tensor | None,
+    key_lengths: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+) -> Extras:
+    """The tensors of a call as the kernels take them: float32 and int32, (B,) and (B or 1, Hq)."""
+    batch, heads = lead[:-1], math.prod(lead[-1:])
+    if key_lengths is not None:
+        key_lengths = key_lengths.to(torch.int32).expand(batch).reshape(-1)
+    if alibi_slopes is not None:
+        if any(size != 1 for size in alibi_slopes.shape[:-1]):
+            alibi_slopes = alibi_slopes.expand(*batch, heads)
+        alibi_slopes = alibi_slopes.float().expand(*alibi_slopes.shape[:-1], heads).reshape(-1, heads).contiguous()
+    if sinks is not None:
+        sinks = sinks.float().reshape(1, heads).contiguous()
+    return Extras(mask, key_lengths, alibi_slopes, sinks)
+
+
+def triton_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: Rules, extras: Extras, return_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Output (B, Hq, L, Ev) and log-sum-exp (B, Hq, L) by the Triton kernels."""
+    slopes, mask = extras.alibi_slopes, extras.attn_mask
+    if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
+        # The kernels have no gradient for slopes, but one for a float mask, which the slopes can be made into.
+        bias = alibi(rules, extras, q.shape[2], k.shape[2])
+        if mask is not None:
+            bias = torch.where(mask, bias, -math.inf) if mask.dtype == torch.bool else bias + mask
+        extras = extras._replace(alibi_slopes=None, attn_mask=bias)
+    if torch.compiler.is_compiling():  # Dynamo refuses an autograd.Function that is given one tensor twice
+        k, v = k.view_as(k), v.view_as(v)
+    seed = torch.randint(2**63 - 1, (1,), device=q.device) if rules.dropout_p > 0.0 else None
+    output, lse, *_ = Attention.apply(q, k, v, seed, *extras, *rules, return_lse)
+    return output, lse
+
+
+def choose_backend(query: torch.Tensor, value: torch.Tensor, backend: str) -> Choice:
     """The backend for a checked call."""
     head_size = max(query.shape[-1], value.shape[-1])
     unsupported = ""
     if head_size > MAX_HEAD_SIZE:
-        unsupported = f"heads wider than {MAX_HEAD_SIZE} are not covered yet, found {head_size}"
+        unsupported = f"heads wider than {MAX_HEAD_SIZE} are not covered, found {head_size}"
     dtype = query.dtype
     if autocasts(query.device):
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -136,7 +242,7 @@ def _four_dimensional(
 
     Copies only where more than two leading dimensions cannot be merged by strides.
     """
-    leads = _leads(query, key, value, enable_gqa)
+    leads = leads_of(query, key, value, enable_gqa)
     lead = leads[0]
     q, k, v = (
         _merge_batch(x if x.shape[:-2] == to else x.expand(*to, *x.shape[-2:]))
@@ -150,17 +256,6 @@ def _four_dimensional(
     return lead, q, k, v, attn_mask
 
 
-def _leads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> list[torch.Size]:
-    """The dimensions before the last two of query, key and value, broadcast; with `enable_gqa` all but the heads."""
-    leads = [query.shape[:-2], key.shape[:-2], value.shape[:-2]]
-    if leads[0] == leads[1] == leads[2]:
-        return leads
-    if not enable_gqa:
-        return [torch.broadcast_shapes(*leads)] * 3
-    batch = torch.broadcast_shapes(*(lead[:-1] for lead in leads))
-    return [batch + lead[-1:] for lead in leads]
-
-
 def _merge_batch(x: torch.Tensor) -> torch.Tensor:
     """View x (..., H, L, E) as (B, H, L, E); a (L, E) has one head, an (N, L, E) has N."""
     if x.ndim == 4:
@@ -168,88 +263,3 @@ def _merge_batch(x: torch.Tensor) -> torch.Tensor:
     if x.ndim < 4:
         return x[(None,) * (4 - x.ndim)]
     return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
-
-
-def _check(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    dropout_p: float,
-    scale: float | None,
-    enable_gqa: bool,
-) -> None:
-    """Raise TypeError or ValueError in one line, with the rule, what was found and the remedy."""
-    dtype, device = query.dtype, query.device
-    if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise TypeError(f"query must be float16, bfloat16, float32 or float64, found {dtype}; convert it with .to()")
-    if not (key.dtype == value.dtype == dtype) and not autocasts(device):
-        raise TypeError(
-            f"query, key and value must share a dtype, found {dtype}, {key.dtype} and {value.dtype}; convert with .to()"
-        )
-    if not (key.device == value.device == device):
-        raise ValueError(
-            f"query, key and value must be on one device, found {device}, {key.device} and {value.device}; "
-            f"move them with .to()"
-        )
-    shapes = f"found query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if not 2 <= query.ndim == key.ndim == value.ndim:
-        raise ValueError(f"query, key and value must have the same number of dimensions, at least 2; {shapes}")
-    if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"query and key must have the same last dimension E; {shapes}; project one of them")
-    if query.shape[-1] == 0 or value.shape[-1] == 0:
-        raise ValueError(f"the last dimensions E and Ev must be at least 1; {shapes}")
-    if key.shape[-2] != value.shape[-2]:
-        raise ValueError(f"key and value must have the same length S (next to last dimension); {shapes}")
-    _check_leading(query, key, value, enable_gqa, shapes)
-    if attn_mask is not None:
-        _check_mask(attn_mask, query, key, value, enable_gqa)
-    if not isinstance(dropout_p, NUMBERS) or not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p is a probability from 0 to 1, found {dropout_p!r}")
-    if scale is not None and not (isinstance(scale, NUMBERS) and abs(scale) < LARGEST_SCALE):
-        raise ValueError(f"scale must be a number that float32 holds, or None for 1 / sqrt(E), found {scale!r}")
-
-
-def _check_leading(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool, shapes: str) -> None:
-    """The dimensions before the last two."""
-    if query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and (not enable_gqa or query.ndim > 2):
-        return
-    if not enable_gqa:
-        if not _broadcast(query.shape[:-2], key.shape[:-2], value.shape[:-2]):
-            hint = "; for fewer key than query heads pass enable_gqa=True" if query.ndim > 2 else ""
-            raise ValueError(f"the leading dimensions of query, key and value must broadcast; {shapes}{hint}")
-        return
-    if query.ndim < 3:
-        raise ValueError(f"enable_gqa=True needs a dimension of heads, (..., H, L, E); {shapes}")
-    heads = key.shape[-3]
-    if value.shape[-3] != heads or heads == 0 or query.shape[-3] % heads:
-        raise ValueError(f"with enable_gqa=True query heads must be a multiple of key and value heads; {shapes}")
-    if not _broadcast(query.shape[:-3], key.shape[:-3], value.shape[:-3]):
-        raise ValueError(f"the dimensions before the heads of query, key and value must broadcast; {shapes}")
-
-
-def _check_mask(
-    attn_mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool
-) -> None:
-    """The mask's dtype, device and shape."""
-    if attn_mask.dtype != torch.bool and attn_mask.dtype not in (torch.float32, query.dtype):
-        raise TypeError(
-            f"attn_mask must be bool (True = may attend), float32 or of the query's dtype {query.dtype}, "
-            f"found {attn_mask.dtype}; convert it with .bool() or .to(query.dtype)"
-        )
-    if attn_mask.device != query.device:
-        raise ValueError(f"attn_mask must be on the query's device {query.device}, found {attn_mask.device}")
-    target = (*_leads(query, key, value, enable_gqa)[0], query.shape[-2], key.shape[-2])
-    fits = attn_mask.ndim <= len(target) and all(
-        size == 1 or size == full for size, full in zip(reversed(attn_mask.shape), reversed(target))
-    )
-    if not fits:
-        raise ValueError(
-            f"attn_mask must broadcast to (..., Hq, L, S) = {target}, found {tuple(attn_mask.shape)}; "
-            f"a mask of keys (B, S) becomes one by mask[:, None, None, :]"
-        )
-
-
-def _broadcast(*shapes: torch.Size) -> bool:
-    """Whether the shapes, equally long, broadcast."""
-    return all(a == 1 or b == 1 or a == b for sizes in zip(*shapes) for a, b in itertools.combinations(sizes, 2))

@@ -1,7 +1,8 @@
 """Attention through PyTorch's own kernels, with this package's rules where PyTorch's differ.
 
 PyTorch lets NaN and Inf of keys that a query may not see into its result (zero times NaN is NaN), and refuses
-`attn_mask` together with `is_causal`. Here neither happens.
+`attn_mask` together with `is_causal`. Here neither happens. Rules that PyTorch does not have become a mask for its
+kernels where they can, and otherwise run as the formula is written (`composed.py`).
 """
 
 from __future__ import annotations
@@ -11,12 +12,25 @@ import math
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from kernels.attention.composed import alibi, allowed_pairs, composed_attention
+from kernels.attention.rules import Extras, Rules
 from kernels.attention.short_cpu import short_attention
+from kernels.backend import autocasts
 
-# Entries of one head's scores up to which `short_attention` is faster on a CPU: PyTorch's fused kernel has no dropout.
-MANY = 32  # heads over the batch; for fewer, one call into PyTorch costs less than several
-SHORT = 128
-SHORT_WITH_DROPOUT = 4096
+# Where `short_attention` is faster on a CPU, measured on one thread. It makes more calls into PyTorch, so it needs many
+# queries, counted over all heads, and rows of keys that do not fill a vector, at which PyTorch's kernels are slow.
+VECTOR = 16
+ENOUGH = {  # queries, by (dropout, mask): forward alone, and with gradients
+    (False, False): (2400, 1400),
+    (False, True): (1100, 850),
+    (True, False): (520, 350),
+    (True, True): (520, 350),
+}
+ENOUGH_SCORES = 16384  # with dropout, which PyTorch's fused kernel does not have, also for rows of vectors
+MOST_SCORES = 65536  # of one head
+FEWEST = 3  # queries or keys of one head: below, its products are of vectors
+WIDEST = 32  # E or Ev without dropout
+TINY_PRODUCT = 400  # multiplications below which PyTorch's batched product is a plain loop
 
 
 def attention(
@@ -30,8 +44,13 @@ def attention(
     enable_gqa: bool,
 ) -> torch.Tensor:
     """Arguments and result as for `kernels.scaled_dot_product_attention`; differentiable as often as PyTorch's."""
-    if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype):
-        least = torch.finfo(query.dtype).min  # "least of all", which must not become -inf, "never"
+    if attn_mask is not None and attn_mask.dtype != torch.bool and autocasts(query.device):
+        query, key, value = _autocast(query, key, value)
+        with torch.autocast(query.device.type, enabled=False):  # it would make -inf of the mask's finfo.min
+            return attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype) and query.device.type != "cpu":
+        # A GPU wants the query's dtype, in which "least of all" must not become -inf, "never".
+        least = max(torch.finfo(query.dtype).min, torch.finfo(attn_mask.dtype).min)
         attn_mask = attn_mask.clamp(min=least).masked_fill(attn_mask == -math.inf, -math.inf).to(query.dtype)
     if attn_mask is not None and attn_mask.ndim < 2:  # PyTorch wants an axis of queries
         attn_mask = attn_mask.reshape(1, -1)
@@ -55,25 +74,114 @@ def attention(
     return output.masked_fill(_may_see(bad, attn_mask, query.shape[-2]).unsqueeze(-1), math.nan)
 
 
+def extended_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rules: Rules,
+    extras: Extras,
+    *,
+    need_lse: bool,
+    need_weights: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Attention by all rules: through PyTorch's kernels where a mask can say them, else by the formula.
+
+    Args:
+        query: (B, Hq, L, E).
+        key: (B, Hkv, S, E), Hq a multiple of Hkv.
+        value: (B, Hkv, S, Ev).
+        rules: the numbers of the call.
+        extras: its mask, lengths, slopes and sinks.
+        need_lse: the formula gives it; PyTorch's kernels keep theirs to themselves.
+        need_weights: likewise.
+
+    Returns:
+        output (B, Hq, L, Ev); lse (B, Hq, L) and weights (B, Hq, L, S), as `composed_attention` has them, or None.
+    """
+    if autocasts(query.device):
+        query, key, value = _autocast(query, key, value)
+    if why_not_fused(query, rules, extras, need_lse, need_weights):
+        output, lse, weights = composed_attention(query, key, value, rules, extras)
+        return output, lse if need_lse else None, weights if need_weights else None
+    attn_mask, is_causal = _as_mask(rules, extras, query, key.shape[2])
+    gqa = not query.shape[1] == key.shape[1]  # a bool also where sizes are symbols
+    return attention(query, key, value, attn_mask, rules.dropout_p, is_causal, rules.scale, gqa), None, None
+
+
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors as autocast has them: it leaves float64 alone."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def why_not_fused(query: torch.Tensor, rules: Rules, extras: Extras, need_lse: bool, need_weights: bool) -> str:
+    """The reason why PyTorch's kernels cannot run a call, whatever mask they are given; empty when they can."""
+    slopes = extras.alibi_slopes
+    missing = {
+        "a soft cap": bool(rules.softcap),
+        "sinks": extras.sinks is not None,
+        "the log-sum-exp": need_lse,
+        "the weights": need_weights,
+        "a gradient of slopes": slopes is not None and torch.is_grad_enabled() and slopes.requires_grad,
+    }
+    if any(missing.values()):
+        return f"it has no way to give {' and '.join(name for name, asked in missing.items() if asked)}"
+    if slopes is not None and query.device.type != "cpu" and query.dtype.itemsize <= 2:
+        return "distances times slopes do not fit a mask of 16-bit numbers"
+    return ""
+
+
+def _as_mask(rules: Rules, extras: Extras, query: torch.Tensor, n_keys: int) -> tuple[torch.Tensor | None, bool]:
+    """The rules as PyTorch's `attn_mask`, (B or 1, Hq or 1, L or 1, S) or None, and `is_causal`."""
+    n_queries = query.shape[2]
+    offset = n_keys - n_queries if rules.bottom_right else 0
+    # A side of the window that no query reaches, at a single query to decode above all, forbids nothing.
+    if rules.right is not None and offset + rules.right >= n_keys - 1:
+        rules = rules._replace(right=None)
+    if rules.left is not None and offset + n_queries - 1 - rules.left <= 0:
+        rules = rules._replace(left=None)
+    by_place = extras.key_lengths, extras.alibi_slopes, extras.query_starts, rules.left
+    if all(x is None for x in by_place):
+        if rules.right is None or (rules.right == 0 and offset == 0):
+            return extras.attn_mask, rules.right is not None
+    allowed = allowed_pairs(rules, extras, n_queries, n_keys, query.device)
+    bias = None
+    if extras.attn_mask is not None and extras.attn_mask.dtype != torch.bool:
+        bias = extras.attn_mask
+    if extras.alibi_slopes is not None:
+        distances = alibi(rules, extras, n_queries, n_keys, torch.promote_types(query.dtype, torch.float32))
+        bias = distances if bias is None else distances + bias
+    return allowed if bias is None else torch.where(allowed, bias, -math.inf), False
+
+
 def _is_short(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None, dropout_p: float
 ) -> bool:
-    """Whether `short_attention` takes the call, and faster than PyTorch's kernels would (bench/bench_attention.py)."""
-    if query.device.type != "cpu" or query.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-        return False
-    if torch.compiler.is_compiling():
+    """Whether `short_attention` takes the call, and faster than PyTorch's kernels would."""
+    if torch.compiler.is_compiling() or query.dtype != torch.float32:
         return False
     if query.ndim != 4 or not query.shape[:2] == key.shape[:2] == value.shape[:2]:
         return False
-    scores = query.shape[-2] * key.shape[-2]
-    heads = query.shape[0] * query.shape[1]
-    if heads < MANY or not 0 < scores <= (SHORT_WITH_DROPOUT if dropout_p else SHORT):
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    rows, scores = query.shape[0] * query.shape[1] * n_queries, n_queries * n_keys
+    without, with_gradients = ENOUGH[dropout_p > 0.0, attn_mask is not None]
+    if rows < with_gradients or min(n_queries, n_keys) < FEWEST:
         return False
-    if attn_mask is None:
-        return True
+    needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    enough = needs_gradients or rows >= without
+    if dropout_p:
+        enough = (enough if n_keys < VECTOR else rows * n_keys >= ENOUGH_SCORES) and scores <= MOST_SCORES
+    else:
+        sizes = query.shape[3], value.shape[3]
+        enough = enough and max(n_queries, n_keys) < VECTOR and max(sizes) <= WIDEST
+        enough = enough and scores * min(sizes) >= TINY_PRODUCT
+    if not enough or query.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
     try:
-        return attn_mask.dtype == torch.bool and bool(attn_mask.any(-1).all())
-    except RuntimeError:  # no value to look at: vmap, fake tensors
+        for tensor in (query, key, value):
+            tensor.data_ptr()
+        return attn_mask is None or (attn_mask.dtype == torch.bool and bool(attn_mask.any(-1).all()))
+    except RuntimeError:  # no memory, no numbers to look at: vmap and other transforms, fake tensors
         return False
 
 

@@ -14,24 +14,30 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.general import FLOAT_MASK, dot, kept, load_rows, load_statistics, restrict
+from kernels.attention.pieces import (
+    FLOAT_MASK, LOG2_E, batch_bounds, bend, dot, kept, key_range, load_rows, load_statistics, product_of_rows, restrict,
+)  # fmt: skip
 from kernels.attention.tiles import Tile
 
 
 @triton.jit
 def mask_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, row_max_ptr, row_sum_ptr, delta_ptr, grad_ptr, dmask_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, key_lengths_ptr, slopes_ptr, query_starts_ptr, key_starts_ptr,
+    row_max_ptr, row_sum_ptr, delta_ptr, grad_ptr, dmask_ptr,
     stride_qb, stride_qh, stride_ql, stride_qe,
     stride_kb, stride_kh, stride_ks, stride_ke,
     stride_vb, stride_vh, stride_vs, stride_ve,
     stride_mb, stride_mh, stride_ml, stride_ms,
     stride_gb, stride_gh, stride_gl, stride_ge,
+    stride_sb, stride_sh, stride_ab,
     stride_dmb, stride_dmh, stride_dml, stride_dms,
-    n_batch, n_heads, group, L, S, scale, dropout_p, keep_scale,
-    E: tl.constexpr, EV: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+    n_batch, n_heads, group, L, S, left, right, scale, softcap, dropout_p, keep_scale,
+    E: tl.constexpr, EV: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr, LOOP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BAND: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, PACKED: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     SUM_B: tl.constexpr, SUM_H: tl.constexpr, SUM_L: tl.constexpr, SUM_S: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of the float mask: dS summed over the axes along which the mask was broadcast (SUM_*).
 
@@ -56,52 +62,54 @@ def mask_kernel(
         h = (mask_h + walked % n_walked_heads).to(tl.int64)
         h_kv = h // group
         head = b * n_heads + h
-        stats = head * L
+        stats = b * stride_sb + h * stride_sh
+        q_head = q_ptr + b * stride_qb + h * stride_qh
+        k_head = k_ptr + b * stride_kb + h_kv * stride_kh
+        v_head = v_ptr + b * stride_vb + h_kv * stride_vh
+        grad_head = grad_ptr + b * stride_gb + h * stride_gh
         mask_head = mask_ptr + b * stride_mb + h * stride_mh
+        first_q, first_k, n_queries, n_keys, offset = batch_bounds(
+            b, L, S, key_lengths_ptr, query_starts_ptr, key_starts_ptr, HAS_LENGTHS, PACKED, BOTTOM_RIGHT
+        )
+        slope = 0.0
+        if HAS_ALIBI:
+            slope = tl.load(slopes_ptr + b * stride_ab + h) * LOG2_E
         for start_q in range(tile_q * BLOCK_Q, L if SUM_L else (tile_q + 1) * BLOCK_Q, BLOCK_Q):
             offs_q = start_q + tl.arange(0, BLOCK_Q)
-            q = load_rows(
-                q_ptr + b * stride_qb + h * stride_qh, start_q, L, stride_ql, stride_qe, BLOCK_Q, E, BLOCK_E, WIDE
-            )
-            grad = load_rows(
-                grad_ptr + b * stride_gb + h * stride_gh, start_q, L, stride_gl, stride_ge, BLOCK_Q, EV, BLOCK_EV, WIDE
-            )
+            if LOOP == 0:
+                q = load_rows(q_head, start_q, n_queries, stride_ql, stride_qe, 0, BLOCK_Q, E, BLOCK_E, WIDE)
+                grad = load_rows(grad_head, start_q, n_queries, stride_gl, stride_ge, 0, BLOCK_Q, EV, BLOCK_EV, WIDE)
             pivot, inverse_sum, delta = load_statistics(
-                row_max_ptr + stats, row_sum_ptr + stats, delta_ptr + stats, offs_q, L
+                row_max_ptr + stats, row_sum_ptr + stats, delta_ptr + stats, offs_q, n_queries
             )
-            for start_k in range(tile_k * BLOCK_K, S if SUM_S else (tile_k + 1) * BLOCK_K, BLOCK_K):
-                k = load_rows(
-                    k_ptr + b * stride_kb + h_kv * stride_kh,
-                    start_k,
-                    S,
-                    stride_ks,
-                    stride_ke,
-                    BLOCK_K,
-                    E,
-                    BLOCK_E,
-                    WIDE,
-                )
-                v = load_rows(
-                    v_ptr + b * stride_vb + h_kv * stride_vh,
-                    start_k,
-                    S,
-                    stride_vs,
-                    stride_ve,
-                    BLOCK_K,
-                    EV,
-                    BLOCK_EV,
-                    WIDE,
-                )
-                scores = dot(q, tl.trans(k), None, PRECISION) * scale
+            begin, end, open_end = key_range(start_q, n_keys, offset, left, right, BLOCK_Q, BLOCK_K, BAND)
+            if not SUM_S:
+                begin = tl.maximum(begin, tile_k * BLOCK_K)
+                end = tl.minimum(end, (tile_k + 1) * BLOCK_K)
+            for start_k in range(begin, end, BLOCK_K):
+                if LOOP == 0:
+                    k = load_rows(k_head, start_k, n_keys, stride_ks, stride_ke, 0, BLOCK_K, E, BLOCK_E, WIDE)
+                    v = load_rows(v_head, start_k, n_keys, stride_vs, stride_ve, 0, BLOCK_K, EV, BLOCK_EV, WIDE)
+                    scores = dot(q, tl.trans(k), None, PRECISION)
+                    dp = dot(grad, tl.trans(v), None, PRECISION)
+                else:
+                    scores = product_of_rows(
+                        q_head, start_q, n_queries, stride_ql, stride_qe, k_head, start_k, n_keys, stride_ks, stride_ke,
+                        BLOCK_Q, BLOCK_K, E, LOOP, PRECISION, WIDE,
+                    )  # fmt: skip
+                    dp = product_of_rows(
+                        grad_head, start_q, n_queries, stride_gl, stride_ge, v_head, start_k, n_keys,
+                        stride_vs, stride_ve, BLOCK_Q, BLOCK_K, EV, LOOP, PRECISION, WIDE,
+                    )  # fmt: skip
+                scores = bend(scores * scale, start_q, start_k, di, dj, offset, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
                 scores = restrict(
-                    scores, start_q, start_k, di, dj, L, S, mask_head, stride_ml, stride_ms, IS_CAUSAL, FLOAT_MASK, WIDE
-                )
+                    scores, start_q, start_k, di, dj, n_queries, n_keys, offset, left, right,
+                    mask_head, stride_ml, stride_ms, BAND, FLOAT_MASK, WIDE,
+                )  # fmt: skip
                 weights = tl.exp2(scores - pivot[:, None]) * inverse_sum[:, None]
-                dp = dot(grad, tl.trans(v), None, PRECISION)
                 if HAS_DROPOUT:
-                    dp = tl.where(
-                        kept(seed, start_q + di, start_k + dj, head.to(tl.int32), dropout_p), dp * keep_scale, 0.0
-                    )
+                    keep = kept(seed, start_q + di, start_k + dj, head.to(tl.int32), dropout_p)
+                    dp = tl.where(keep, dp * keep_scale, 0.0)
                 total += tl.where(scores == float("-inf"), 0.0, weights * (dp - delta[:, None]))
 
     rows = tile_q * BLOCK_Q + tl.arange(0, BLOCK_Q)

@@ -6,25 +6,37 @@ tensors when Triton's interpreter is on. They take four-dimensional tensors, ret
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.attention import eager
+from kernels.attention.composed import composed_attention
+from kernels.attention.rules import Extras, Rules
 from kernels.backend import why_not_triton
 
+LOG2_E = 1 / math.log(2)
+
 library = torch.library.Library("kernels", "FRAGMENT")
+INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? seed, Tensor? attn_mask, Tensor? key_lengths, "
+    "Tensor? alibi_slopes, Tensor? sinks, Tensor? query_starts, Tensor? key_starts"
+)
+RULES = (
+    "float scale, float dropout_p, float softcap, SymInt? left, SymInt? right, bool bottom_right, "
+    "SymInt max_queries, SymInt max_keys"
+)
+N_EXTRAS, N_RULES = len(Extras._fields), len(Rules._fields)
 library.define(
-    "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? seed, float dropout_p, "
-    "bool is_causal, float scale) -> (Tensor output, Tensor row_max, Tensor row_sum)",
+    f"attention_forward({INPUTS}, {RULES}) -> (Tensor output, Tensor row_max, Tensor row_sum)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 library.define(
-    "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? seed, "
-    "Tensor output, Tensor row_max, Tensor row_sum, float dropout_p, bool is_causal, float scale, bool[4] output_mask) "
-    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)",
+    f"attention_backward(Tensor grad_output, Tensor? grad_lse, {INPUTS}, Tensor output, Tensor row_max, "
+    f"Tensor row_sum, {RULES}, bool[5] output_mask) "
+    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask, Tensor grad_sinks)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -47,22 +59,18 @@ def new_outputs(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def new_gradients(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    output_mask: Sequence[bool],
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: Extras, output_mask: Sequence[bool]
 ) -> list[torch.Tensor]:
-    """Empty gradients of query, key, value and mask; (0,) where `output_mask` says that one is not needed.
+    """Empty gradients of query, key, value, mask and sinks; (0,) where `output_mask` says that one is not needed.
 
     Key and value come together: one kernel makes both.
     """
     key_or_value = output_mask[1] or output_mask[2]
     needed = (output_mask[0], key_or_value, key_or_value)
     grads = [empty_rows(x, x.shape[-1]) if n else x.new_empty((0,)) for x, n in zip((query, key, value), needed)]
-    if attn_mask is None or not output_mask[3]:
-        return [*grads, query.new_empty((0,))]
-    return [*grads, attn_mask.new_empty(attn_mask.shape)]
+    for x, n in zip((extras.attn_mask, extras.sinks), output_mask[3:]):
+        grads.append(query.new_empty((0,)) if x is None or not n else x.new_empty(x.shape))
+    return grads
 
 
 def _require_triton(query: torch.Tensor) -> None:
@@ -72,46 +80,47 @@ def _require_triton(query: torch.Tensor) -> None:
 
 
 def _forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seed: torch.Tensor | None, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _require_triton(query)
     from kernels.attention.general import launch_forward
 
+    extras, rules = Extras(*rest[:N_EXTRAS]), Rules(*rest[N_EXTRAS:])
     outputs = new_outputs(query, value)
-    launch_forward(query, key, value, attn_mask, seed, dropout_p, is_causal, scale, *outputs)
+    launch_forward(query, key, value, seed, extras, rules, *outputs)
     return outputs
 
 
 def _backward(
     grad_output: torch.Tensor,
+    grad_lse: torch.Tensor | None,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
     seed: torch.Tensor | None,
-    output: torch.Tensor,
-    row_max: torch.Tensor,
-    row_sum: torch.Tensor,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float,
-    output_mask: Sequence[bool],
+    *rest: Any,
 ) -> tuple[torch.Tensor, ...]:
     _require_triton(query)
-    from kernels.attention.general_backward import launch_backward
+    from kernels.attention.general_backward import launch_backward, launch_delta
 
-    grads = new_gradients(query, key, value, attn_mask, output_mask)
-    launch_backward(
-        grad_output, query, key, value, attn_mask, seed, output, row_max, row_sum, dropout_p, is_causal, scale,
-        *(grad if grad.ndim == 4 else None for grad in grads),
-    )  # fmt: skip
+    extras, (output, row_max, row_sum) = Extras(*rest[:N_EXTRAS]), rest[N_EXTRAS : N_EXTRAS + 3]
+    rules, output_mask = Rules(*rest[N_EXTRAS + 3 : -1]), rest[-1]
+    grads = new_gradients(query, key, value, extras, output_mask)
+    delta = torch.empty_like(row_max)
+    launch_delta(output, grad_output, delta)
+    if grad_lse is not None:
+        delta -= grad_lse
+    wanted = (grad if need else None for grad, need in zip(grads, output_mask))
+    dq, dk, dv, dmask, dsinks = wanted
+    if dk is not None or dv is not None:
+        dk, dv = grads[1:3]
+    launch_backward(grad_output, query, key, value, seed, extras, rules, row_max, row_sum, delta, dq, dk, dv, dmask)
+    if dsinks is not None and extras.sinks is not None:
+        # A sink's weight times what it would give, nothing, less what the row gives on average: delta.
+        logit = extras.sinks[:, :, None] * LOG2_E  # (B or 1, Hq, 1)
+        weight = torch.exp2(logit - row_max) / row_sum
+        grads_of_rows = -torch.where(logit == -math.inf, 0.0, weight * delta).sum(2)
+        dsinks.copy_(grads_of_rows.sum_to_size(dsinks.shape))
     return tuple(grads)
 
 
@@ -130,87 +139,191 @@ def _fake_forward(
 @torch.library.register_fake("kernels::attention_backward", lib=library)
 def _fake_backward(
     grad_output: torch.Tensor,
+    grad_lse: torch.Tensor | None,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
+    seed: torch.Tensor | None,
     *rest: Any,
 ) -> tuple[torch.Tensor, ...]:
-    return tuple(new_gradients(query, key, value, attn_mask, rest[-1]))
+    return tuple(new_gradients(query, key, value, Extras(*rest[:N_EXTRAS]), rest[-1]))
+
+
+def _pairs(query: Sequence[int], key: Sequence[int], rest: Sequence[Any]) -> int:
+    """How many pairs of query and key there are, over all heads; packed sequences count as equally long."""
+    starts = rest[1 + Extras._fields.index("query_starts")]  # after the seed
+    sequences = 1 if starts is None else max(1, starts[0] - 1)
+    return math.prod(query[:3]) * key[2] // sequences
 
 
 @register_flop_formula(torch.ops.kernels.attention_forward)
-def forward_flops(query: tuple, key: tuple, value: tuple, *_: Any, **__: Any) -> int:
-    """Two products, as PyTorch counts its own attention: causal masks count in full."""
-    b, h, n_queries, e = query
-    return 2 * b * h * n_queries * key[2] * (e + value[3])
+def forward_flops(query: tuple, key: tuple, value: tuple, *rest: Any, **_: Any) -> int:
+    """Two products, as PyTorch counts its own attention: what masks and bands leave out counts in full."""
+    return 2 * _pairs(query, key, rest) * (query[3] + value[3])
 
 
 @register_flop_formula(torch.ops.kernels.attention_backward)
-def backward_flops(_grad: tuple, query: tuple, key: tuple, value: tuple, *_: Any, **__: Any) -> int:
+def backward_flops(_grad: tuple, _lse: tuple, query: tuple, key: tuple, value: tuple, *rest: Any, **_: Any) -> int:
     """The five products of the formula; the kernels recompute two of them once more."""
-    b, h, n_queries, e = query
-    return 2 * b * h * n_queries * key[2] * (3 * e + 2 * value[3])
+    return 2 * _pairs(query, key, rest) * (3 * query[3] + 2 * value[3])
 
 
 class Attention(torch.autograd.Function):
-    """The registered operations with backward, and double backward by recomputation in PyTorch."""
+    """The registered operations with backward, and double backward by recomputation in PyTorch.
+
+    Gives output (B, H, L, Ev) and, where asked for, the log-sum-exp (B, H, L) of each row in natural units, both
+    differentiable; then the rows' statistics, which are not.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attn_mask: torch.Tensor | None,
         seed: torch.Tensor | None,
-        dropout_p: float,
-        is_causal: bool,
+        attn_mask: torch.Tensor | None,
+        key_lengths: torch.Tensor | None,
+        alibi_slopes: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        query_starts: torch.Tensor | None,
+        key_starts: torch.Tensor | None,
         scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Output and statistics as the operation gives them; only the output is differentiable."""
-        return torch.ops.kernels.attention_forward.default(
-            query, key, value, attn_mask, seed, dropout_p, is_causal, scale
-        )
+        dropout_p: float,
+        softcap: float,
+        left: int | None,
+        right: int | None,
+        bottom_right: bool,
+        max_queries: int,
+        max_keys: int,
+        return_lse: bool,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """The fields of `Extras` and `Rules` one by one: Dynamo tells by their number that no context comes first."""
+        output, row_max, row_sum = torch.ops.kernels.attention_forward.default(
+            query, key, value, seed, attn_mask, key_lengths, alibi_slopes, sinks, query_starts, key_starts,
+            scale, dropout_p, softcap, left, right, bottom_right, max_queries, max_keys,
+        )  # fmt: skip
+        # A row with nothing to attend to has maximum -inf and sum 0; the other way round it would be NaN.
+        lse = (row_max + torch.log2(row_sum)) / LOG2_E if return_lse else None
+        return output, lse, row_max, row_sum
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         """Keep inputs and output (references, no copies), two numbers a row, and the dropout's seed."""
-        *tensors, ctx.dropout_p, ctx.is_causal, ctx.scale = inputs
-        ctx.mark_non_differentiable(*output[1:])
+        tensors, ctx.rules = inputs[: 4 + N_EXTRAS], inputs[4 + N_EXTRAS : -1]
+        result, _, row_max, row_sum = output
+        ctx.mark_non_differentiable(row_max, row_sum)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_backward(*tensors, result, row_max, row_sum)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of query, key, value and mask, those that are needed."""
+    def backward(
+        ctx: Any, grad_output: torch.Tensor | None, grad_lse: torch.Tensor | None = None, *_: None
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of query, key, value, mask and sinks, those that are needed."""
+        n_inputs = 5 + N_EXTRAS + N_RULES
+        if grad_output is None and grad_lse is None:
+            return (None,) * n_inputs
+        query, key, value, seed, *rest = ctx.saved_tensors
+        extras, outputs = Extras(*rest[:N_EXTRAS]), rest[N_EXTRAS:]
         if grad_output is None:
-            return (None,) * 8
-        needed = list(ctx.needs_input_grad[:4])
-        query, key, value, attn_mask, seed, *outputs = ctx.saved_tensors
+            grad_output = torch.zeros_like(outputs[0])
+        needed = ctx.needs_input_grad
+        asked = [*needed[:3], needed[4], needed[4 + Extras._fields.index("sinks")]]
         if torch.is_grad_enabled():  # create_graph=True: this backward is itself to be differentiated
-            grads = _differentiable_backward(ctx, grad_output, needed)
+            found = _differentiable_backward(
+                grad_output, grad_lse, query, key, value, seed, extras, Rules(*ctx.rules), asked
+            )
         else:
             found = torch.ops.kernels.attention_backward.default(
-                grad_output, query, key, value, attn_mask, seed, *outputs,
-                ctx.dropout_p, ctx.is_causal, ctx.scale, needed,
-            )  # fmt: skip
-            grads = [grad if need else None for grad, need in zip(found, needed)]
-        return (*grads, None, None, None, None)
+                grad_output, grad_lse, query, key, value, seed, *extras, *outputs, *ctx.rules, asked
+            )
+        dq, dk, dv, dmask, dsinks = (grad if need else None for grad, need in zip(found, asked))
+        grads = Extras(attn_mask=dmask, sinks=dsinks)
+        return (dq, dk, dv, None, *grads, *(None,) * (N_RULES + 1))
 
 
-def _differentiable_backward(ctx: Any, grad_output: torch.Tensor, needed: list[bool]) -> list[torch.Tensor | None]:
+def _differentiable_backward(
+    grad_output: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seed: torch.Tensor | None,
+    extras: Extras,
+    rules: Rules,
+    asked: list[bool],
+) -> list[torch.Tensor | None]:
     """The same gradients with a graph behind them: recomputed in plain PyTorch, which stores the L x S weights."""
-    query, key, value, attn_mask, seed, *_ = ctx.saved_tensors
     if seed is not None:
         raise NotImplementedError("double backward through attention dropout: not supported; use dropout_p=0.0")
+    if extras.query_starts is not None:
+        raise NotImplementedError("double backward through packed sequences: not supported; pad them, with key_lengths")
     # Aliases: partial derivatives, also where one input is another or comes from it.
-    query, key, value, attn_mask = (
-        x.view_as(x) if need else x for x, need in zip((query, key, value, attn_mask), needed)
-    )
-    inputs = [x for x, need in zip((query, key, value, attn_mask), needed) if need]
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        output = eager.attention(
-            query, key, value, attn_mask, 0.0, ctx.is_causal, ctx.scale, key.shape[1] != query.shape[1]
-        )
-    found = iter(torch.autograd.grad(output, inputs, grad_output, create_graph=True))
-    return [next(found) if need else None for need in needed]
+    given: tuple[Any, ...] = (query, key, value, extras.attn_mask, extras.sinks)
+    query, key, value, mask, sinks = given = tuple(x.view_as(x) if need else x for x, need in zip(given, asked))
+    inputs = [x for x, need in zip(given, asked) if need]
+    output, lse, _ = composed_attention(query, key, value, rules, extras._replace(attn_mask=mask, sinks=sinks))
+    outputs, grads = [output], [grad_output]
+    if grad_lse is not None:
+        outputs, grads = [output, lse], [grad_output, grad_lse]
+    found = iter(torch.autograd.grad(outputs, inputs, grads, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in asked]
+
+
+def _merged(x: torch.Tensor | None, dim: int | None, size: int) -> torch.Tensor | None:
+    """x (B, ...) with a dimension that vmap added at `dim`, or without one, as (size * B, ...)."""
+    if x is None:
+        return None
+    return (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+
+
+def _merged_inputs(
+    size: int, in_dims: Sequence[int | None], args: Sequence[Any], own_mask: bool
+) -> tuple[list[Any], Extras]:
+    """Query, key, value, seed and extras of `size` calls as those of one with `size` times the batch entries.
+
+    own_mask: each call gets a mask of its own, which its gradient needs.
+    """
+    tensors, dims = args[: 4 + N_EXTRAS], in_dims[: 4 + N_EXTRAS]
+    query, key, value = (_merged(x, dim, size) for x, dim in zip(tensors[:3], dims))
+    seed, extras = tensors[3], Extras(*tensors[4:])
+    if extras.query_starts is not None:
+        raise NotImplementedError("vmap over packed sequences: not supported; pad them, with key_lengths")
+    if seed is not None and dims[3] is None:
+        raise NotImplementedError('vmap over attention dropout needs randomness="different"')
+    batch = tensors[0].shape[0 if dims[0] is None or dims[0] > 0 else 1]
+    merged = {}
+    for name, x, dim in zip(Extras._fields, extras, dims[4:]):
+        if x is None or (dim is None and x.shape[0] == 1 and not (own_mask and name in ("attn_mask", "sinks"))):
+            merged[name] = x
+            continue
+        x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+        merged[name] = x.expand(size, batch, *x.shape[2:]).flatten(0, 1)
+    return [query, key, value, None if seed is None else seed.select(dims[3], 0)], Extras(**merged)
+
+
+@torch.library.register_vmap("kernels::attention_forward", lib=library)
+def _forward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, ...]:
+    """vmap adds batch entries."""
+    size = info.batch_size
+    inputs, extras = _merged_inputs(size, in_dims, args, own_mask=False)
+    found = torch.ops.kernels.attention_forward(*inputs, *extras, *args[4 + N_EXTRAS :])
+    return tuple(x.unflatten(0, (size, -1)) for x in found), (0, 0, 0)
+
+
+@torch.library.register_vmap("kernels::attention_backward", lib=library)
+def _backward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, ...]:
+    """Likewise; a mask or sinks that batch entries share get the sum of their gradients."""
+    size, output_mask = info.batch_size, args[-1]
+    inputs, extras = _merged_inputs(size, in_dims[2:], args[2:], own_mask=output_mask[3] or output_mask[4])
+    end = 6 + N_EXTRAS
+    upstream = (_merged(x, dim, size) for x, dim in zip(args[:2], in_dims))
+    outputs = (_merged(x, dim, size) for x, dim in zip(args[end : end + 3], in_dims[end:]))
+    found = torch.ops.kernels.attention_backward(*upstream, *inputs, *extras, *outputs, *args[end + 3 :])
+    grads = [x if x.numel() == 0 and x.ndim == 1 else x.unflatten(0, (size, -1)) for x in found]
+    for i, x, dim in ((3, args[6], in_dims[6]), (4, args[9], in_dims[9])):
+        if x is not None and output_mask[i] and x.shape[0 if dim is None or dim > 0 else 1] == 1:
+            grads[i] = grads[i].sum(1, keepdim=True)
+    return tuple(grads), tuple(None if x.numel() == 0 and x.ndim == 1 else 0 for x in grads)

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-MAX_HEAD_SIZE = 256  # largest E or Ev one tile holds
+MAX_HEAD_SIZE = 2048  # largest E or Ev
+MAX_BLOCK = 256  # largest E or Ev that one tile holds; wider heads are worked on in chunks
+CHUNK_COLS = 128  # columns of a wide head that a program makes
+LOOP_COLS = 64  # columns of a wide head that it multiplies at a time
 FEW_ROWS = 32  # up to this many queries a small query tile wastes less than the large one
 
 
@@ -35,12 +38,12 @@ class Tile(NamedTuple):
 _TABLES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
     ("forward", 90): {
         64: (Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
-        128: (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+        128: (Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
         256: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     },
     ("query", 90): {
         64: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
-        128: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
+        128: (Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
         256: (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
     },
     ("key_value", 90): {
@@ -50,12 +53,12 @@ _TABLES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
     },
     ("mask", 90): {
         64: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
-        128: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+        128: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 1)),
         256: (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
     },
     ("forward", 80): {
-        64: (Tile(128, 32, 8, 3), Tile(64, 64, 8, 2)),
-        128: (Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
+        64: (Tile(128, 32, 8, 3), Tile(64, 32, 8, 2)),
+        128: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
         256: (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
     },
     ("query", 80): {
@@ -64,8 +67,7 @@ _TABLES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
         256: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     },
     ("key_value", 80): {
-        32: (Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
-        64: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+        64: (Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
         128: (Tile(64, 32, 8, 1), Tile(32, 32, 8, 2)),
         256: (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
     },
@@ -104,6 +106,13 @@ def block_of(head_size: int) -> int:
     return max(16, 1 << (head_size - 1).bit_length())
 
 
+def column_blocks(e: int, ev: int) -> dict[str, int]:
+    """The compile-time sizes of the head dimension: whole in a tile, or in chunks where E or Ev is too wide (LOOP)."""
+    if max(e, ev) <= MAX_BLOCK:
+        return {"E": e, "EV": ev, "BLOCK_E": block_of(e), "BLOCK_EV": block_of(ev), "LOOP": 0}
+    return {"E": e, "EV": ev, "BLOCK_E": CHUNK_COLS, "BLOCK_EV": CHUNK_COLS, "LOOP": LOOP_COLS}
+
+
 def choose_tile(
     kernel: str, head_size: int, element_size: int, n_queries: int, capability: int, has_dropout: bool
 ) -> Tile:
@@ -121,5 +130,6 @@ def choose_tile(
         capability = 80
     chip = max(chip for name, chip in _TABLES if name == kernel and chip <= max(capability, 80))
     table = _FLOAT32 if element_size == 4 else _TABLES[kernel, chip]
-    tile = next(tiles for block, tiles in table.items() if block >= block_of(head_size))[has_dropout]
+    block = block_of(head_size) if head_size <= MAX_BLOCK else CHUNK_COLS
+    tile = next(tiles for size, tiles in table.items() if size >= block)[has_dropout]
     return tile._replace(block_q=16) if n_queries <= FEW_ROWS else tile

@@ -1,0 +1,180 @@
+"""What attention refuses, and how it says so: one line with the rule, what was found and what to do."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from kernels.backend import autocasts
+
+NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+INTEGERS = (int, torch.SymInt)
+LARGEST_SCALE = 1e38  # times log2(e) it is still a float32
+ALIGNMENTS = ("top_left", "bottom_right")
+
+__all__ = ["check", "check_rules", "leads_of"]
+
+
+def check(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+    enable_gqa: bool,
+) -> None:
+    """Raise TypeError or ValueError in one line, with the rule, what was found and the remedy."""
+    dtype, device = query.dtype, query.device
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise TypeError(f"query must be float16, bfloat16, float32 or float64, found {dtype}; convert it with .to()")
+    if not (key.dtype == value.dtype == dtype) and not autocasts(device):
+        raise TypeError(
+            f"query, key and value must share a dtype, found {dtype}, {key.dtype} and {value.dtype}; convert with .to()"
+        )
+    if not (key.device == value.device == device):
+        raise ValueError(
+            f"query, key and value must be on one device, found {device}, {key.device} and {value.device}; "
+            f"move them with .to()"
+        )
+    shapes = f"found query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if not 2 <= query.ndim == key.ndim == value.ndim:
+        raise ValueError(f"query, key and value must have the same number of dimensions, at least 2; {shapes}")
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"query and key must have the same last dimension E; {shapes}; project one of them")
+    if query.shape[-1] == 0 or value.shape[-1] == 0:
+        raise ValueError(f"the last dimensions E and Ev must be at least 1; {shapes}")
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(f"key and value must have the same length S (next to last dimension); {shapes}")
+    _check_leading(query, key, value, enable_gqa, shapes)
+    if attn_mask is not None:
+        _check_mask(attn_mask, query, key, value, enable_gqa)
+    if not isinstance(dropout_p, NUMBERS) or not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p is a probability from 0 to 1, found {dropout_p!r}")
+    if scale is not None and not (isinstance(scale, NUMBERS) and abs(scale) < LARGEST_SCALE):
+        raise ValueError(f"scale must be a number that float32 holds, or None for 1 / sqrt(E), found {scale!r}")
+
+
+def leads_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> list[torch.Size]:
+    """The dimensions before the last two of query, key and value, broadcast; with `enable_gqa` all but the heads."""
+    leads = [query.shape[:-2], key.shape[:-2], value.shape[:-2]]
+    if leads[0] == leads[1] == leads[2]:
+        return leads
+    if not enable_gqa:
+        return [torch.broadcast_shapes(*leads)] * 3
+    batch = torch.broadcast_shapes(*(lead[:-1] for lead in leads))
+    return [batch + lead[-1:] for lead in leads]
+
+
+def _check_leading(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool, shapes: str) -> None:
+    """The dimensions before the last two."""
+    if query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and (not enable_gqa or query.ndim > 2):
+        return
+    if not enable_gqa:
+        if not _broadcast(query.shape[:-2], key.shape[:-2], value.shape[:-2]):
+            hint = "; for fewer key than query heads pass enable_gqa=True" if query.ndim > 2 else ""
+            raise ValueError(f"the leading dimensions of query, key and value must broadcast; {shapes}{hint}")
+        return
+    if query.ndim < 3:
+        raise ValueError(f"enable_gqa=True needs a dimension of heads, (..., H, L, E); {shapes}")
+    heads = key.shape[-3]
+    if value.shape[-3] != heads or heads == 0 or query.shape[-3] % heads:
+        raise ValueError(f"with enable_gqa=True query heads must be a multiple of key and value heads; {shapes}")
+    if not _broadcast(query.shape[:-3], key.shape[:-3], value.shape[:-3]):
+        raise ValueError(f"the dimensions before the heads of query, key and value must broadcast; {shapes}")
+
+
+def _check_mask(
+    attn_mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool
+) -> None:
+    """The mask's dtype, device and shape."""
+    if attn_mask.dtype != torch.bool and attn_mask.dtype not in (torch.float32, query.dtype):
+        raise TypeError(
+            f"attn_mask must be bool (True = may attend), float32 or of the query's dtype {query.dtype}, "
+            f"found {attn_mask.dtype}; convert it with .bool() or .to(query.dtype)"
+        )
+    if attn_mask.device != query.device:
+        raise ValueError(f"attn_mask must be on the query's device {query.device}, found {attn_mask.device}")
+    target = (*leads_of(query, key, value, enable_gqa)[0], query.shape[-2], key.shape[-2])
+    fits = attn_mask.ndim <= len(target) and all(
+        size == 1 or size == full for size, full in zip(reversed(attn_mask.shape), reversed(target))
+    )
+    if not fits:
+        raise ValueError(
+            f"attn_mask must broadcast to (..., Hq, L, S) = {target}, found {tuple(attn_mask.shape)}; "
+            f"a mask of keys (B, S) becomes one by mask[:, None, None, :]"
+        )
+
+
+def _broadcast(*shapes: torch.Size) -> bool:
+    """Whether the shapes, equally long, broadcast."""
+    return all(a == 1 or b == 1 or a == b for sizes in zip(*shapes) for a, b in itertools.combinations(sizes, 2))
+
+
+def check_rules(
+    query: torch.Tensor,
+    lead: torch.Size,
+    causal_alignment: str,
+    window: tuple[int | None, int | None] | None,
+    softcap: float | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    key_lengths: torch.Tensor | None,
+    deterministic: bool | None,
+    n_keys: int,
+) -> None:
+    """Raise TypeError or ValueError for an argument that PyTorch's attention does not have. lead: (..., Hq)."""
+    if causal_alignment not in ALIGNMENTS:
+        raise ValueError(f"causal_alignment must be 'top_left' or 'bottom_right', found {causal_alignment!r}")
+    if window is not None:
+        sides = tuple(window) if isinstance(window, (tuple, list)) else ()
+        if len(sides) != 2 or not all(x is None or (_is_integer(x) and x >= 0) for x in sides):
+            raise ValueError(
+                f"window must be (left, right), each the number of keys seen on that side, from 0, or None for all, "
+                f"found {window!r}"
+            )
+    if softcap is not None and not (isinstance(softcap, NUMBERS) and 0.0 < softcap < LARGEST_SCALE):
+        raise ValueError(f"softcap must be a positive number, or None for no cap, found {softcap!r}")
+    if deterministic not in (None, True, False):
+        raise ValueError(f"deterministic must be True, False or None, found {deterministic!r}")
+    heads, batch = lead[-1:] or torch.Size([1]), lead[:-1]
+    for name, x, shape, example in (
+        ("alibi_slopes", alibi_slopes, (*batch, *heads), "(Hq,)"),
+        ("sinks", sinks, tuple(heads), "(Hq,)"),
+        ("key_lengths", key_lengths, tuple(batch), "(B,)"),
+    ):
+        if x is None:
+            continue
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, found {type(x).__name__}; use torch.tensor(...)")
+        whole = name == "key_lengths"
+        if whole != (x.dtype in (torch.int32, torch.int64)) or (not whole and not x.is_floating_point()):
+            kind = "int32 or int64" if whole else "floating point"
+            raise TypeError(f"{name} must be {kind}, found {x.dtype}; convert it with .to()")
+        if x.device != query.device:
+            raise ValueError(f"{name} must be on the query's device {query.device}, found {x.device}; use .to()")
+        fits = x.ndim <= len(shape) and _broadcast_to(x.shape, shape)
+        if not fits or (name == "sinks" and tuple(x.shape) != shape):
+            raise ValueError(f"{name} must have the shape {shape}, as in {example}, found {tuple(x.shape)}")
+    if key_lengths is not None and query.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_lengths(key_lengths, n_keys)
+
+
+def _check_lengths(key_lengths: torch.Tensor, n_keys: int) -> None:
+    """The values, which only a CPU can be asked for at no cost; elsewhere they are clamped."""
+    try:
+        found = [] if key_lengths.numel() == 0 else [int(key_lengths.min()), int(key_lengths.max())]
+    except RuntimeError:  # no value to look at: vmap, fake tensors
+        return
+    if found and not 0 <= found[0] <= found[1] <= n_keys:
+        raise ValueError(f"key_lengths must be from 0 to the {n_keys} keys there are, found {found[0]} to {found[1]}")
+
+
+def _is_integer(x: object) -> bool:
+    return isinstance(x, INTEGERS) and not isinstance(x, bool)
+
+
+def _broadcast_to(shape: torch.Size, target: tuple[int, ...]) -> bool:
+    """Whether a tensor of this shape expands to `target`."""
+    return all(size in (1, full) for size, full in zip(reversed(shape), reversed(target)))

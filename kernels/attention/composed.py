@@ -1,0 +1,157 @@
+"""Attention by its formula, in plain PyTorch: every rule, differentiable any number of times.
+
+    x = cap tanh(scale query key^T / cap) - slope |place - j| + mask
+    weights = exp(x) / (sum over the keys a query may see of exp(x) + exp(sink))
+    output = dropout(weights) value
+
+The reference that the kernels follow, what runs where no fused kernel knows a rule, and what double backward goes
+through. It stores the L x S weights of each head. Nothing in it depends on the numbers in a tensor, so it runs under
+`torch.compile`, `torch.func.vmap` and forward mode as well.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from kernels.attention.rules import Extras, Rules
+
+
+def composed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rules: Rules,
+    extras: Extras,
+    kept: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attend, in float32 (float64 for float64 inputs) whatever autocast says.
+
+    A query that may see no key gets output 0, weights 0, the sink as its lse (-inf without one), and sends no gradient
+    to query, key or value. A NaN or Inf in a query, or in a key it may see, makes the query's output, lse and weights
+    NaN; in a value it may see, the whole output row. Such a row sends back no gradient either.
+
+    Args:
+        query: (B, Hq, L, E).
+        key: (B, Hkv, S, E), Hq a multiple of Hkv.
+        value: (B, Hkv, S, Ev).
+        rules: the numbers of the call.
+        extras: mask, lengths, slopes and sinks; mask, slopes and sinks are differentiable.
+        kept: (B, Hq, L, S) bool, the weights that dropout keeps; None draws them from torch's generator.
+
+    Returns:
+        output: (B, Hq, L, Ev), dtype of the query.
+        lse: (B, Hq, L), the natural log-sum-exp of what a query sees, its sink included; float32 or float64.
+        weights: (B, Hq, L, S) before dropout, dtype of the query.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    batch, heads, n_queries, _ = query.shape
+    kv_heads, n_keys = key.shape[1:3]
+    group = heads // max(kv_heads, 1)
+    with torch.autocast(query.device.type, enabled=False):
+        (q, bad_query), (k, bad_key), (v, bad_value) = (_finite_rows(x.to(dtype)) for x in (query, key, value))
+        # The queries that share a key head stand below each other: one product, and no copy of the keys.
+        shared = (batch, kv_heads, group * n_queries)
+        full = (batch, heads, n_queries, n_keys)
+        scores = rules.scale * (q.reshape(*shared, q.shape[-1]) @ k.mT).reshape(full)
+        if rules.softcap:
+            scores = rules.softcap * torch.tanh(scores / rules.softcap)
+        if extras.alibi_slopes is not None:
+            scores = scores + alibi(rules, extras, n_queries, n_keys, dtype)
+        if extras.attn_mask is not None and extras.attn_mask.dtype != torch.bool:
+            scores = scores + extras.attn_mask.to(dtype)
+        allowed = allowed_pairs(rules, extras, n_queries, n_keys, query.device)
+        sinks = None if extras.sinks is None else extras.sinks.to(dtype)[:, :, None, None]
+        weights, lse = _softmax(scores, allowed, sinks)
+        dropped = _drop(weights, rules.dropout_p, kept)
+        output = (dropped.reshape(*shared, n_keys) @ v).reshape(*full[:-1], v.shape[-1])
+
+        bad_key, bad_value = (bad.repeat_interleave(group, 1).mT for bad in (bad_key, bad_value))  # (B, Hq, 1, S)
+        bad_scores = (allowed & (bad_query | bad_key)).any(-1, keepdim=True)  # (B, Hq, L, 1)
+        bad_output = bad_scores | (allowed & bad_value).any(-1, keepdim=True)
+        output = torch.where(bad_output, math.nan, output)
+        lse = torch.where(bad_scores, math.nan, lse).squeeze(-1)
+        weights = torch.where(bad_scores & allowed, math.nan, weights)
+    return output.to(query.dtype), lse, weights.to(query.dtype)
+
+
+def allowed_pairs(rules: Rules, extras: Extras, n_queries: int, n_keys: int, device: torch.device) -> torch.Tensor:
+    """Which keys each query may see by all rules: bool, (B or 1, Hq or 1, L or 1, S)."""
+    n_used, places, keys = _places(rules, extras, n_queries, n_keys, device)
+    allowed = keys < n_used
+    if rules.right is not None:
+        allowed = allowed & (keys <= places + rules.right)
+    if rules.left is not None:
+        allowed = allowed & (keys >= places - rules.left)
+    mask = extras.attn_mask
+    if mask is not None:
+        allowed = allowed & (mask if mask.dtype == torch.bool else mask != -math.inf)
+    return allowed
+
+
+def alibi(
+    rules: Rules, extras: Extras, n_queries: int, n_keys: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """What the distance between a query's place and a key adds to the score: (B or 1, Hq, L, S), in `dtype`.
+
+    Source: Press et al. 2022, "Train Short, Test Long", section 3; both directions alike.
+    """
+    assert extras.alibi_slopes is not None
+    _, places, keys = _places(rules, extras, n_queries, n_keys, extras.alibi_slopes.device)
+    return -extras.alibi_slopes.to(dtype)[:, :, None, None] * (places - keys).abs()
+
+
+def _places(
+    rules: Rules, extras: Extras, n_queries: int, n_keys: int, device: torch.device
+) -> tuple[int | torch.Tensor, torch.Tensor, torch.Tensor]:
+    """How many keys are in use, S or (B, 1, 1, 1); places of queries (B or 1, 1, L, 1) and of keys (1, 1, 1, S)."""
+    if extras.query_starts is not None:
+        raise NotImplementedError("packed sequences run on the kernels alone; pad them, with key_lengths")
+    n_used: int | torch.Tensor = n_keys
+    if extras.key_lengths is not None:
+        n_used = extras.key_lengths.clamp(0, n_keys)[:, None, None, None]
+    offset = n_used - n_queries if rules.bottom_right else 0
+    queries = torch.arange(n_queries, device=device)[None, None, :, None]
+    return n_used, queries + offset, torch.arange(n_keys, device=device)[None, None, None]
+
+
+def _finite_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (B, H, T, E) with 0 in each row that holds a NaN or Inf, and which rows those are, (B, H, T, 1).
+
+    Zero times NaN is NaN: a key that a query may not see would reach it through the products of forward and backward.
+    """
+    bad = ~torch.isfinite(x.detach().abs().amax(-1, keepdim=True))
+    return torch.where(bad, 0.0, x), bad
+
+
+def _softmax(
+    scores: torch.Tensor, allowed: torch.Tensor, sinks: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (B, Hq, L, S) and lse (B, Hq, L, 1) of the scores that are allowed.
+
+    The largest score is taken out before exp. That changes no result, so no gradient needs to pass through it.
+    """
+    scores = torch.where(allowed, scores, -math.inf)
+    if scores.shape[-1]:
+        top = scores.detach().amax(-1, keepdim=True)
+    else:
+        top = scores.new_full((*scores.shape[:-1], 1), -math.inf)
+    if sinks is not None:
+        top = torch.maximum(top, sinks.detach())
+    top = torch.where(top == -math.inf, 0.0, top)  # a row with nothing to see: exp gives 0, not NaN
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks - top)
+    empty = total == 0.0
+    total = torch.where(empty, 1.0, total)
+    lse = torch.where(empty, -math.inf, top + torch.log(total))
+    return torch.where(allowed, weights / total, 0.0), lse  # again: so no gradient comes from forbidden values
+
+
+def _drop(weights: torch.Tensor, dropout_p: float, kept: torch.Tensor | None) -> torch.Tensor:
+    """Weights after dropout."""
+    if kept is None:
+        return torch.nn.functional.dropout(weights, dropout_p) if dropout_p else weights
+    return weights * kept * (1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0)

@@ -1,0 +1,61 @@
+"""Which kernel runs a call of attention, in words."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from kernels.attention import eager
+from kernels.attention.api import choose_backend, prepare
+from kernels.attention.checks import check
+
+__all__ = ["Explanation", "explain"]
+
+TRITON = "the Triton kernel for any shape"
+FUSED = "PyTorch's scaled_dot_product_attention"
+FORMULA = "the formula in plain PyTorch, which stores the L x S weights"
+
+
+class Explanation(NamedTuple):
+    """Which kernel runs a call, and why each faster one does not."""
+
+    kernel: str
+    why_not: dict[str, str]  # kernel: reason
+
+    def __str__(self) -> str:
+        """A sentence a kernel."""
+        reasons = (f"{kernel[0].upper()}{kernel[1:]} does not: {reason}." for kernel, reason in self.why_not.items())
+        return "\n".join([f"{self.kernel[0].upper()}{self.kernel[1:]} runs this call.", *reasons])
+
+
+def explain(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    need_weights: bool = False,
+    return_lse: bool = False,
+    backend: str = "auto",
+    **rules: Any,
+) -> Explanation:
+    """Say which kernel `scaled_dot_product_attention` would run for these arguments, and why not each faster one.
+
+    Runs nothing. Arguments (`rules`: the other keyword arguments) and errors as there.
+    """
+    check(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
+    choice = choose_backend(query, value, backend)
+    _, q, k, _, numbers, extras = prepare(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **rules
+    )  # fmt: skip
+    if choice.backend == "triton":
+        return Explanation(TRITON, {})
+    reason = eager.why_not_fused(q, numbers, extras, return_lse, need_weights)
+    if reason:
+        return Explanation(FORMULA, {TRITON: choice.reason, FUSED: reason})
+    return Explanation(FUSED, {TRITON: choice.reason})

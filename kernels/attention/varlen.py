@@ -1,0 +1,134 @@
+"""Attention over sequences of different lengths that stand behind each other, without padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kernels.attention import eager
+from kernels.attention.api import AttentionResult, choose_backend, make_rules, triton_attention
+from kernels.attention.checks import check, check_rules
+from kernels.attention.rules import Extras, Rules
+from kernels.backend import autocasts
+
+__all__ = ["varlen_attention"]
+
+
+def varlen_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    causal_alignment: str = "top_left",
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Any:
+    """Attend within each of N packed sequences: `scaled_dot_product_attention` of each by itself, in one launch.
+
+    The first seven arguments are those of `torch.nn.attention.varlen.varlen_attn`.
+
+    Args:
+        query: (Tq, Hq, E), the queries of all sequences one after another; key: (Tk, Hkv, E); value: (Tk, Hkv, Ev).
+        cu_seq_q: (N + 1,) int32 or int64, where each sequence's queries start, from 0, and at last Tq.
+        cu_seq_k: likewise for keys and values; None where it is the same.
+        max_q, max_k: the longest sequence of queries and of keys; only a GPU's grid depends on them.
+        dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap, sinks, return_lse, backend: as in
+            `kernels.scaled_dot_product_attention`, for each sequence by its own lengths.
+        alibi_slopes: (Hq,) or (N, Hq), without a gradient.
+
+    Returns:
+        (Tq, Hq, Ev), dtype of the query. With `return_lse` an `AttentionResult` whose lse is (Tq, Hq).
+
+    Raises:
+        TypeError, ValueError: as `kernels.scaled_dot_product_attention`, and for starts that do not fit. On a GPU their
+            values are not looked at: it would have to be waited for.
+    """
+    if not query.ndim == key.ndim == value.ndim == 3:
+        raise ValueError(
+            f"query, key and value must be packed (T, H, E), found {tuple(query.shape)}, {tuple(key.shape)} and "
+            f"{tuple(value.shape)}; for padded batches call kernels.scaled_dot_product_attention"
+        )
+    cu_seq_k = cu_seq_q if cu_seq_k is None else cu_seq_k
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, H, T, E)
+    check(q, k, v, None, dropout_p, scale, enable_gqa)
+    n_sequences = _check_starts(query, key, cu_seq_q, cu_seq_k, max_q, max_k)
+    lead = torch.Size((n_sequences, query.shape[1]))
+    check_rules(query, lead, causal_alignment, window, softcap, alibi_slopes, sinks, None, None, max_k)
+    rules = make_rules(q, dropout_p, is_causal, scale, causal_alignment, window, softcap)
+    slopes = None if alibi_slopes is None else alibi_slopes.float().reshape(-1, lead[1]).contiguous()
+    extras = Extras(alibi_slopes=slopes, sinks=None if sinks is None else sinks.float()[None].contiguous())
+    if choose_backend(q, v, backend).backend == "torch":
+        output, lse = _one_by_one(q, k, v, cu_seq_q, cu_seq_k, rules, extras, return_lse)
+    else:
+        if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
+            raise ValueError("alibi_slopes of packed sequences have no gradient; detach them, or pad the sequences")
+        if autocasts(query.device):
+            q, k, v = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (q, k, v))
+        starts = {"query_starts": cu_seq_q.int().contiguous(), "key_starts": cu_seq_k.int().contiguous()}
+        rules = rules._replace(max_queries=max_q, max_keys=max_k)
+        output, lse = triton_attention(q, k, v, rules, extras._replace(**starts), return_lse)
+    output = output[0].transpose(0, 1)
+    return AttentionResult(output, lse[0].transpose(0, 1), None) if lse is not None else output
+
+
+def _check_starts(
+    query: torch.Tensor, key: torch.Tensor, cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor, max_q: int, max_k: int
+) -> int:
+    """Raise for starts that do not fit; returns N."""
+    for name, starts, rows, longest in (("q", cu_seq_q, query.shape[0], max_q), ("k", cu_seq_k, key.shape[0], max_k)):
+        if starts.dtype not in (torch.int32, torch.int64) or starts.ndim != 1 or starts.shape[0] < 1:
+            raise TypeError(
+                f"cu_seq_{name} must be (N + 1,) int32 or int64, found {tuple(starts.shape)} {starts.dtype}"
+            )
+        if starts.device != query.device:
+            raise ValueError(f"cu_seq_{name} must be on {query.device}, found {starts.device}; move it with .to()")
+        if starts.device.type != "cpu" or torch.compiler.is_compiling():
+            continue
+        steps = starts.diff().tolist() or [0]
+        if starts[0] != 0 or starts[-1] != rows or not 0 <= min(steps) <= max(steps) <= longest:
+            raise ValueError(
+                f"cu_seq_{name} must go from 0 to the {rows} rows in steps of at most max_{name} = {longest}, "
+                f"found {starts.tolist()}"
+            )
+    if cu_seq_q.shape != cu_seq_k.shape:
+        raise ValueError(f"cu_seq_q and cu_seq_k must be equally long, found {len(cu_seq_q)} and {len(cu_seq_k)}")
+    return cu_seq_q.shape[0] - 1
+
+
+def _one_by_one(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    rules: Rules,
+    extras: Extras,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The sequences through PyTorch, a call each: its kernels know no packed sequences on a CPU."""
+    outputs, lses = [q.new_empty((1, q.shape[1], 0, v.shape[-1]))], [q.new_empty((1, q.shape[1], 0)).float()]
+    slopes = extras.alibi_slopes
+    queries, keys = (starts.diff().tolist() for starts in (cu_seq_q, cu_seq_k))
+    parts = zip(q.split(queries, 2), k.split(keys, 2), v.split(keys, 2))
+    for i, (one_q, one_k, one_v) in enumerate(parts):
+        own = slopes if slopes is None or slopes.shape[0] == 1 else slopes[i : i + 1]
+        output, lse, _ = eager.extended_attention(
+            one_q, one_k, one_v, rules, extras._replace(alibi_slopes=own), need_lse=return_lse, need_weights=False
+        )
+        outputs.append(output)
+        if lse is not None:
+            lses.append(lse)
+    return torch.cat(outputs, 2), torch.cat(lses, 2) if return_lse else None

@@ -1,0 +1,220 @@
+"""One call of attention, and whether an answer to it is right: the error against float64, beside PyTorch's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tests.conformance import formula
+from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch
+
+Attention = Callable[..., Any]
+# A backward from log-sum-exps, as PyTorch's fused kernels have it, loses 9 times as much to rounding as the formula on
+# PyTorch's own samples, whose scores go to 200; what is lost to a mistake is more.
+WRONG = 16.0
+
+
+@dataclasses.dataclass
+class Call:
+    """The arguments of one call, and the upstream gradient of its output.
+
+    query (..., Hq, L, E), key (..., Hkv, S, E), value (..., Hkv, S, Ev). `options` are keyword arguments that PyTorch's
+    attention does not have. `learned` names the tensors whose gradients are wanted.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attn_mask: torch.Tensor | None = None
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    learned: tuple[str, ...] = ("query", "key", "value")
+    grad: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Draw the upstream gradient, never all ones, under which many a wrong backward looks right."""
+        if self.grad is None:
+            lead = torch.broadcast_shapes(self.query.shape[:-2], *([] if self.enable_gqa else [self.key.shape[:-2]]))
+            shape = (*lead, self.query.shape[-2], self.value.shape[-1])
+            self.grad = torch.randn(shape).to(self.query.dtype).to(self.query.device)
+
+    def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """All arguments by name; those that are `learned` as fresh leaves, floating-point ones in `dtype` if given."""
+        found = {"query": self.query, "key": self.key, "value": self.value, "attn_mask": self.attn_mask, **self.options}
+        for name, x in found.items():
+            if isinstance(x, torch.Tensor) and x.is_floating_point():
+                found[name] = x.detach().to(dtype or x.dtype).requires_grad_(name in self.learned)
+        return found
+
+    def run(self, attention: Attention, arguments: dict[str, Any] | None = None, **more: Any) -> Any:
+        """Call `attention` with these arguments; only those that are not the default are passed, as users do."""
+        arguments = self.tensors() if arguments is None else arguments
+        plain = {"is_causal": self.is_causal, "scale": self.scale, "enable_gqa": self.enable_gqa}
+        passed = {k: x for k, x in {**arguments, **plain, **more}.items() if x is not None and x is not False}
+        return attention(passed.pop("query"), passed.pop("key"), passed.pop("value"), **passed)
+
+    def replace(self, **changes: Any) -> Call:
+        """This call with some arguments changed, under the same upstream gradient."""
+        return dataclasses.replace(self, **changes)
+
+
+def make(
+    sizes: tuple[int, int, int, int, int, int, int], dtype: torch.dtype, device: str, **arguments: Any
+) -> Call:
+    """A call on random inputs of sizes B, Hq, Hkv, L, S, E, Ev: transposed views of (B, T, H, D), as models have them.
+
+    Tensors among `arguments` go to the device too.
+    """
+    b, hq, hkv, n_queries, n_keys, e, ev = sizes
+    shapes = [(b, n_queries, hq, e), (b, n_keys, hkv, e), (b, n_keys, hkv, ev)]
+    inputs = [torch.randn(shape).to(dtype).to(device).transpose(1, 2) for shape in shapes]
+    options = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in arguments.pop("options", {}).items()}
+    if isinstance(arguments.get("attn_mask"), torch.Tensor):
+        arguments["attn_mask"] = arguments["attn_mask"].to(device)
+    return Call(*inputs, enable_gqa=hq != hkv, options=options, **arguments)
+
+
+def exact_arguments(call: Call, dtype: torch.dtype) -> dict[str, Any]:
+    """What `formula.attention` takes, in `dtype`."""
+    return {**call.tensors(dtype), "is_causal": call.is_causal, "scale": call.scale}
+
+
+def solve(call: Call, attention: Attention) -> dict[str, torch.Tensor]:
+    """Output, and the gradients of what is learned, by name."""
+    arguments = call.tensors()
+    return with_gradients(call, arguments, call.run(attention, arguments), call.grad)
+
+
+def with_gradients(
+    call: Call, arguments: dict[str, Any], output: torch.Tensor, grad: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The output, and its gradients for what is learned."""
+    assert output.shape == grad.shape, f"output: shape {tuple(output.shape)}, expected {tuple(grad.shape)}"
+    assert output.requires_grad, "output: no gradient flows through it"
+    leaves = [arguments[name] for name in call.learned]  # one that is not used has gradient 0, which is judged
+    found = torch.autograd.grad(output, leaves, grad, allow_unused=True, materialize_grads=True)
+    return {"output": output.detach(), **{f"gradient of {name}": x for name, x in zip(call.learned, found)}}
+
+
+def exact(call: Call, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+    """The same through the formula; float64 makes it exact."""
+    arguments = exact_arguments(call, dtype)
+    return with_gradients(call, arguments, formula.attention(**arguments).output, call.grad.to(dtype))
+
+
+def pytorch(call: Call) -> dict[str, torch.Tensor]:
+    """The same through PyTorch's own attention; empty where it has no such argument or refuses the call."""
+    if call.options:
+        return {}
+    changes: dict[str, Any] = {}
+    mask = call.attn_mask
+    if mask is not None and call.is_causal:
+        causal = torch.ones(call.query.shape[-2], call.key.shape[-2], dtype=torch.bool, device=mask.device).tril()
+        mask = mask & causal if mask.dtype == torch.bool else mask.masked_fill(~causal, -torch.inf)
+        changes["is_causal"] = False
+    try:
+        merged = call.replace(**changes)
+        arguments = merged.tensors()
+        if mask is not None and changes:
+            learned = arguments["attn_mask"]
+            mask = learned.masked_fill(~causal, -torch.inf) if mask.is_floating_point() else mask
+            output = merged.run(torch.nn.functional.scaled_dot_product_attention, {**arguments, "attn_mask": mask})
+        else:
+            output = merged.run(torch.nn.functional.scaled_dot_product_attention, arguments)
+        return with_gradients(merged, arguments, output, call.grad)
+    except (RuntimeError, IndexError, AssertionError):
+        return {}
+
+
+def magnitudes(call: Call) -> dict[str, torch.Tensor]:
+    """Of each tensor of the answer, the sums of the sizes of the terms that are added up to it: (same shape), float64.
+
+    Where terms cancel (a query with one key has gradient 0), rounding is relative to these, not to the result.
+    """
+    arguments = exact_arguments(call, torch.float64)
+    answer = formula.attention(**arguments)
+    query, key, value = (arguments[name].detach() for name in ("query", "key", "value"))
+    weights, grad = answer.weights.detach(), call.grad.double().abs()
+    shared_value, shared_key = (formula.repeat_heads(x, query).abs() for x in (value, key))
+    grad_weights = grad @ shared_value.mT  # (..., Hq, L, S)
+    delta = (weights * grad_weights).sum(-1, keepdim=True)
+    grad_scores = weights * (grad_weights + delta)
+    scale = abs(query.shape[-1] ** -0.5 if call.scale is None else call.scale)
+    found = {
+        "output": weights @ shared_value,
+        "gradient of query": reduce_to(scale * grad_scores @ shared_key, query),
+        "gradient of key": reduce_to(scale * grad_scores.mT @ query.abs(), key),
+        "gradient of value": reduce_to(weights.mT @ grad, value),
+    }
+    if "attn_mask" in call.learned:
+        found["gradient of attn_mask"] = reduce_to(grad_scores, call.attn_mask)
+    if "sinks" in call.learned:
+        found["gradient of sinks"] = ((1 - weights.sum(-1, keepdim=True)) * delta).sum((0, 2, 3))
+    return found
+
+
+def reduce_to(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Sum x (..., Hq, M, N) over what was broadcast, shared heads included, to the shape of `like`."""
+    if like.ndim >= 3 and x.ndim >= 3 and like.shape[-3] not in (1, x.shape[-3]):
+        x = x.unflatten(-3, (like.shape[-3], -1)).sum(-3)
+    return x.sum_to_size(like.shape)
+
+
+def yardstick(
+    call: Call, answer: dict[str, torch.Tensor], found: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Whose error the tolerance is relative to: PyTorch's own, or where it has none, or is wrong, the formula's.
+
+    The formula is then computed at the dtype of the call, one operation of PyTorch after the other. PyTorch counts as
+    wrong when it is more than WRONG times as far from the exact answer.
+    """
+    plain, theirs = exact(call, call.query.dtype), pytorch(call)
+    chosen = {}
+    for name, right in answer.items():
+        own = theirs.get(name, plain[name])
+        errors = [torch.linalg.vector_norm(x.double() - right).item() for x in (own, plain[name])]
+        tiny = torch.linalg.vector_norm(right).item() * torch.finfo(found[name].dtype).eps
+        chosen[name] = own if errors[0] <= WRONG * max(errors[1], tiny) else plain[name]
+    return {name: x.to(found[name].dtype) for name, x in chosen.items()}
+
+
+def judge(attention: Attention, call: Call, what: str = "") -> None:
+    """Hold output and gradients to the tolerance: 2 times the yardstick's error forward, 3 times for gradients.
+
+    Args:
+        what: the case, for the message of a failure.
+    """
+    found = solve(call, attention)
+    assert found["output"].dtype == call.query.dtype, f"output is {found['output'].dtype}, query {call.query.dtype}"
+    answer = exact(call)
+    sizes = magnitudes(call)
+    rulers = yardstick(call, answer, found)
+    for name, right in answer.items():
+        factor = FORWARD if name == "output" else GRADIENT
+        title = f"{what}: {name}" if what else name
+        assert_as_exact_as_torch(found[name], rulers[name], right, factor, title, sizes.get(name))
+
+
+def agree(a: torch.Tensor, b: torch.Tensor, what: str, slack: float = 16.0) -> None:
+    """Two ways to the same number differ by rounding alone: by norm at most `slack` units in the last place.
+
+    A unit is relative to the norm of b: rows that were rounded in another order differ by one or two.
+    """
+    assert a.shape == b.shape, f"{what}: shapes {tuple(a.shape)} and {tuple(b.shape)}"
+    assert torch.equal(a.isnan(), b.isnan()), f"{what}: NaN in one and not in the other"
+    both = ~a.isnan() & ~(a == b)  # equal infinities are no difference
+    apart = torch.linalg.vector_norm((a.double() - b.double())[both]).item()
+    allowed = slack * torch.finfo(a.dtype).eps * torch.linalg.vector_norm(b[b.isfinite()].double()).item()
+    assert apart <= allowed, f"{what}: they differ by {apart:.3g}, rounding explains {allowed:.3g}"
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], what: str) -> None:
+    """Every tensor is the same, bit for bit (NaN equals itself)."""
+    for name, x in a.items():
+        differs = (x != b[name]) & ~(x.isnan() & b[name].isnan())
+        assert not differs.any(), f"{what}: {name} differs in {int(differs.sum())} of {x.numel()} numbers"

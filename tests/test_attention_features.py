@@ -1,0 +1,418 @@
+"""What attention knows beyond PyTorch's: places, windows, soft cap, slopes, sinks, lengths, packs, log-sum-exp.
+
+Each call of the Triton kernels is held to the formula in float64, within PyTorch's error when it computes the formula
+at the same dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels
+from kernels.attention import tiles
+from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch
+
+attention = functools.partial(kernels.scaled_dot_product_attention, enable_gqa=True, backend="triton")
+SUMS = {"grad of attn_mask": 1, "grad of sinks": 1, "grad of alibi_slopes": 8}
+LEARNED = ("query", "key", "value", "attn_mask", "sinks", "alibi_slopes")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """In the interpreter, tiles so small that short sequences already cross several; on a GPU, the real ones."""
+    if device == "cpu":
+        tile = tiles.Tile(block_q=16, block_k=16, num_warps=4, num_stages=1)
+        for module in ("general", "general_backward"):
+            monkeypatch.setattr(f"kernels.attention.{module}.choose_tile", lambda *_: tile)
+
+
+def formula(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str = "top_left",
+    window: tuple[int | None, int | None] = (None, None),
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    key_lengths: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, log-sum-exp and weights, each step in the dtype of the inputs, a float for a tensor of any dtype."""
+    dtype, device = query.dtype, query.device
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    used = torch.full((query.shape[0],), n_keys, device=device) if key_lengths is None else key_lengths
+    used = used[:, None, None, None]
+    place = torch.arange(n_queries, device=device)[:, None]
+    if causal_alignment == "bottom_right":
+        place = place + used - n_queries
+    distance = torch.arange(n_keys, device=device) - place
+    ok = torch.arange(n_keys, device=device) < used
+    left, right = window
+    for bound, side in ((0 if is_causal else None, 1), (right, 1), (left, -1)):
+        if bound is not None:
+            ok = ok & (side * distance <= bound)
+    scores = query @ key.mT / math.sqrt(query.shape[-1])
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.to(dtype)[..., None, None]
+        scores = scores - slopes * distance.abs()
+    if attn_mask is not None:
+        ok = ok & (attn_mask if attn_mask.dtype == torch.bool else attn_mask != -math.inf)
+        if attn_mask.dtype != torch.bool:
+            scores = scores + attn_mask.masked_fill(attn_mask == -math.inf, 0.0).to(dtype)
+    scores = scores.masked_fill(~ok, -math.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)), -1)
+    lse = torch.logsumexp(scores, -1) if scores.shape[-1] else scores.new_full(scores.shape[:3], -math.inf)
+    weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None])[..., :n_keys]
+    return weights @ value, lse, weights
+
+
+def call(sizes: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
+    """Query, key and value, views of (B, T, H, D); sizes are B, Hq, Hkv, L, S, E, Ev."""
+    b, hq, hkv, n_queries, n_keys, e, ev = sizes
+    shapes = {"query": (b, n_queries, hq, e), "key": (b, n_keys, hkv, e), "value": (b, n_keys, hkv, ev)}
+    return {name: torch.randn(shape).to(device, dtype).transpose(1, 2) for name, shape in shapes.items()}
+
+
+def check(arguments: dict[str, Any]) -> None:
+    """Hold output, log-sum-exp, weights and every gradient of a call to the tolerance."""
+    given_tensors = {name: x for name, x in arguments.items() if name in LEARNED and x is not None}
+    learned = [name for name, x in given_tensors.items() if x.is_floating_point()]
+    shape = (*arguments["query"].shape[:3], arguments["value"].shape[-1])
+    device = arguments["query"].device
+    upstream = torch.randn(shape, device=device), torch.randn(shape[:3], device=device)
+    rest = {name: x for name, x in arguments.items() if name not in learned}
+    found = []
+    for solve, dtype in ((attention, None), (formula, None), (formula, torch.float64)):
+        leaves = {name: given_tensors[name].detach().to(dtype or given_tensors[name].dtype).requires_grad_()
+                  for name in learned}  # fmt: skip
+        if solve is attention:
+            output, lse, weights = solve(**leaves, **rest, return_lse=True, need_weights=True)
+        else:
+            output, lse, weights = solve(**leaves, **rest)
+        grads = upstream[0].to(output.dtype), torch.where(lse == -math.inf, 0.0, upstream[1]).to(lse.dtype)
+        gradients = torch.autograd.grad((output, lse), list(leaves.values()), grads, allow_unused=True)
+        gradients = [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves.values())]
+        found.append([output, lse.nan_to_num(neginf=-99.0), weights, *gradients])
+    names = ["output", "lse", "weights", *(f"grad of {name}" for name in learned)]
+    for name, ours, theirs, exact in zip(names, *found):
+        factor = GRADIENT if name.startswith("grad") else FORWARD
+        if name == "lse" and ours.dtype != theirs.dtype:  # ours is float32 always, the formula's of the inputs' dtype
+            theirs = exact.to(theirs.dtype).to(ours.dtype)
+        magnitude = None
+        if name == "lse" or name in SUMS:  # of numbers larger than themselves, which cancel
+            magnitude = SUMS.get(name, 1) * (exact.abs() + exact.abs().max() + 1.0)
+        assert_as_exact_as_torch(ours, theirs, exact, factor, name, magnitude)
+
+
+SIZES = (2, 4, 2, 37, 43, 12, 20)
+FEATURES: dict[str, dict[str, Any]] = {
+    "bottom_right": {"causal_alignment": "bottom_right", "is_causal": True},
+    "window": {"window": (5, 3)},
+    "left window": {"window": (20, None)},
+    "right window": {"window": (None, 2)},
+    "causal window": {"window": (9, 30), "is_causal": True},
+    "window at the bottom right": {"window": (3, 0), "causal_alignment": "bottom_right"},
+    "softcap": {"softcap": 1.5},
+    "slopes": {"alibi_slopes": lambda: torch.rand(4)},
+    "slopes by batch entry": {"alibi_slopes": lambda: torch.rand(2, 4), "causal_alignment": "bottom_right"},
+    "sinks": {"sinks": lambda: torch.randn(4)},
+    "key_lengths": {"key_lengths": lambda: torch.tensor([11, 43])},
+    "no keys in use": {"key_lengths": lambda: torch.tensor([0, 17]), "sinks": lambda: torch.randn(4)},
+    "lengths at the bottom right": {
+        "key_lengths": lambda: torch.tensor([29, 40]), "is_causal": True, "causal_alignment": "bottom_right",
+    },
+    "all": {
+        "attn_mask": lambda: torch.randn(4, 37, 43), "is_causal": True, "window": (20, None), "softcap": 3.0,
+        "alibi_slopes": lambda: torch.rand(4), "sinks": lambda: torch.randn(4), "causal_alignment": "bottom_right",
+        "key_lengths": lambda: torch.tensor([43, 31]),
+    },
+}  # fmt: skip
+
+
+def made(options: dict[str, Any], device: str) -> dict[str, Any]:
+    return {name: x().to(device) if callable(x) else x for name, x in options.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_each_feature(feature: str, dtype: torch.dtype, device: str) -> None:
+    check({**call(SIZES, dtype, device), **made(FEATURES[feature], device)})
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_combination_means_what_its_parts_mean(data: st.DataObject) -> None:
+    def some(name: str, *values: object) -> object:
+        return data.draw(st.sampled_from(values), name)
+
+    torch.manual_seed(data.draw(st.integers(0, 10_000), "seed"))
+    hkv, group = some("hkv", 1, 2), some("group", 1, 2)
+    sizes = (some("b", 1, 2), hkv * group, hkv, some("l", 1, 5, 17, 35), some("s", 1, 7, 23, 40), some("e", 3, 8), 5)
+    batch, heads, _, n_queries, n_keys = sizes[:5]
+    arguments: dict[str, Any] = call(sizes, torch.float32, "cpu")
+    mask_shape = [some("mask", 1, full) for full in (batch, heads, n_queries, n_keys)]
+    mask = torch.randn(mask_shape)
+    arguments |= {
+        "attn_mask": some("kind", None, mask, mask < 0.5, mask.masked_fill(mask > 1.0, -math.inf)),
+        "is_causal": some("is_causal", False, True),
+        "causal_alignment": some("causal_alignment", "top_left", "bottom_right"),
+        "window": some("window", (None, None), (0, 0), (3, None), (None, 2), (20, 11)),
+        "softcap": some("softcap", None, 0.7),
+        "alibi_slopes": some("slopes", None, torch.rand(heads), torch.rand(batch, heads)),
+        "sinks": some("sinks", None, torch.randn(heads)),
+        "key_lengths": some("key_lengths", None, torch.randint(0, n_keys + 1, (batch,))),
+    }
+    check(arguments)
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 1, 19, 21, 300, 12), (1, 1, 1, 17, 18, 8, 270), (1, 1, 1, 5, 7, 513, 600)])
+def test_heads_wider_than_a_tile(sizes: tuple[int, ...], device: str) -> None:
+    arguments = call(sizes, torch.float32, device)
+    check({**arguments, "is_causal": True, "attn_mask": torch.randn(sizes[3:5]).to(device), "softcap": 5.0})
+
+
+@pytest.mark.parametrize("e", [1, 2048])
+def test_narrowest_and_widest_heads(e: int, device: str) -> None:
+    check(call((1, 1, 1, 3, 5, e, e), torch.float32, device))
+
+
+def test_dropout_replays_with_every_feature(device: str) -> None:
+    """With the value the identity, the output is the dropped weights: each is 0 or its weight over 1 - p."""
+    options = made(FEATURES["all"], device)
+    options.pop("attn_mask")
+    arguments = call((2, 4, 2, 17, 19, 8, 19), torch.float32, device)
+    arguments["value"] = torch.eye(19, device=device).expand(2, 2, 19, 19).contiguous().requires_grad_()
+    options["key_lengths"] = torch.tensor([19, 13], device=device)
+    output, _, weights = attention(**arguments, **options, dropout_p=0.3, return_lse=True, need_weights=True)
+    kept = output != 0.0
+    torch.testing.assert_close(output, torch.where(kept, weights / 0.7, 0.0))
+    assert 0.05 < (weights != 0.0)[~kept].sum() / (weights != 0.0).sum() < 0.6
+    upstream = torch.randn_like(output)
+    (gradient,) = torch.autograd.grad(output, arguments["value"], upstream)
+    expected = (output.detach().mT @ upstream).unflatten(1, (2, 2)).sum(2)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_result_is_a_tensor_until_more_is_asked_for(device: str) -> None:
+    q, k, v = call((1, 2, 2, 5, 7, 8, 8), torch.float32, device).values()
+    plain = attention(q, k, v)
+    assert isinstance(plain, torch.Tensor)
+    result = attention(q, k, v, return_lse=True)
+    assert isinstance(result, kernels.AttentionResult) and result.weights is None and result.lse.shape == (1, 2, 5)
+    assert torch.equal(result.output, plain)
+    result = attention(q[0], k[0], v[0], need_weights=True)
+    assert result.lse is None and result.weights.shape == (2, 5, 7)
+    torch.testing.assert_close(result.weights.sum(-1), torch.ones(2, 5, device=device))
+
+
+def test_keys_out_of_sight_are_never_read(device: str) -> None:
+    """NaN beyond a window and beyond the keys in use reaches neither output nor gradient."""
+    q, k, v = call((2, 2, 2, 40, 64, 8, 8), torch.float32, device).values()
+    lengths = torch.tensor([30, 45], device=device)
+    options = {"key_lengths": lengths, "window": (8, 0), "causal_alignment": "top_left"}
+    results = []
+    for junk in (0.0, math.nan):
+        spoiled = [x.clone() for x in (k, v)]
+        for x in spoiled:
+            x[:, :, 45:] = junk
+            x[0, :, 30:] = junk
+        leaves = [x.requires_grad_() for x in (q.detach().clone(), *spoiled)]
+        output = attention(*leaves, **options)
+        results.append((output, *torch.autograd.grad(output, leaves, torch.ones_like(output))))
+    for clean, spoiled in zip(*results):
+        assert torch.equal(clean, spoiled)
+
+
+# Visits of tiles
+
+
+def visits(monkeypatch: pytest.MonkeyPatch, n_queries: int, n_keys: int, **options: Any) -> int:
+    """How many key tiles of 16 the forward of one head reads, in the interpreter."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    count = 0
+    create_dot = InterpreterBuilder.create_dot
+
+    def counted(self: object, *args: object) -> object:
+        nonlocal count
+        count += 1
+        return create_dot(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", counted)
+        attention(*(torch.randn(1, 1, n, 8) for n in (n_queries, n_keys, n_keys)), **options)
+    assert count % 2 == 0, "two products a tile"
+    return count // 2
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    ({}, 8 * 8),
+    ({"is_causal": True}, 8 * 9 // 2),
+    ({"window": (16, 0)}, 1 + 7 * 2),  # a tile of queries reaches into the tile before its own
+    ({"window": (17, 0)}, 1 + 2 + 6 * 3),
+    ({"window": (0, 0)}, 8),
+    ({"window": (None, 16)}, 8 * 9 // 2 + 7),
+    ({"key_lengths": torch.tensor([33])}, 8 * 3),
+    ({"key_lengths": torch.tensor([0])}, 0),
+    ({"is_causal": True, "key_lengths": torch.tensor([40])}, 1 + 2 + 6 * 3),
+    ({"attn_mask": torch.ones(128, 128, dtype=torch.bool), "is_causal": True}, 8 * 9 // 2),
+], ids=str)  # fmt: skip
+def test_only_the_tiles_in_sight_are_visited(
+    options: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert visits(monkeypatch, 128, 128, **options) == expected
+
+
+def test_bottom_right_skips_what_no_query_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"is_causal": True, "causal_alignment": "bottom_right"}
+    assert visits(monkeypatch, 16, 128, **options) == 8
+    assert visits(monkeypatch, 128, 16, **options) == 1, "only the last tile of queries sees a key"
+
+
+# Packed sequences
+
+LENGTHS = [((5, 0, 17, 33), (7, 3, 0, 20)), ((1,), (1,)), ((0, 0), (0, 0)), ((16, 16), (16, 16))]
+
+
+@pytest.mark.parametrize("path", ["triton", "torch"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("feature", [
+    {}, {"is_causal": True}, {"is_causal": True, "causal_alignment": "bottom_right"}, {"window": (3, 4)},
+    {"softcap": 2.0, "sinks": lambda: torch.randn(4), "alibi_slopes": lambda: torch.rand(4)},
+], ids=lambda f: "+".join(f) or "plain")  # fmt: skip
+def test_packed_sequences_are_those_by_themselves(feature: dict, lengths: tuple, path: str, device: str) -> None:
+    options = made(feature, device)
+    totals = [sum(n) for n in lengths]
+    shapes = [(totals[0], 4, 8), (totals[1], 2, 8), (totals[1], 2, 6)]
+    leaves = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
+    starts = [torch.tensor([0, *itertools.accumulate(n)], device=device) for n in lengths]
+    longest = [max(n) for n in lengths]
+    output, lse, _ = kernels.varlen_attention(
+        *leaves, *starts, *longest, enable_gqa=True, return_lse=True, backend=path, **options
+    )
+    assert output.shape == (totals[0], 4, 6) and lse.shape == (totals[0], 4)
+    parts = zip(*(x.double().split(n) for x, n in zip(leaves, (lengths[0], lengths[1], lengths[1]))))
+    expected = [
+        formula(*(x.transpose(0, 1)[None] for x in part), **options)[0][0].transpose(0, 1) for part in parts
+    ]  # fmt: skip
+    expected = torch.cat(expected)
+    torch.testing.assert_close(output, expected.float(), rtol=1e-4, atol=1e-5)
+    upstream = torch.randn_like(output)
+    ours = torch.autograd.grad(output, leaves, upstream)
+    theirs = torch.autograd.grad(expected, leaves, upstream.double())
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_starts_that_do_not_fit_are_refused() -> None:
+    q = torch.randn(10, 2, 8)
+    for starts, longest, message in (
+        ([0, 4, 9], 6, "from 0 to the 10 rows"), ([1, 10], 9, "from 0"), ([0, 10], 9, "at most max_q = 9"),
+        ([0, 6, 4, 10], 9, "in steps"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            kernels.varlen_attention(q, q, q, torch.tensor(starts), None, longest, longest)
+    with pytest.raises(TypeError, match="cu_seq_q must be"):
+        kernels.varlen_attention(q, q, q, torch.tensor([0.0, 10.0]), None, 10, 10)
+    with pytest.raises(ValueError, match="packed"):
+        kernels.varlen_attention(q[None], q[None], q[None], torch.tensor([0, 10]), None, 10, 10)
+
+
+# Errors
+
+BAD = {
+    "an unknown alignment": ({"causal_alignment": "left"}, ValueError, "'top_left' or 'bottom_right', found 'left'"),
+    "a window of one number": ({"window": 5}, ValueError, r"window must be \(left, right\)"),
+    "a negative window": ({"window": (-1, 0)}, ValueError, "from 0, or None"),
+    "a cap of zero": ({"softcap": 0.0}, ValueError, "softcap must be a positive number"),
+    "slopes for other heads": ({"alibi_slopes": torch.rand(3)}, ValueError, r"must have the shape \(2, 4\)"),
+    "whole slopes": ({"alibi_slopes": torch.ones(4, dtype=torch.int64)}, TypeError, "floating point"),
+    "sinks that broadcast": ({"sinks": torch.rand(1)}, ValueError, r"sinks must have the shape \(4,\)"),
+    "lengths as floats": ({"key_lengths": torch.ones(2)}, TypeError, "int32 or int64"),
+    "lengths as a list": ({"key_lengths": [1, 2]}, TypeError, "must be a tensor"),
+    "a length too many": ({"key_lengths": torch.tensor([3, 8])}, ValueError, "from 0 to the 7 keys"),
+    "lengths a head": ({"key_lengths": torch.ones(2, 4, dtype=torch.int32)}, ValueError, r"\(2,\)"),
+    "a deterministic string": ({"deterministic": "yes"}, ValueError, "True, False or None"),
+}
+
+
+@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("case", BAD)
+def test_errors_say_rule_and_finding_in_one_line(case: str, path: str) -> None:
+    options, error, message = BAD[case]
+    q, k, v = call((2, 4, 4, 5, 7, 8, 8), torch.float32, "cpu").values()
+    with pytest.raises(error, match=message) as caught:
+        kernels.scaled_dot_product_attention(q, k, v, backend=path, **options)
+    assert "\n" not in str(caught.value)
+
+
+# vmap and higher derivatives
+
+
+def test_vmap_gives_what_a_loop_gives() -> None:
+    q, k, v = (torch.randn(3, 2, 4, 7, 8) for _ in range(3))
+    sinks, mask = torch.randn(3, 4), torch.randn(3, 7, 7)
+
+    def solve(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        return attention(q, k, v, m, sinks=s, is_causal=True).square().sum()
+
+    by_example = torch.func.grad_and_value(solve, argnums=(0, 1, 2, 3, 4))
+    dims = (0, None, 0, 0, None)
+    grads, values = torch.vmap(by_example, dims)(q, k[0], v, sinks, mask[0])
+    for i in range(3):
+        expected, value = by_example(q[i], k[0], v[i], sinks[i], mask[0])
+        torch.testing.assert_close(values[i], value)
+        for a, b in zip(grads, expected):
+            torch.testing.assert_close(a[i], b, rtol=1e-4, atol=1e-5)
+
+
+def test_vmap_of_dropout_draws_for_each_or_refuses() -> None:
+    q = torch.randn(2, 1, 1, 9, 16)
+    solve = functools.partial(attention, dropout_p=0.5)
+    output = torch.vmap(solve, randomness="different")(q[:1].expand(2, 1, 1, 9, 16), q, q)
+    assert output.shape == q.shape
+    with pytest.raises(NotImplementedError, match='randomness="different"'):
+        torch.vmap(solve, randomness="same")(q, q, q)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, at the first use of jvp
+def test_forward_mode_raises() -> None:
+    q = torch.randn(1, 1, 5, 8)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda x: attention(x, x, x), (q,), (q,))
+
+
+def test_double_backward_with_every_feature() -> None:
+    """The gradient's gradient against the formula's, through output and log-sum-exp."""
+    options = made(FEATURES["all"], "cpu")
+    slopes = options.pop("alibi_slopes")
+    arguments = call(SIZES, torch.float32, "cpu")
+    results = []
+    for solve, dtype in ((attention, torch.float32), (formula, torch.float64)):
+        leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in arguments.items()}
+        learned = {name: options[name].to(dtype).requires_grad_() for name in ("attn_mask", "sinks")}
+        extra = {name: x for name, x in options.items() if name not in learned}
+        more = {"return_lse": True} if solve is attention else {}
+        output, lse, _ = solve(**leaves, **learned, **extra, **more, alibi_slopes=slopes)
+        torch.manual_seed(5)
+        upstream = torch.randn(output.shape).to(dtype), torch.randn(lse.shape).to(dtype)
+        inputs = [*leaves.values(), *learned.values()]
+        grads = torch.autograd.grad((output, lse), inputs, upstream, create_graph=True)
+        results.append(torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b.float(), rtol=1e-3, atol=1e-3)
