@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import kernels
 from bench.accounting import AttentionCase
 from bench.check import WrongResult, require_right
+from kernels.attention.explanation import TRITON
 
 BACKENDS = {
     "torch flash": SDPBackend.FLASH_ATTENTION,
@@ -69,7 +70,7 @@ def label(provider: str, case: AttentionCase, inputs: Inputs) -> str:
     kernel = kernels.explain(
         inputs.query, inputs.key, inputs.value, inputs.mask, case.dropout, case.is_causal, enable_gqa=case.groups > 1
     ).kernel
-    return f"kernels ({'torch path' if kernel.startswith('torch') else kernel})"
+    return f"kernels ({'general' if kernel == TRITON else 'torch path'})"
 
 
 @functools.lru_cache(maxsize=2)  # the check and the timing share what is compiled

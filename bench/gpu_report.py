@@ -39,6 +39,7 @@ PARTS = {
     "attention-forward": Part((*PYTEST, "bench/bench_attention.py", "-k", "forward"), 420, True),
     "attention-backward": Part((*PYTEST, "bench/bench_attention.py", "-k", "backward"), 420, True),
     "layer-norm": Part((*PYTEST, "bench/bench_layer_norm.py"), 240, True),
+    "host": Part((*PYTEST, "bench/bench_host.py"), 60, True),
     "no-loop": Part((*PYTEST, "bench/bench_no_loop.py"), 60, True),
     "training": Part((*PYTEST, "bench/bench_training.py"), 120, True),
 }

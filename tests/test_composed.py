@@ -614,6 +614,7 @@ def test_what_no_mask_can_say_runs_as_the_formula(name: str) -> None:
 SMALL = {  # rules, lengths, shape of the mask or None, is_causal
     "causal": ({"right": 0}, None, None, True),
     "wide window": ({"left": 4, "right": 6}, None, None, False),
+    "one key beyond a wide window": ({"left": 4, "right": 5}, None, (1, 1, 5, 7), False),
     "window": ({"right": 0, "left": 3}, None, (1, 1, 5, 7), False),
     "lengths": ({"bottom_right": True}, [3, 7], (2, 1, 1, 7), False),
     "lengths and causal": ({"right": 0, "bottom_right": True}, [3, 7], (2, 1, 5, 7), False),

@@ -26,9 +26,26 @@ def check(
     enable_gqa: bool,
 ) -> None:
     """Raise TypeError or ValueError in one line, with the rule, what was found and the remedy."""
-    dtype, device = query.dtype, query.device
+    dtype = query.dtype
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise TypeError(f"query must be float16, bfloat16, float32 or float64, found {dtype}; convert it with .to()")
+    _check_tensors(query, key, value, enable_gqa)
+    if attn_mask is not None:
+        _check_mask(attn_mask, query, key, value, enable_gqa)
+    if not isinstance(dropout_p, NUMBERS) or not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p is a probability from 0 to 1, found {dropout_p!r}")
+    if scale is not None and not (isinstance(scale, NUMBERS) and abs(scale) < LARGEST_SCALE):
+        raise ValueError(f"scale must be a number that float32 holds, or None for 1 / sqrt(E), found {scale!r}")
+
+
+def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> None:
+    """Dtypes, devices and shapes of the three."""
+    dtype, device, shape = query.dtype, query.device, query.shape
+    if (
+        key.shape == shape and value.shape == shape and key.dtype == dtype and value.dtype == dtype
+        and key.device == device and value.device == device and len(shape) > 2 and shape[-1]
+    ):  # fmt: skip
+        return  # most calls: it saves them a dozen questions
     if not (key.dtype == value.dtype == dtype) and not autocasts(device):
         raise TypeError(
             f"query, key and value must share a dtype, found {dtype}, {key.dtype} and {value.dtype}; convert with .to()"
@@ -48,12 +65,6 @@ def check(
     if key.shape[-2] != value.shape[-2]:
         raise ValueError(f"key and value must have the same length S (next to last dimension); {shapes}")
     _check_leading(query, key, value, enable_gqa, shapes)
-    if attn_mask is not None:
-        _check_mask(attn_mask, query, key, value, enable_gqa)
-    if not isinstance(dropout_p, NUMBERS) or not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p is a probability from 0 to 1, found {dropout_p!r}")
-    if scale is not None and not (isinstance(scale, NUMBERS) and abs(scale) < LARGEST_SCALE):
-        raise ValueError(f"scale must be a number that float32 holds, or None for 1 / sqrt(E), found {scale!r}")
 
 
 def leads_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> list[torch.Size]:
@@ -97,10 +108,7 @@ def _check_mask(
     if attn_mask.device != query.device:
         raise ValueError(f"attn_mask must be on the query's device {query.device}, found {attn_mask.device}")
     target = (*leads_of(query, key, value, enable_gqa)[0], query.shape[-2], key.shape[-2])
-    fits = attn_mask.ndim <= len(target) and all(
-        size == 1 or size == full for size, full in zip(reversed(attn_mask.shape), reversed(target))
-    )
-    if not fits:
+    if attn_mask.ndim > len(target) or not _broadcast_to(attn_mask.shape, target):
         raise ValueError(
             f"attn_mask must broadcast to (..., Hq, L, S) = {target}, found {tuple(attn_mask.shape)}; "
             f"a mask of keys (B, S) becomes one by mask[:, None, None, :]"
@@ -176,5 +184,5 @@ def _is_integer(x: object) -> bool:
 
 
 def _broadcast_to(shape: torch.Size, target: tuple[int, ...]) -> bool:
-    """Whether a tensor of this shape expands to `target`."""
-    return all(size in (1, full) for size, full in zip(reversed(shape), reversed(target)))
+    """Whether a tensor of this shape, with no more dimensions, expands to `target`."""
+    return all(size == 1 or size == full for size, full in zip(shape, target[len(target) - len(shape) :]))

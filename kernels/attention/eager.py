@@ -12,6 +12,7 @@ import math
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from kernels import backend
 from kernels.attention.composed import alibi, allowed_pairs, composed_attention
 from kernels.attention.rules import Extras, Rules
 from kernels.attention.short_cpu import short_attention
@@ -30,6 +31,7 @@ ENOUGH_SCORES = 16384  # with dropout, which PyTorch's fused kernel does not hav
 MOST_SCORES = 65536  # of one head
 FEWEST = 3  # queries or keys of one head: below, its products are of vectors
 WIDEST = 32  # E or Ev without dropout
+SIMPLE = 1024  # numbers in a tensor below which the way to a kernel costs more than the kernel
 TINY_PRODUCT = 400  # multiplications below which PyTorch's batched product is a plain loop
 
 
@@ -72,6 +74,16 @@ def attention(
     if enable_gqa:
         bad = bad.repeat_interleave(query.shape[-3] // bad.shape[-2], -2)
     return output.masked_fill(_may_see(bad, attn_mask, query.shape[-2]).unsqueeze(-1), math.nan)
+
+
+def is_simple(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether a call without any option is right, and best served, by PyTorch's function: few numbers on a CPU."""
+    shape, dtype = query.shape, query.dtype
+    return (
+        query.is_cpu and key.is_cpu and value.is_cpu and not backend.INTERPRETED and key.shape == shape
+        and value.shape == shape and 1 <= query.numel() < SIMPLE and key.dtype == dtype and value.dtype == dtype
+        and dtype.is_floating_point and dtype.itemsize > 1 and len(shape) > 1
+    )  # fmt: skip
 
 
 def extended_attention(

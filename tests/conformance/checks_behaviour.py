@@ -106,7 +106,7 @@ def check_checkpoint(attention: Attention, device: str, dtype: torch.dtype) -> N
 )  # fmt: skip
 def check_repeated_runs(attention: Attention, device: str, dtype: torch.dtype) -> None:
     long = 1000 if device == "cuda" else 67  # on a GPU, enough tiles to race for one gradient
-    call = make((2, 4, 2, long, long + 1, 16, 16), dtype, device)
+    call = make((2, 2, 1, long, long + 1, 16, 16), dtype, device)
     first = solve(call, attention)
     for _ in range(9 if device == "cuda" else 2):
         same_bits(first, solve(call, attention), "two runs")
@@ -115,7 +115,7 @@ def check_repeated_runs(attention: Attention, device: str, dtype: torch.dtype) -
 @check("a batch entry alone has the bits it has among others", "determinism", "Dao-AILab/flash-attention#47")
 def check_batch_of_one(attention: Attention, device: str, dtype: torch.dtype) -> None:
     """Sizes at which matrix products of one batch entry and of many are computed by different routines."""
-    for sizes in ((9, 1, 1, 15, 33, 1, 17), (9, 1, 1, 17, 33, 17, 1), (9, 4, 2, 7, 11, 8, 8)):
+    for sizes in ((9, 1, 1, 15, 33, 1, 17), (9, 1, 1, 17, 33, 17, 1), (9, 2, 1, 7, 11, 8, 8)):
         among = make(sizes, dtype, device)
         first = {name: getattr(among, name)[:1] for name in ("query", "key", "value", "grad")}
         found = {name: x[:1] for name, x in solve(among, attention).items()}
@@ -125,14 +125,14 @@ def check_batch_of_one(attention: Attention, device: str, dtype: torch.dtype) ->
 @check("the gradient of a mask that is broadcast agrees bit for bit", "determinism", "pytorch/pytorch#137452")
 def check_repeated_mask_gradients(attention: Attention, device: str, dtype: torch.dtype) -> None:
     mask = torch.randn(1, 1, 1, 67).to(dtype)
-    call = make((2, 4, 4, 33, 67, 16, 16), dtype, device, attn_mask=mask, learned=("query", "attn_mask"))
+    call = make((2, 2, 2, 33, 67, 16, 16), dtype, device, attn_mask=mask, learned=("query", "attn_mask"))
     first = solve(call, attention)
     same_bits(first, solve(call, attention), "two runs")
 
 
 @check("deterministic=True repeats bit for bit", "determinism", needs=("deterministic",))
 def check_deterministic_argument(attention: Attention, device: str, dtype: torch.dtype) -> None:
-    call = make((2, 4, 2, 33, 67, 16, 16), dtype, device, options={"deterministic": True})
+    call = make((1, 2, 1, 33, 67, 16, 16), dtype, device, options={"deterministic": True})
     same_bits(solve(call, attention), solve(call, attention), "two runs")
 
 
