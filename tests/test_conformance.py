@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from tests.conformance.registry import CHECKS, GPU, OURS, TORCH_KEYWORDS, Check,
 from tests.conformance.stand_in import changed, in_python, right, with_gradient, with_output
 from tests.conformance.wrong import WRONG, one_by_one
 
+ROOT = Path(__file__).parents[1]
 CHECK = {one.run.__name__: one for one in CHECKS}
 SUBJECTS = [
     pytest.param("ours", "cpu", torch.float32, id="through PyTorch"),
@@ -201,6 +205,16 @@ def test_outcomes_tell_refusals_from_wrong_answers() -> None:
     needy = Check("x", "mask", OURS, lambda *_: None, needs=("window",))
     assert run(needy, torch.nn.functional.scaled_dot_product_attention) == Outcome("-", "has no argument window")
     assert run(Check("x", "mask", OURS, lambda *_: None, where=GPU), right) == Outcome("-", "needs a GPU")
+
+
+def test_one_command_prints_the_table() -> None:
+    command = [sys.executable, "-m", "tests.conformance", "--device", "cpu", "--provider", "torch-math", "--markdown"]
+    done = subprocess.run([*command, "--only", "bad input: dropout"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "|  | torch math | source |" in lines and "| BAD INPUT | 0 / 1 |  |" in lines
+    assert "| dropout outside 0 to 1 is refused | FAIL | contract |" in lines
+    assert lines[-1].strip().startswith("dropout_p -0.5: accepted")
 
 
 def test_names_are_unique_and_sources_are_issues() -> None:

@@ -148,7 +148,9 @@ def exactness(found: dict[str, list], options: argparse.Namespace) -> list[list[
     rows = [["", *(PROVIDERS[name].title for name in found)]]
     for i, (case, dtype) in enumerate(cases(options)):
         measured = {name: lines[i] and errors.Error(*lines[i]) for name, lines in found.items()}
-        cells = [errors.cell(error, measured.get("torch"), name == "torch") for name, error in measured.items()]
+        own = torch.nn.functional.scaled_dot_product_attention
+        torchs = measured["torch"] if "torch" in found else errors.measure(own, case, dtype, options.device)
+        cells = [errors.cell(error, torchs, name == "torch") for name, error in measured.items()]
         rows.append([f"{case}, {str(dtype).removeprefix('torch.')}", *cells])
     return rows
 
