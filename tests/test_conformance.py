@@ -33,10 +33,6 @@ SUBJECTS = [
 REFUSED = {"check_float64": "float16, bfloat16, float32, found float64"}
 # What is wrong today, by provider and check, and why. Take out what was repaired: the test asks for it.
 KNOWN = {
-    ("ours", "check_own_samples_of_two_ranks"): "we want query and key of one rank, PyTorch broadcasts them",
-    ("triton", "check_own_samples_of_two_ranks"): "we want query and key of one rank, PyTorch broadcasts them",
-    ("ours", "check_scales"): "PyTorch's CPU kernel: a negative scale makes +inf of the -inf of causality",
-    ("ours", "check_rows_of_least"): "PyTorch's CPU kernel: one log-sum-exp a row, in which finfo.min drowns the sum",
     ("ours", "check_batch_of_one"): "PyTorch's product of one matrix is another routine than that of many",
 }
 

@@ -111,7 +111,7 @@ def scaled_dot_product_attention(
     )  # fmt: skip
     if plain and attn_mask is None and scale is None and backend in ("auto", "torch") and not (is_causal or dropout_p):
         if eager.is_simple(query, key, value):  # what the rest would decide in three times the time of a small call
-            return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+            return eager.simple_attention(query, key, value)
     check(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
     backend = choose_backend(query, value, backend).backend
     if plain and backend == "torch":
@@ -131,7 +131,7 @@ def scaled_dot_product_attention(
         output, lse = triton_attention(q, k, v, rules, extras, return_lse)
         weights = composed_attention(q, k, v, rules._replace(dropout_p=0.0), extras)[2] if need_weights else None
         found = output, lse, weights
-    if query.ndim == 4:
+    if len(lead) == 2:
         result = AttentionResult(*found)
     else:
         result = AttentionResult(*(x if x is None else x.reshape(*lead, *x.shape[2:]) for x in found))  # type: ignore

@@ -56,8 +56,8 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
             f"move them with .to()"
         )
     shapes = f"found query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if not 2 <= query.ndim == key.ndim == value.ndim:
-        raise ValueError(f"query, key and value must have the same number of dimensions, at least 2; {shapes}")
+    if min(query.ndim, key.ndim, value.ndim) < 2:
+        raise ValueError(f"query, key and value must have at least two dimensions, (..., L, E); {shapes}")
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"query and key must have the same last dimension E; {shapes}; project one of them")
     if query.shape[-1] == 0 or value.shape[-1] == 0:
@@ -87,7 +87,7 @@ def _check_leading(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
             hint = "; for fewer key than query heads pass enable_gqa=True" if query.ndim > 2 else ""
             raise ValueError(f"the leading dimensions of query, key and value must broadcast; {shapes}{hint}")
         return
-    if query.ndim < 3:
+    if min(query.ndim, key.ndim, value.ndim) < 3:
         raise ValueError(f"enable_gqa=True needs a dimension of heads, (..., H, L, E); {shapes}")
     heads = key.shape[-3]
     if value.shape[-3] != heads or heads == 0 or query.shape[-3] % heads:
@@ -116,8 +116,9 @@ def _check_mask(
 
 
 def _broadcast(*shapes: torch.Size) -> bool:
-    """Whether the shapes, equally long, broadcast."""
-    return all(a == 1 or b == 1 or a == b for sizes in zip(*shapes) for a, b in itertools.combinations(sizes, 2))
+    """Whether the shapes broadcast."""
+    columns = itertools.zip_longest(*(reversed(shape) for shape in shapes), fillvalue=1)
+    return all(a == 1 or b == 1 or a == b for sizes in columns for a, b in itertools.combinations(sizes, 2))
 
 
 def check_rules(

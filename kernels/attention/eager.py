@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kernels import backend
 from kernels.attention.composed import alibi, allowed_pairs, composed_attention
+from kernels.attention.fused_cpu import fused_attention, takes
 from kernels.attention.rules import Extras, Rules
 from kernels.attention.short_cpu import short_attention
 from kernels.backend import autocasts
@@ -56,21 +57,24 @@ def attention(
         attn_mask = attn_mask.clamp(min=least).masked_fill(attn_mask == -math.inf, -math.inf).to(query.dtype)
     if attn_mask is not None and attn_mask.ndim < 2:  # PyTorch wants an axis of queries
         attn_mask = attn_mask.reshape(1, -1)
+    if attn_mask is None and is_causal and scale is not None and scale <= 0:  # PyTorch multiplies its -inf by it
+        attn_mask = torch.ones(1, 1, dtype=torch.bool, device=query.device)
     if attn_mask is not None and is_causal:
         attn_mask, is_causal = _with_causal(attn_mask, query.shape[-2], key.shape[-2]), False
+    fused = scaled_dot_product_attention
+    if _has_rows_of_least(query, attn_mask):
+        fused = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)(fused)
     sees_all = attn_mask is None and not is_causal
     if sees_all or _all_finite(key, value):
         if _is_short(query, key, value, attn_mask, dropout_p):
             return short_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
-        return scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        if takes(query, key, value, attn_mask, dropout_p, is_causal, scale) and fused is scaled_dot_product_attention:
+            return fused_attention(query, key, value, attn_mask, is_causal, scale)
+        return fused(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     # Take keys with a NaN or Inf out, then give NaN to each query that may see one of them.
     bad = ~(torch.isfinite(key).all(-1) & torch.isfinite(value).all(-1))
     key, value = (x.masked_fill(bad.unsqueeze(-1), 0) for x in (key, value))
-    output = scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+    output = fused(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if enable_gqa:
         bad = bad.repeat_interleave(query.shape[-3] // bad.shape[-2], -2)
     return output.masked_fill(_may_see(bad, attn_mask, query.shape[-2]).unsqueeze(-1), math.nan)
@@ -84,6 +88,13 @@ def is_simple(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bo
         and value.shape == shape and 1 <= query.numel() < SIMPLE and key.dtype == dtype and value.dtype == dtype
         and dtype.is_floating_point and dtype.itemsize > 1 and len(shape) > 1
     )  # fmt: skip
+
+
+def simple_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A call that `is_simple`."""
+    if takes(query, key, value, None, 0.0, False, None):
+        return fused_attention(query, key, value, None, False, None)
+    return scaled_dot_product_attention(query, key, value)
 
 
 def extended_attention(
@@ -194,6 +205,24 @@ def _is_short(
             tensor.data_ptr()
         return attn_mask is None or (attn_mask.dtype == torch.bool and bool(attn_mask.any(-1).all()))
     except RuntimeError:  # no memory, no numbers to look at: vmap and other transforms, fake tensors
+        return False
+
+
+def _has_rows_of_least(query: torch.Tensor, attn_mask: torch.Tensor | None) -> bool:
+    """Whether a float mask has a row with nothing but finfo.min, or less, on a CPU.
+
+    PyTorch's fused kernel saves one log-sum-exp a row, in which such a minimum drowns the sum, and its backward then
+    takes each weight of the row for 1.
+    """
+    if attn_mask is None or attn_mask.dtype == torch.bool or attn_mask.numel() == 0 or query.device.type != "cpu":
+        return False
+    if torch.compiler.is_compiling():
+        return False
+    least = torch.finfo(attn_mask.dtype).min
+    try:
+        rows = attn_mask.detach().amax(-1)
+        return bool(((rows <= least / 2) & (rows != -math.inf)).any())
+    except RuntimeError:  # no number to look at: vmap, fake tensors
         return False
 
 
