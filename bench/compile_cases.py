@@ -64,15 +64,18 @@ FEATURES = {
     "tf32": Feature((), {"right": 0}, dtypes=("fp32",), sizes=HEAD_SIZES),
 }
 QUICK_FEATURES = ("plain", "causal", "all")
+TILE_FEATURES = ("plain", "causal", "all", "few")  # between them, every tile that can be chosen
 
 
-def all_cases(archs: list[int], quick: bool) -> Iterator[Case]:
-    """The cases of these chips; `quick`: two dtypes, two head sizes, three features, three widths."""
+def all_cases(archs: list[int], quick: bool, tiles: bool = False) -> Iterator[Case]:
+    """The cases of these chips; `tiles`: fewer features; `quick`: also two dtypes, two head sizes, three widths."""
     dtypes = ["bf16", "fp32"] if quick else list(DTYPES)
     for arch, dtype in itertools.product(archs, dtypes):
         for feature, size in itertools.product(FEATURES, HEAD_SIZES):
             if (quick or arch == 120) and (feature not in QUICK_FEATURES or size not in (64, 128)):
                 continue  # 120 takes the tiles of 80
+            if tiles and feature not in TILE_FEATURES:
+                continue
             if dtype in FEATURES[feature].dtypes and size in FEATURES[feature].sizes:
                 yield Case(arch, dtype, size, feature)
         yield Case(arch, dtype, 1024, "all")  # heads wider than a tile

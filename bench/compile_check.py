@@ -1,6 +1,6 @@
 """Compile every kernel for real GPUs on a machine without one, and read registers and spills from the machine code.
 
-    python -m bench.compile_check [--arch 80 90 100 120] [--quick] [--jobs 2] [--spills-allowed]
+    python -m bench.compile_check [--arch 80 90 100 120] [--tiles] [--quick] [--jobs 2] [--spills-allowed]
 
 Prints one line a kernel: tile, registers a thread, bytes of spills, shared memory, kind of matrix instruction. Exits
 with 1 if a kernel does not compile or needs more shared memory than the chip has, if a layer norm kernel or a 16-bit
@@ -129,6 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SHARED_MEMORY), default=sorted(SHARED_MEMORY))
     parser.add_argument("--quick", action="store_true", help="two dtypes, two head sizes, three features, three widths")
+    parser.add_argument("--tiles", action="store_true", help="only the features that decide on a tile")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--spills-allowed", action="store_true", help="print spills, but do not fail for them")
     options = parser.parse_args(argv)
@@ -137,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 asks; earlier ones fuse anyway
     import triton
 
-    cases = list(all_cases(options.arch, options.quick))
+    cases = list(all_cases(options.arch, options.quick, options.tiles))
     print(f"triton {triton.__version__}, {len(cases)} calls")
     print(" sm  kernel                  case                    tile  warps  regs spills shared matrix")
     total = faults = 0

@@ -200,7 +200,7 @@ def test_report_builds_its_commands(capsys, tmp_path):
     assert gpu_report.main(["--dry-run", "--out", str(tmp_path), "--commit", "abc"]) == 0
     commands = capsys.readouterr().out.splitlines()
     assert len(commands) == len(gpu_report.PARTS) and all(line.startswith(sys.executable) for line in commands)
-    assert sum("--benchmark-json=" in line for line in commands) == 5
+    assert sum("--benchmark-json=" in line for line in commands) == 6
     assert f"{tmp_path}/{gpu_report.stem('abc')}-layer-norm.json" in commands[4]
     assert gpu_report.main(["layer-norm", "--dry-run", "--limit", "100"]) == 0
     assert "--time-limit=55 " in capsys.readouterr().out  # less the grace to write the results
