@@ -378,3 +378,55 @@ def test_no_query_gives_zero_gradients() -> None:
     output = attention(q, k, v, backend="triton")
     for x, grad in zip((q, k, v), torch.autograd.grad(output, (q, k, v), torch.empty_like(output))):
         assert torch.equal(grad, torch.zeros_like(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # PyTorch's own, inside the exporter
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_exports(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.backend.INTERPRETED", path == "triton")
+
+    class Block(torch.nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return attention(q, k, v, is_causal=True, window=(3, None), softcap=2.0)
+
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(Block(), tuple(inputs(3, 2, 7, 8)), dynamic_shapes=[{0: batch}] * 3)
+    called = {str(node.target) for node in exported.graph.nodes}
+    assert ("kernels.attention_forward.default" in called) == (path == "triton")
+    other = inputs(5, 2, 7, 8)
+    torch.testing.assert_close(exported.module()(*other), Block()(*other))
+
+
+def test_selective_checkpointing_saves_what_the_policy_names() -> None:
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+    runs = 0
+    forward = torch.ops.kernels.attention_forward.default
+
+    class Counted(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, op: object, types: object, args: tuple = (), kwargs: object = None) -> object:
+            nonlocal runs
+            runs += op is forward
+            return op(*args, **(kwargs or {}))
+
+    def policy(_: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op is forward and save else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attention(q.sin(), k, v, backend="triton").cos()
+
+    found = []
+    for save in (True, False):
+        torch.manual_seed(0)
+        leaves = [x.requires_grad_() for x in inputs(1, 2, 5, 8)]
+        runs = 0
+        with Counted():
+            output = checkpoint(
+                block, *leaves, use_reentrant=False,
+                context_fn=lambda: create_selective_checkpoint_contexts(policy),
+            )  # fmt: skip
+            output.sum().backward()
+        found.append((runs, [x.grad for x in leaves]))
+    assert [runs for runs, _ in found] == [1, 2]
+    for a, b in zip(found[0][1], found[1][1]):
+        assert torch.equal(a, b)
