@@ -85,7 +85,7 @@ def test_presets_are_the_seeds() -> None:
     model = formula.model
     assert (model.encoder_layers, model.decoder_layers, model.width, model.heads, model.hidden) == (2, 2, 64, 4, 64)
     assert (formula.data.train_size, formula.training.epochs, formula.training.batch_size) == (10_000, 100, 125)
-    assert (formula.model.dropout, formula.training.learning_rate) == (0.01, 1e-3)
+    assert (formula.model.dropout, formula.training.learning_rate) == (0.01, 2e-3)
     assert expression.data == DataConfig("expression", train_size=4_602, valid_size=15_000, data_seed=0)
 
 

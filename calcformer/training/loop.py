@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from calcformer.errors import InputError
 from calcformer.plots import save_curve
 from calcformer.training.checkpoint import CONFIG, METRICS, load_resume_state, read_config, save_checkpoint
 from calcformer.training.files import write_atomically
+from calcformer.training.interrupt import interruptible
 from calcformer.training.metrics import Totals, evaluate, exact_match, token_loss
 from calcformer.training.optimizer import build_optimizer, learning_rate
 from calcformer.training.run_log import RunLog
@@ -64,6 +66,7 @@ class Trainer:
         self.want_bar = bar
         self.bar = tqdm(disable=True)
         self.last_shown = 0.0
+        self.check_interrupt: Callable[[], None] = lambda: None
 
     def step(self, batch: Examples, rate: float, totals: Totals) -> None:
         """One step of the optimiser on one batch."""
@@ -97,6 +100,7 @@ class Trainer:
             rate = learning_rate(step, training.epochs * self.steps_per_epoch, training)
             self.step(batch, rate, totals)
             self._show(len(batch), totals)
+            self.check_interrupt()
             step += 1
         loss, accuracy = totals.result()
         if not math.isfinite(loss):
@@ -136,12 +140,13 @@ class Trainer:
                         dynamic_ncols=True, disable=None if self.want_bar is None else not self.want_bar)
         self.last_shown = 0.0 if not self.bar.disable else time.perf_counter()
         try:
-            for epoch in range(finished + 1, self.config.training.epochs + 1):
-                entry = self.epoch(epoch)
-                # The log goes first: on resume a line whose epoch was never saved is dropped, a missing one is lost.
-                self.log.append(entry)
-                save_checkpoint(self.folder, self.model, self.optimizer, epoch)
-                self._say(entry)
+            with interruptible() as self.check_interrupt:
+                for epoch in range(finished + 1, self.config.training.epochs + 1):
+                    entry = self.epoch(epoch)
+                    # The log first: on resume a line whose epoch was never saved is dropped, a missing one is lost.
+                    self.log.append(entry)
+                    save_checkpoint(self.folder, self.model, self.optimizer, epoch)
+                    self._say(entry)
         finally:
             self.bar.close()
         entries = self.log.read()
