@@ -13,35 +13,33 @@ from bench import training_speed
 from bench.machine import pick_device
 from bench.record import name_row
 from bench.timing import play_samples
-from bench.training_speed import OURS, PEER, PROVIDERS, Speeds, best
+from bench.training_speed import ONE, OURS, PAIR, PEER, PROVIDERS, Speeds, best
 
 BATCH = 125
 STEPS = training_speed.EXAMPLES // BATCH
-THREADS = training_speed.thread_counts(pick_device())
+WAYS = training_speed.ways_here(pick_device())
+CASES = [(provider, way) for way in WAYS for provider in PROVIDERS if way != PAIR or provider == OURS]
 
 
 @pytest.fixture(scope="module")
 def speeds(request: pytest.FixtureRequest, device: torch.device) -> Speeds:
     if request.config.getoption("--benchmark-disable"):
-        return training_speed.measure(device, 0.0, [1])
-    return training_speed.measure(device, 45.0, THREADS)
+        return training_speed.measure(device, 0.0, [ONE])
+    return training_speed.measure(device, 60.0, WAYS)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("threads", THREADS)
-def test_step(
-    benchmark: BenchmarkFixture, threads: int, provider: str, device: torch.device, speeds: Speeds
-) -> None:
-    where = "GPU" if device.type == "cuda" else f"CPU, {threads} thread{'s' * (threads > 1)}"
-    if benchmark.disabled and threads != 1:
+@pytest.mark.parametrize(("provider", "way"), CASES)
+def test_step(benchmark: BenchmarkFixture, way: str, provider: str, device: torch.device, speeds: Speeds) -> None:
+    if benchmark.disabled and way != ONE:
         pytest.skip("the smoke test trains with one thread")
+    where = "GPU" if device.type == "cuda" else f"CPU, {way}"
     name_row(benchmark, f"S1 training step B{BATCH} fp32 on {where}", provider)
-    speed = speeds[provider, threads]
+    speed = speeds[provider, way]
+    peer = speeds[PEER, ONE if way == PAIR else way]
     benchmark.extra_info.update(
         examples_per_second=speed.examples_per_second,
-        examples_per_cpu_second=speed.examples_per_cpu_second,
-        times_nn_transformer=speed.examples_per_second / speeds[PEER, threads].examples_per_second,
-        calcformer_times_this=speeds[OURS, threads].examples_per_second / speed.examples_per_second,
+        times_nn_transformer=speed.examples_per_second / peer.examples_per_second,
+        calcformer_times_this=speeds[OURS, way].examples_per_second / speed.examples_per_second,
         calcformer_times_this_each_at_its_best=best(speeds, OURS) / best(speeds, provider),
         method=f"wall clock, epochs of {STEPS} steps, providers in turns",
     )

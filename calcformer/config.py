@@ -89,7 +89,8 @@ class TrainingConfig:
     valid_every: int = setting(1, "epochs between validations (the last epoch always has one)", 1)
     exact_match_every: int = setting(0, "epochs between exact-match measurements, 0 for the last epoch only", 0)
     device: str = setting("auto", "auto, cpu, cuda or cuda:N; auto takes the GPU where there is one")
-    threads: int = setting(0, "CPU threads, 0 for one (small models are slower with more)", 0, 1024)
+    processes: int = setting(1, "CPU processes that share each batch (a GPU has one)", 1, 256)
+    threads: int = setting(0, "CPU threads of a process, 0 for one (small models are slower with more)", 0, 1024)
 
     def __post_init__(self) -> None:
         check(self)
@@ -147,7 +148,8 @@ SECTIONS: dict[str, Any] = {"data": DataConfig, "model": ModelConfig, "training"
 PRESETS = {
     # Learning to calculate, as the formula report (S1) sets it, but for the learning rate: at its constant 1e-3 the
     # same model gets fewer tokens right (CONTRIBUTING.md has the figures).
-    "formula": RunConfig("formula", training=TrainingConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=200)),
+    "formula": RunConfig("formula", training=TrainingConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=200,
+                                                            processes=2)),
     # What stays wrong longest is the sign of zero, one training expression in a hundred. Strong weight decay makes the
     # rule win over memory, width 128 and a little dropout make it stay: at width 64 runs ended with 0 to 9 of the
     # 15,000 held-out answers wrong, whatever the dropout.
@@ -156,6 +158,6 @@ PRESETS = {
         DataConfig(task="expression", train_size=4_602, valid_size=15_000, data_seed=0),
         ModelConfig(width=128, hidden=256, dropout=0.02, norm="pre"),
         TrainingConfig(epochs=400, batch_size=256, learning_rate=1e-3, schedule="cosine", warmup_steps=200,
-                       weight_decay=1.0, beta2=0.98, clip_norm=1.0, valid_every=10),
+                       weight_decay=1.0, beta2=0.98, clip_norm=1.0, valid_every=10, processes=2),
     ),
 }

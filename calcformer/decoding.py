@@ -23,14 +23,13 @@ def greedy_decode(model: EncoderDecoder, source: torch.Tensor, length: int, voca
         (B, length) int64 without the begin token; the places after a row's end token hold padding, or the end
         token where the vocabulary has no padding.
     """
-    mask = model.source_mask(source)
-    memory = model.encode(source, mask)
+    memory = model.encode(source)
     fill = vocabulary.eos_id if vocabulary.pad_id is None else vocabulary.pad_id
     said = torch.full((source.shape[0], length + 1), fill, dtype=torch.long, device=source.device)
     said[:, 0] = vocabulary.bos_id
     finished = torch.zeros(source.shape[0], dtype=torch.bool, device=source.device)
     for place in range(length):
-        token = model.decode(said[:, :place + 1], memory, mask)[:, -1].argmax(dim=-1)
+        token = model.decode(said[:, :place + 1], memory)[:, -1].argmax(dim=-1)
         said[:, place + 1] = torch.where(finished, fill, token)
         finished |= token == vocabulary.eos_id
         if finished.all():

@@ -30,6 +30,21 @@ def autocasts(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
+def wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether the gradient of one of the tensors may be asked for."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which attention takes x, a floating-point tensor: autocast's where it is on, but for float64."""
+    return torch.get_autocast_dtype(x.device.type) if x.dtype != torch.float64 and autocasts(x.device) else x.dtype
+
+
+def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors in the dtype in which attention takes them."""
+    return tuple(x.to(autocast_dtype(x)) for x in tensors)
+
+
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
     """The reason the Triton kernels cannot take tensors of this device and dtype; empty when they can."""
     if not HAS_TRITON:

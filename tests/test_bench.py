@@ -187,13 +187,14 @@ def test_the_training_peer_has_as_many_parameters():
 
 def test_training_table_by_hand():
     speeds = {
-        (provider, threads): training_speed.Speed([seconds / threads, seconds / threads], [seconds, seconds], 100)
+        (provider, way): training_speed.Speed([seconds / share, seconds / share], [seconds, seconds], 100)
         for provider, seconds in zip(training_speed.PROVIDERS, (1.0, 3.0, 2.0))
-        for threads in (1, 2)
+        for way, share in ((training_speed.ONE, 1), (training_speed.TWO, 2))
     }
+    speeds[training_speed.OURS, training_speed.PAIR] = training_speed.Speed([0.25, 0.25], [0.2, 0.2], 100)
     text = training_speed.table(speeds)
-    assert "each at its best thread count: calcformer is 3.00 x as fast as nn.Transformer\n" in text
-    assert text.endswith(f"calcformer is 2.00 x as fast as {training_speed.LEAN}")
+    assert "3.00 x as fast as nn.Transformer with one thread each (3.00 by CPU time), 6.00 x with" in text
+    assert "2.00 x as fast as " + training_speed.LEAN in text and text.endswith("4.00 x with each in its best way")
 
 
 def test_report_builds_its_commands(capsys, tmp_path):

@@ -19,7 +19,7 @@ from calcformer.training import loop, train
 
 TINY = ["--complexity", "1", "--train-size", "50", "--valid-size", "20", "--width", "8", "--heads", "2",
         "--hidden", "8", "--encoder-layers", "1", "--decoder-layers", "1", "--epochs", "2", "--batch-size", "25",
-        "--device", "cpu"]
+        "--device", "cpu", "--processes", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,8 @@ def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A barely trained run of each task."""
-    tiny = {"train_size": 50, "valid_size": 20, "width": 8, "heads": 2, "hidden": 8, "epochs": 1, "device": "cpu"}
+    tiny = {"train_size": 50, "valid_size": 20, "width": 8, "heads": 2, "hidden": 8, "epochs": 1, "device": "cpu",
+            "processes": 1}
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kernels.backend.INTERPRETED", False)

@@ -6,6 +6,8 @@ import torch
 from calcformer.data import EXPRESSION, FORMULA, FormulaTask, Vocabulary, generate_formulas
 from calcformer.decoding import greedy_decode
 from calcformer.model import EncoderDecoder
+from calcformer.model.layers import Memory
+from calcformer.model.rows import Rows
 from calcformer.training import exact_match
 
 
@@ -23,21 +25,20 @@ class Script(EncoderDecoder):
         self.answers = torch.tensor(answers)
         self.encoded = self.decoded = 0
 
-    def encode(self, source: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def encode(self, source: torch.Tensor) -> Memory:
         self.encoded += 1
-        return self.answers[source[:, 0]][:, None]  # (B, 1, length)
+        return Memory(self.answers[source[:, 0]], Rows(source, None))
 
-    def decode(self, target: torch.Tensor, memory: torch.Tensor, memory_mask: torch.Tensor | None = None
-               ) -> torch.Tensor:
+    def decode(self, target: torch.Tensor, memory: Memory) -> torch.Tensor:
         self.decoded += 1
-        length = target.shape[1]
-        assert torch.equal(target[:, 1:], torch.where(self.ended(memory, length - 1), target[:, 1:],
-                                                      memory[:, 0, :length - 1]))
-        return torch.nn.functional.one_hot(memory[:, 0, :length], 16).float()
+        length, answers = target.shape[1], memory.states
+        assert torch.equal(target[:, 1:], torch.where(self.ended(answers, length - 1), target[:, 1:],
+                                                      answers[:, :length - 1]))
+        return torch.nn.functional.one_hot(answers[:, :length], 16).float()
 
     @staticmethod
-    def ended(memory: torch.Tensor, length: int) -> torch.Tensor:
-        ends = (memory[:, 0, :length] == 13) | (memory[:, 0, :length] == 15)
+    def ended(answers: torch.Tensor, length: int) -> torch.Tensor:
+        ends = (answers[:, :length] == 13) | (answers[:, :length] == 15)
         return (ends.cumsum(dim=1) - ends.long()) > 0
 
 

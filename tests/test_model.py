@@ -8,6 +8,7 @@ from calcformer.model import EncoderDecoder, MultiHeadAttention
 from calcformer.model.dropout import Dropout
 from calcformer.model.layers import ACTIVATIONS
 from calcformer.model.positions import LearnedPositions, SinusoidPositions, sinusoid
+from calcformer.model.rows import Rows
 
 PAD = 12
 SIZES = {"width": 20, "heads": 5, "encoder_layers": 2, "decoder_layers": 3, "hidden": 23}
@@ -143,9 +144,9 @@ def test_wrong_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="width 20 and 3 heads"):
         make(heads=3)
     with pytest.raises(ValueError, match="needs the memory"):
-        MultiHeadAttention(8, 2, cross=True)(torch.zeros(1, 3, 8))
+        MultiHeadAttention(8, 2, cross=True)(torch.zeros(3, 8), Rows(torch.zeros(1, 3), None))
     with pytest.raises(ValueError, match="reach 5 tokens, got a sequence of 6"):
-        LearnedPositions(5, 8)(torch.zeros(1, 6, 8))
+        LearnedPositions(5, 8)(torch.zeros(6, 8), Rows(torch.zeros(1, 6), None))
     with pytest.raises(ValueError, match="got 'sine'"):
         make(positions="sine")
 
@@ -157,10 +158,81 @@ def test_sinusoid_by_hand() -> None:
     assert sinusoid(4, 7).shape == (4, 7)
 
 
-def test_positions_start_where_told_and_grow() -> None:
+def test_positions_grow() -> None:
     positions = SinusoidPositions(3, 8)
-    x = torch.zeros(1, 4, 8)
-    torch.testing.assert_close(positions(x, start=5)[0], sinusoid(9, 8)[5:])
+    added = positions(torch.zeros(10, 8), Rows(torch.zeros(2, 5), None))
+    torch.testing.assert_close(added, sinusoid(5, 8).repeat(2, 1))
+
+
+# Rows
+
+
+IDS = torch.tensor([[5, 6, 7, PAD], [8, PAD, PAD, PAD], [1, 2, 3, 4], [9, 9, PAD, PAD]])
+
+
+def as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
+    """Rows as they are where the padding is computed."""
+    patch.setattr("torch.compiler.is_compiling", lambda: True)
+
+
+def test_rows_hold_each_token_once_and_padding_once() -> None:
+    rows = Rows(IDS, PAD)
+    assert rows.ids.tolist() == [5, 6, 7, 8, 1, 2, 3, 4, 9, 9, PAD]
+    assert rows.positions.tolist()[:10] == [0, 1, 2, 0, 0, 1, 2, 3, 0, 1]
+    assert rows.mask is not None and torch.equal(rows.mask[:, 0, 0], IDS != PAD)
+    assert Rows(IDS[2:3], PAD).mask is None and Rows(IDS, None).ids.shape == (16,)
+    assert Rows(IDS[:0], PAD).ids.shape == (0,)
+    scores = torch.randn(11, 3)
+    spread = rows.spread(scores)
+    torch.testing.assert_close(spread[IDS != PAD], scores[:10])
+    assert spread[IDS == PAD].abs().max() == 0
+
+
+@pytest.mark.parametrize("pad_id", [PAD, None])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_heads_are_split_and_joined_as_by_views(pad_id: int | None, parts: int, monkeypatch: pytest.MonkeyPatch
+                                                ) -> None:
+    rows = Rows(IDS, pad_id)
+    with monkeypatch.context() as patch:
+        as_on_a_gpu(patch)
+        whole = Rows(IDS, pad_id)
+    x = torch.randn(4, 4, parts * 2 * 5)
+    real = torch.ones(4, 4, dtype=torch.bool) if pad_id is None else IDS != pad_id
+    packed = x[real] if pad_id is None else torch.cat((x[real], x[0, 3:]))
+    packed.requires_grad_()
+    x = x.flatten(0, 1).requires_grad_()
+    upstream = torch.randn(parts, 4, 2, 4, 5) * real[:, None, :, None]  # as the loss gives it: zero at padding
+    split, expected = rows.split(packed, parts, 2), whole.split(x, parts, 2)
+    for mine, theirs in zip(split, expected):
+        torch.testing.assert_close(mine * real[:, None, :, None], theirs * real[:, None, :, None])
+    grads = torch.autograd.grad(split, packed, list(upstream))[0], torch.autograd.grad(expected, x, list(upstream))[0]
+    torch.testing.assert_close(grads[0][:real.sum()], grads[1].view(4, 4, -1)[real])
+    heads = torch.randn(4, 2, 4, 5, requires_grad=True)
+    joined, expected_rows = rows.join(heads), whole.join(heads)
+    torch.testing.assert_close(joined[:real.sum()], expected_rows.view(4, 4, -1)[real])
+    up = torch.randn(4, 4, 10) * real[..., None]
+    packed_up = up[real] if pad_id is None else torch.cat((up[real], torch.zeros(1, 10)))
+    mine, theirs = (torch.autograd.grad(out, heads, grad)[0]
+                    for out, grad in ((joined, packed_up), (expected_rows, up.flatten(0, 1))))
+    torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_leaving_padding_out_changes_no_score_and_no_gradient(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(norm=norm)
+    source, target = problems(4)
+    source[1, 4:], source[2, 6:], target[0, 3:], target[3, 1:] = PAD, PAD, PAD, PAD
+    real = target != PAD
+    upstream = torch.randn(int(real.sum()), 13)
+    results = []
+    for gpu in False, True:
+        with monkeypatch.context() as patch:
+            if gpu:
+                as_on_a_gpu(patch)
+            scores = model(source, target)[real]
+            results.append((scores, *torch.autograd.grad(scores, list(model.parameters()), upstream)))
+    for mine, theirs in zip(*results):
+        torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("p", [0.03, 0.4], ids=["sparse", "dense"])

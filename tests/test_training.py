@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import math
+import os
 import re
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import pytest
@@ -13,13 +15,14 @@ import torch
 from calcformer.build import build_model, build_task
 from calcformer.config import PRESETS, DataConfig, RunConfig, TrainingConfig
 from calcformer.plots import save_curve
-from calcformer.training import RunError, checkpoint, evaluate, exact_match, load_run, loop, optimizer, resume, train
+from calcformer.training import (RunError, checkpoint, evaluate, exact_match, load_run, loop, optimizer, resume, team,
+                                 train)
 from calcformer.training.files import write_atomically
 from calcformer.training.metrics import Totals, token_loss
 from calcformer.training.run_log import RunLog
 
 SMALL = {"complexity": 1, "train_size": 61, "valid_size": 29, "width": 12, "heads": 3, "hidden": 11, "dropout": 0.05,
-         "encoder_layers": 1, "decoder_layers": 1, "batch_size": 17, "epochs": 4, "device": "cpu"}
+         "encoder_layers": 1, "decoder_layers": 1, "batch_size": 17, "epochs": 4, "device": "cpu", "processes": 1}
 TIMES = ("seconds", "examples_per_second")
 
 
@@ -97,21 +100,20 @@ def test_presets_are_the_seeds() -> None:
 def test_loss_is_the_formula(pad_id: int | None, smoothing: float) -> None:
     logits, labels = torch.randn(3, 5, 7, dtype=torch.float64), torch.randint(0, 7, (3, 5))
     labels[0, 3:] = 3
-    expected, count = 0.0, 0
+    expected = 0.0
     for scores, label in zip(logits.flatten(0, 1).tolist(), labels.flatten().tolist()):
         if label == pad_id:
             continue
         total = math.log(sum(math.exp(score) for score in scores))
         losses = [total - score for score in scores]
         expected += (1 - smoothing) * losses[label] + smoothing * sum(losses) / 7
-        count += 1
-    assert token_loss(logits, labels, pad_id, smoothing).item() == pytest.approx(expected / count)
+    assert token_loss(logits, labels, pad_id, smoothing).item() == pytest.approx(expected)
 
 
 def test_totals_weigh_batches_by_their_tokens() -> None:
     totals = Totals(pad_id=0)
     right, wrong = torch.eye(4)[None], torch.eye(4).flip(1)[None]
-    totals.add(torch.tensor(2.0), right, torch.tensor([[0, 1, 2, 0]]))  # two tokens, both right
+    totals.add(torch.tensor(4.0), right, torch.tensor([[0, 1, 2, 0]]))  # two tokens, both right
     totals.add(torch.tensor(5.0), wrong, torch.tensor([[1, 0, 0, 0]]))  # one token, wrong
     assert totals.result() == pytest.approx((3.0, 2 / 3))
 
@@ -143,21 +145,22 @@ def test_schedules() -> None:
 def test_weight_decay_spares_vectors() -> None:
     config = small(weight_decay=0.5)
     model = build_model(config.model, build_task(config.data))
-    decayed, spared = optimizer.build_optimizer(model, config.training).param_groups
+    decayed, spared = optimizer.build_optimizer(model, config.training)[0].param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.5, 0.0)
     sizes = {matrix: sum(p.numel() for p in model.parameters() if (p.dim() > 1) == matrix) for matrix in (True, False)}
     assert (decayed["params"][0].numel(), spared["params"][0].numel()) == (sizes[True], sizes[False])
 
 
-def test_flat_parameter_shares_memory_with_its_parts() -> None:
-    parts = [torch.nn.Parameter(torch.randn(3, 5)), torch.nn.Parameter(torch.randn(7))]
+def test_flat_parameters_share_memory_with_their_parts() -> None:
+    parts = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 5), (7,), (2,))]
     before = [part.detach().clone() for part in parts]
-    flat = optimizer.flatten(parts)
-    assert torch.equal(flat, torch.cat([part.flatten() for part in before]))
-    (2 * parts[0].sum() + 3 * parts[1].sum()).backward()
-    assert flat.grad is not None and flat.grad.tolist() == [2.0] * 15 + [3.0] * 7
-    torch.optim.SGD([flat], lr=1.0).step()
-    for part, old, step in zip(parts, before, (2, 3)):
+    flat, gradient = optimizer.flatten([parts[:2], parts[2:]])
+    assert torch.equal(torch.cat([whole.detach() for whole in flat]), torch.cat([part.flatten() for part in before]))
+    sum(weight * part.sum() for weight, part in zip((2, 3, 4), parts)).backward()  # type: ignore[union-attr]
+    assert gradient.tolist() == [2.0] * 15 + [3.0] * 7 + [4.0] * 2
+    assert [whole.grad.tolist() for whole in flat] == [[2.0] * 15 + [3.0] * 7, [4.0] * 2]  # type: ignore[union-attr]
+    torch.optim.SGD(flat, lr=1.0).step()
+    for part, old, step in zip(parts, before, (2, 3, 4)):
         torch.testing.assert_close(part.detach(), old - step)
 
 
@@ -220,6 +223,76 @@ def test_killed_run_continues_to_the_same_numbers(moment: str, tmp_path: Path, m
     assert log_without_times(tmp_path / "killed") == log_without_times(tmp_path / "whole")
     for name in "model.safetensors", "resume.safetensors":
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+# Several processes
+
+
+def test_parts_of_a_batch_are_the_batch() -> None:
+    batch = build_task(small().data).split()[0]
+    parts = [batch.part(rank, 3) for rank in range(3)]
+    assert [len(part) for part in parts] == [20, 20, 21]
+    assert torch.equal(torch.cat([part.source for part in parts]), batch.source)
+    assert torch.equal(torch.cat([part.target for part in parts]), batch.target)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="processes share memory as Linux and macOS do it")
+def test_processes_train_as_one_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # as on a CPU, in the workers too
+    settings = {"dropout": 0.0, "clip_norm": 0.5, "label_smoothing": 0.1, "exact_match_every": 2, "batch_size": 3}
+    last = train(small(**settings), tmp_path / "one", bar=False)
+    shared = train(small(processes=2, **settings), tmp_path / "two", bar=False)  # the last batch has one problem
+    for name in "loss", "token_accuracy", "valid_loss", "valid_token_accuracy", "exact_match":
+        assert shared[name] == pytest.approx(last[name], rel=1e-4), name
+    (_, _, one, _), (_, _, two, _) = load_run(tmp_path / "one"), load_run(tmp_path / "two")
+    for mine, theirs in zip(two.parameters(), one.parameters()):
+        if mine.dim() > 1:  # of biases, those of keys have no gradient but rounding, which Adam makes steps of
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="processes share memory as Linux and macOS do it")
+def test_killed_run_of_two_processes_continues_to_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                                   ) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    whole_save = loop.save_checkpoint
+    train(small(processes=2), tmp_path / "whole", bar=False)
+
+    def save(folder: Path, model: Any, optimizer: Any, epoch: int) -> None:
+        if epoch == 3:
+            raise KeyboardInterrupt
+        whole_save(folder, model, optimizer, epoch)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "save_checkpoint", save)
+        train(small(processes=2), tmp_path / "killed", bar=False)
+    resume(tmp_path / "killed", bar=False)
+    assert log_without_times(tmp_path / "killed") == log_without_times(tmp_path / "whole")
+    for name in "model.safetensors", "resume.safetensors":
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    entries = log_without_times(tmp_path / "whole")
+    train(small(), tmp_path / "alone", bar=False)  # dropout is another one, so the numbers are not those of one process
+    assert entries[0]["loss"] != log_without_times(tmp_path / "alone")[0]["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="processes share memory as Linux and macOS do it")
+def test_lost_process_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    whole_epoch, started = loop.Trainer.epoch, []
+    monkeypatch.setattr(team.subprocess, "Popen", lambda *args, **options: started.append(Popen(*args, **options))
+                        or started[-1])
+
+    def epoch(trainer: loop.Trainer, number: int) -> dict[str, Any]:
+        if number == 2:
+            started[0].kill()
+        return whole_epoch(trainer, number)
+
+    monkeypatch.setattr(loop.Trainer, "epoch", epoch)
+    with pytest.raises(ValueError, match="a training process ended before its time.*--resume .*run"):
+        train(small(processes=2), tmp_path / "run", bar=False)
+    assert checkpoint.finished_epochs(tmp_path / "run") == 1 and started[0].poll() is not None
 
 
 def test_finished_run_resumes_to_itself(tmp_path: Path) -> None:

@@ -43,6 +43,11 @@ class Examples:
     def to(self, device: torch.device | str) -> "Examples":
         return Examples(self.source.to(device), self.target.to(device))
 
+    def part(self, index: int, parts: int) -> "Examples":
+        """The part `index` of `parts`, in order and as equal as can be."""
+        start, end = (len(self) * place // parts for place in (index, index + 1))
+        return Examples(self.source[start:end], self.target[start:end])
+
     def trim(self, pad_id: int | None) -> "Examples":
         """Cut the columns at the end that are padding in every row: fewer places to compute, the same results.
 

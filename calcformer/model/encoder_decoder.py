@@ -6,8 +6,9 @@ from torch.nn import functional as F
 
 import kernels.nn
 from calcformer.model.dropout import Dropout
-from calcformer.model.layers import DecoderLayer, EncoderLayer
+from calcformer.model.layers import DecoderLayer, EncoderLayer, Memory
 from calcformer.model.positions import build_positions
+from calcformer.model.rows import Rows
 
 __all__ = ["EncoderDecoder"]
 
@@ -54,44 +55,28 @@ class EncoderDecoder(nn.Module):
         self.decoder_norm = kernels.nn.LayerNorm(width)
         self.dropout = Dropout(dropout)
 
-    def _embed(self, ids: torch.Tensor, embedding: nn.Embedding, positions: nn.Module) -> torch.Tensor:
-        x = F.embedding(ids, embedding.weight)
+    def _embed(self, rows: Rows, embedding: nn.Embedding, positions: nn.Module) -> torch.Tensor:
+        x = F.embedding(rows.ids, embedding.weight)
         if self.embedding_scale != 1.0:
             x = x * self.embedding_scale
-        return self.dropout(positions(x))
+        return self.dropout(positions(x, rows))
 
-    def source_mask(self, source: torch.Tensor) -> torch.Tensor | None:
-        """(B, 1, 1, S) bool for source (B, S) int64, True = a real token; None where no token is padding.
-
-        Whether one is, is asked on a CPU only: a GPU would have to be waited for.
-        """
-        if self.pad_id is None:
-            return None
-        real = source != self.pad_id
-        if source.device.type == "cpu" and not torch.compiler.is_compiling() and bool(real.all()):
-            return None
-        return real[:, None, None, :]
-
-    def encode(self, source: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """source (B, S) int64 and its mask to memory (B, S, D)."""
-        x = self._embed(source, self.source_embedding, self.source_positions)
+    def encode(self, source: torch.Tensor) -> Memory:
+        """source (B, S) int64 to what the decoder attends to."""
+        rows = Rows(source, self.pad_id)
+        x = self._embed(rows, self.source_embedding, self.source_positions)
         for layer in self.encoder:
-            x = layer(x, mask)
-        return self.encoder_norm(x)
+            x = layer(x, rows)
+        return Memory(self.encoder_norm(x), rows)
 
-    def decode(self, target: torch.Tensor, memory: torch.Tensor, memory_mask: torch.Tensor | None = None
-               ) -> torch.Tensor:
-        """Scores (B, T, V) of the token that follows each of target (B, T) int64, given memory (B, S, D).
-
-        Padding ends a target, so the causal mask already keeps it from every real token, and what is said at padded
-        places is read by nobody: the target needs no padding mask.
-        """
-        x = self._embed(target, self.target_embedding, self.target_positions)
+    def decode(self, target: torch.Tensor, memory: Memory) -> torch.Tensor:
+        """Scores (B, T, V) of the token that follows each of target (B, T) int64; at padding they mean nothing."""
+        rows = Rows(target, self.pad_id)
+        x = self._embed(rows, self.target_embedding, self.target_positions)
         for layer in self.decoder:
-            x = layer(x, memory, memory_mask)
-        return self.prediction(self.decoder_norm(x))
+            x = layer(x, rows, memory)
+        return rows.spread(self.prediction(self.decoder_norm(x)))
 
     def forward(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """source (B, S), target (B, T) int64, the target as the decoder reads it; returns scores (B, T, V)."""
-        mask = self.source_mask(source)
-        return self.decode(target, self.encode(source, mask), mask)
+        return self.decode(target, self.encode(source))

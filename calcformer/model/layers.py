@@ -1,10 +1,11 @@
 """The layers of an encoder-decoder transformer.
 
-Shapes: B batch, T tokens that ask, S tokens that are attended to, H heads, E head size, D = H * E model width.
-Masks are bool and broadcast to (B, H, T, S); True = may attend. Source: Vaswani et al. 2017, section 3.
+Shapes: R rows, one a token (see `Rows`), H heads, E head size, D = H * E model width. Source: Vaswani et al. 2017,
+section 3.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,10 +14,18 @@ from torch.nn import functional as F
 import kernels
 import kernels.nn
 from calcformer.model.dropout import Dropout
+from calcformer.model.rows import Rows
 
-__all__ = ["DecoderLayer", "EncoderLayer", "FeedForward", "MultiHeadAttention"]
+__all__ = ["DecoderLayer", "EncoderLayer", "FeedForward", "Memory", "MultiHeadAttention"]
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": F.relu, "gelu": F.gelu}
+
+
+class Memory(NamedTuple):
+    """What the encoder makes of a source: states (R, D), which stand in `rows`."""
+
+    states: torch.Tensor
+    rows: Rows
 
 
 class MultiHeadAttention(nn.Module):
@@ -59,31 +68,25 @@ class MultiHeadAttention(nn.Module):
                 bound = (6 / (4 * parameter.shape[1])) ** 0.5
                 nn.init.uniform_(parameter, -bound, bound)
 
-    def _split(self, x: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
-        """(B, T, parts * D) to `parts` views of shape (B, H, T, E).
-
-        Unbinding before transposing lets the backward pass gather the gradients of all parts in a single copy.
-        """
-        split = x.view(x.shape[0], x.shape[1], parts, self.heads, self.head_size).unbind(2)
-        return tuple(part.transpose(1, 2) for part in split)
-
-    def forward(self, x: torch.Tensor, memory: torch.Tensor | None = None, mask: torch.Tensor | None = None,
-                is_causal: bool = False) -> torch.Tensor:
-        """Attend from x (B, T, D) to `memory` (B, S, D), or to x itself where `memory` is None; returns (B, T, D)."""
+    def forward(self, x: torch.Tensor, rows: Rows, memory: Memory | None = None, is_causal: bool = False
+                ) -> torch.Tensor:
+        """Attend from x (R, D), which stands in `rows`, to `memory`, or to x itself where that is None: (R, D)."""
         if self.cross:
             if memory is None:
                 raise ValueError("cross attention needs the memory to attend to")
-            query = self.query(x).view(x.shape[0], x.shape[1], self.heads, self.head_size).transpose(1, 2)
-            key, value = self._split(self.key_value(memory), 2)
+            query, = rows.split(self.query(x), 1, self.heads)
+            key, value = memory.rows.split(self.key_value(memory.states), 2, self.heads)
+            mask = memory.rows.mask
         else:
-            query, key, value = self._split(self.query_key_value(x), 3)
+            query, key, value = rows.split(self.query_key_value(x), 3, self.heads)
+            mask = None if is_causal else rows.mask  # padding ends a sequence: the causal mask keeps it from all others
         mixed = kernels.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal,
                                                      dropout_p=self.dropout if self.training else 0.0)
-        return self.output(mixed.transpose(1, 2).reshape(x.shape))
+        return self.output(rows.join(mixed))
 
 
 class FeedForward(nn.Module):
-    """linear(dropout(activation(linear(x)))), at each place by itself: (B, T, D) to (B, T, D)."""
+    """linear(dropout(activation(linear(x)))), each row by itself: (R, D) to (R, D)."""
 
     def __init__(self, width: int, hidden: int, dropout: float = 0.0, activation: str = "relu") -> None:
         super().__init__()
@@ -115,12 +118,12 @@ class EncoderLayer(nn.Module):
         self.feed_forward_norm = kernels.nn.LayerNorm(width)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """x (B, S, D), mask broadcast to (B, H, S, S); returns (B, S, D)."""
+    def forward(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """x (R, D), which stands in `rows`; returns (R, D)."""
         if self.pre_norm:
-            x = self.dropout.add(x, self.attention(self.attention_norm(x), mask=mask))
+            x = self.dropout.add(x, self.attention(self.attention_norm(x), rows))
             return self.dropout.add(x, self.feed_forward(self.feed_forward_norm(x)))
-        x = self.attention_norm(self.dropout.add(x, self.attention(x, mask=mask)))
+        x = self.attention_norm(self.dropout.add(x, self.attention(x, rows)))
         return self.feed_forward_norm(self.dropout.add(x, self.feed_forward(x)))
 
 
@@ -139,12 +142,12 @@ class DecoderLayer(nn.Module):
         self.feed_forward_norm = kernels.nn.LayerNorm(width)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: torch.Tensor, memory: torch.Tensor, memory_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """x (B, T, D), memory (B, S, D), memory_mask broadcast to (B, H, T, S); returns (B, T, D)."""
+    def forward(self, x: torch.Tensor, rows: Rows, memory: Memory) -> torch.Tensor:
+        """x (R, D), which stands in `rows`; returns (R, D)."""
         if self.pre_norm:
-            x = self.dropout.add(x, self.attention(self.attention_norm(x), is_causal=True))
-            x = self.dropout.add(x, self.cross_attention(self.cross_attention_norm(x), memory, memory_mask))
+            x = self.dropout.add(x, self.attention(self.attention_norm(x), rows, is_causal=True))
+            x = self.dropout.add(x, self.cross_attention(self.cross_attention_norm(x), rows, memory))
             return self.dropout.add(x, self.feed_forward(self.feed_forward_norm(x)))
-        x = self.attention_norm(self.dropout.add(x, self.attention(x, is_causal=True)))
-        x = self.cross_attention_norm(self.dropout.add(x, self.cross_attention(x, memory, memory_mask)))
+        x = self.attention_norm(self.dropout.add(x, self.attention(x, rows, is_causal=True)))
+        x = self.cross_attention_norm(self.dropout.add(x, self.cross_attention(x, rows, memory)))
         return self.feed_forward_norm(self.dropout.add(x, self.feed_forward(x)))

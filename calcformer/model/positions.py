@@ -4,6 +4,9 @@ import math
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+
+from calcformer.model.rows import Rows
 
 __all__ = ["LearnedPositions", "SinusoidPositions", "build_positions", "sinusoid"]
 
@@ -29,12 +32,11 @@ class SinusoidPositions(nn.Module):
         super().__init__()
         self.register_buffer("table", sinusoid(length, width), persistent=False)
 
-    def forward(self, x: torch.Tensor, start: int = 0) -> torch.Tensor:
-        """x (B, T, D), whose first token stands at place `start`; the same shape back."""
-        end = start + x.shape[1]
-        if end > self.table.shape[0]:
-            self.table = sinusoid(end, x.shape[2]).to(self.table)
-        return x + self.table[start:end]
+    def forward(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """x (R, D), the embeddings of `rows`; the same shape back."""
+        if rows.length > self.table.shape[0]:
+            self.table = sinusoid(rows.length, x.shape[1]).to(self.table)
+        return x + self.table.index_select(0, rows.positions)
 
 
 class LearnedPositions(nn.Module):
@@ -45,23 +47,22 @@ class LearnedPositions(nn.Module):
         self.table = nn.Parameter(torch.empty(length, width))
         nn.init.normal_(self.table, std=0.02)
 
-    def forward(self, x: torch.Tensor, start: int = 0) -> torch.Tensor:
-        """x (B, T, D), whose first token stands at place `start`; the same shape back.
+    def forward(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """x (R, D), the embeddings of `rows`; the same shape back.
 
         Raises:
             ValueError: the sequence is longer than the places that were trained.
         """
-        end = start + x.shape[1]
-        if end > self.table.shape[0]:
-            raise ValueError(f"learned positions reach {self.table.shape[0]} tokens, got a sequence of {end}; "
+        if rows.length > self.table.shape[0]:
+            raise ValueError(f"learned positions reach {self.table.shape[0]} tokens, got a sequence of {rows.length}; "
                              "use positions='sinusoid' for longer ones")
-        return x + self.table[start:end]
+        return x + F.embedding(rows.positions, self.table)
 
 
 class NoPositions(nn.Module):
     """Adds nothing: the model then sees a source as a bag of tokens."""
 
-    def forward(self, x: torch.Tensor, start: int = 0) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         return x
 
 

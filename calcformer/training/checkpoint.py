@@ -19,6 +19,7 @@ from calcformer.data import Task
 from calcformer.errors import InputError
 from calcformer.model import EncoderDecoder
 from calcformer.training.files import write_atomically
+from calcformer.training.optimizer import trained_parameters
 
 __all__ = ["RunError", "finished_epochs", "load_resume_state", "load_run", "read_config", "save_checkpoint"]
 
@@ -35,17 +36,12 @@ def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
 
 
-def _trained(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """The parameters as the optimiser sees them, in its order."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
     """Write the state after `epoch` finished epochs."""
     metadata = {"epoch": str(epoch)}
     weights = _weights(model)
     state = {f"model.{name}": value for name, value in weights.items()}
-    for index, parameter in enumerate(_trained(optimizer)):
+    for index, parameter in enumerate(trained_parameters(optimizer)):
         for key, value in optimizer.state.get(parameter, {}).items():
             state[f"{key}.{index}"] = value.detach().cpu()
     write_atomically(folder / RESUME, save(state, metadata))
@@ -118,7 +114,7 @@ def load_resume_state(folder: Path, model: nn.Module, optimizer: torch.optim.Opt
     tensors, epoch = _read_tensors(path)
     prefix = "model."
     _fill(model, {name[len(prefix):]: value for name, value in tensors.items() if name.startswith(prefix)}, path)
-    for index, parameter in enumerate(_trained(optimizer)):
+    for index, parameter in enumerate(trained_parameters(optimizer)):
         state = {key: tensors[f"{key}.{index}"] for key in ADAM_STATE if f"{key}.{index}" in tensors}
         if state:
             optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}

@@ -1,9 +1,11 @@
 """Training: from a configuration to a run folder."""
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from calcformer.plots import save_curve
 from calcformer.training.checkpoint import CONFIG, METRICS, load_resume_state, read_config, save_checkpoint
 from calcformer.training.files import write_atomically
 from calcformer.training.interrupt import interruptible
-from calcformer.training.metrics import Totals, evaluate, exact_match, token_loss
-from calcformer.training.optimizer import build_optimizer, learning_rate
+from calcformer.training.metrics import Totals, count_labels, evaluate, exact_match, token_loss
+from calcformer.training.optimizer import build_optimizer, learning_rate, trained_parameters
 from calcformer.training.run_log import RunLog
+from calcformer.training.team import Team, start_team
 
 __all__ = ["epoch_seed", "pick_device", "resume", "train"]
 
@@ -51,8 +54,9 @@ def epoch_seed(seed: int, epoch: int) -> int:
 class Trainer:
     """The state of one training run."""
 
-    def __init__(self, config: RunConfig, folder: Path, bar: bool | None) -> None:
+    def __init__(self, config: RunConfig, folder: Path, bar: bool | None, team: Team | None = None) -> None:
         self.config = config
+        self.team = team or Team()
         self.folder = folder
         self.device = pick_device(config.training.device)
         self.task = build_task(config.data)
@@ -60,7 +64,7 @@ class Trainer:
         self.train_examples, self.valid_examples = train.to(self.device), valid.to(self.device)
         torch.manual_seed(config.training.seed)
         self.model = build_model(config.model, self.task).to(self.device)
-        self.optimizer = build_optimizer(self.model, config.training)
+        self.optimizer, self.gradient = build_optimizer(self.model, config.training)
         self.steps_per_epoch = math.ceil(len(train) / config.training.batch_size)
         self.log = RunLog(folder / METRICS)
         self.want_bar = bar
@@ -68,21 +72,36 @@ class Trainer:
         self.last_shown = 0.0
         self.check_interrupt: Callable[[], None] = lambda: None
 
+    def begin(self) -> int:
+        """Write the run folder as it is before the first epoch; returns 0, the epochs finished."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / CONFIG, self.config.to_json().encode())
+        save_checkpoint(self.folder, self.model, self.optimizer, 0)
+        return 0
+
+    def start_team(self) -> AbstractContextManager[Team]:
+        """Start the other processes of a run whose folder is written."""
+        return start_team(self.folder, self.config.training.processes, len(self.gradient))
+
     def step(self, batch: Examples, rate: float, totals: Totals) -> None:
-        """One step of the optimiser on one batch."""
-        training = self.config.training
+        """One step of the optimiser on one batch; `totals` hears of this process's part of it."""
+        training, pad_id = self.config.training, self.task.vocabulary.pad_id
+        self.gradient.zero_()
+        count = count_labels(batch.labels, pad_id)
+        part = batch.part(self.team.rank, self.team.size)
+        if len(part):
+            if self.device.type == "cpu":
+                part = part.trim(pad_id)
+            logits = self.model(part.source, part.decoder_input)
+            loss = token_loss(logits, part.labels, pad_id, training.label_smoothing)
+            (loss / count).backward()
+            totals.add(loss, logits, part.labels)
+        self.team.sum_(self.gradient)
+        if training.clip_norm:
+            torch.nn.utils.clip_grad_norm_(trained_parameters(self.optimizer), training.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-            group["params"][0].grad.zero_()
-        logits = self.model(batch.source, batch.decoder_input)
-        loss = token_loss(logits, batch.labels, self.task.vocabulary.pad_id, training.label_smoothing)
-        loss.backward()
-        if training.clip_norm:
-            torch.nn.utils.clip_grad_norm_(
-                [parameter for group in self.optimizer.param_groups for parameter in group["params"]],
-                training.clip_norm)
         self.optimizer.step()
-        totals.add(loss, logits, batch.labels)
 
     def epoch(self, epoch: int) -> dict[str, Any]:
         """Train one epoch, numbered from 1, and validate; returns its line of the log."""
@@ -90,18 +109,19 @@ class Trainer:
         started = time.perf_counter()
         torch.manual_seed(epoch_seed(training.seed, epoch))
         order = torch.randperm(len(self.train_examples)).to(self.device)
+        if self.team.rank:  # the same order for all, but dropout of one's own
+            torch.manual_seed(epoch_seed(training.seed, epoch) + self.team.rank * 0x9E3779B97F4A7C15 % 2**62)
         totals = Totals(pad_id, self.device)
         step = (epoch - 1) * self.steps_per_epoch
         self.model.train()
         self.bar.set_description(f"epoch {epoch}/{training.epochs}", refresh=False)
         for batch in self.train_examples.batches(training.batch_size, order):
-            if self.device.type == "cpu":
-                batch = batch.trim(pad_id)
             rate = learning_rate(step, training.epochs * self.steps_per_epoch, training)
             self.step(batch, rate, totals)
             self._show(len(batch), totals)
             self.check_interrupt()
             step += 1
+        self.team.sum_(totals.sums)
         loss, accuracy = totals.result()
         if not math.isfinite(loss):
             raise InputError(f"the loss became {loss} in epoch {epoch}; lower --learning-rate or set --clip-norm")
@@ -109,10 +129,10 @@ class Trainer:
         entry = {"epoch": epoch, "loss": loss, "token_accuracy": accuracy, "learning_rate": rate}
         last = epoch == training.epochs
         if last or epoch % training.valid_every == 0:
-            score = evaluate(self.model, self.valid_examples, pad_id)
+            score = evaluate(self.model, self.valid_examples, pad_id, team=self.team)
             entry |= {"valid_loss": score.loss, "valid_token_accuracy": score.token_accuracy}
         if last or (training.exact_match_every and epoch % training.exact_match_every == 0):
-            entry["exact_match"] = exact_match(self.model, self.valid_examples, self.task)
+            entry["exact_match"] = exact_match(self.model, self.valid_examples, self.task, team=self.team)
         return entry | {"seconds": round(seconds, 4), "examples_per_second": round(len(order) / seconds, 1)}
 
     def _show(self, count: int, totals: Totals) -> None:
@@ -158,20 +178,19 @@ class Trainer:
 
 def _run(config: RunConfig, folder: Path, bar: bool | None, continued: bool) -> dict[str, Any]:
     device = pick_device(config.training.device)
+    if device.type == "cuda":
+        config = config.with_settings({"processes": 1})
+    if config.training.processes > 1 and os.name != "posix":
+        raise InputError("several processes share memory as Linux and macOS do it; use --processes 1")
     threads = torch.get_num_threads()
     torch.set_num_threads(config.training.threads or 1)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             trainer = Trainer(config, folder, bar)
-            finished = 0
-            if continued:
-                finished = load_resume_state(folder, trainer.model, trainer.optimizer)
-            else:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(folder / CONFIG, config.to_json().encode())
-                save_checkpoint(folder, trainer.model, trainer.optimizer, 0)
+            finished = load_resume_state(folder, trainer.model, trainer.optimizer) if continued else trainer.begin()
             trainer.log.rewind(finished)
-            return trainer.run(finished)
+            with trainer.start_team() as trainer.team:
+                return trainer.run(finished)
     finally:
         torch.set_num_threads(threads)
 

@@ -8,15 +8,16 @@ from torch.nn import functional as F
 from calcformer.data import Examples, Task
 from calcformer.decoding import greedy_decode
 from calcformer.model import EncoderDecoder
+from calcformer.training.team import Team
 
-__all__ = ["Totals", "evaluate", "exact_match", "token_loss"]
+__all__ = ["Totals", "count_labels", "evaluate", "exact_match", "token_loss"]
 
 IGNORE = -100  # F.cross_entropy's own default, a label no vocabulary has
 
 
 def token_loss(logits: torch.Tensor, labels: torch.Tensor, pad_id: int | None, smoothing: float = 0.0
                ) -> torch.Tensor:
-    """Mean cross-entropy in nats over the labels that are not padding.
+    """Cross-entropy in nats, summed over the labels that are not padding.
 
     Args:
         logits: (B, T, V) float.
@@ -24,7 +25,14 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor, pad_id: int | None, s
         smoothing: share of the target spread evenly over the vocabulary (Szegedy et al. 2016, section 7).
     """
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE if pad_id is None else pad_id,
-                           label_smoothing=smoothing)
+                           label_smoothing=smoothing, reduction="sum")
+
+
+def count_labels(labels: torch.Tensor, pad_id: int | None) -> torch.Tensor:
+    """How many of the labels (B, T) are not padding: () float32."""
+    if pad_id is None:
+        return torch.full((), labels.numel(), dtype=torch.float32, device=labels.device)
+    return (labels != pad_id).sum(dtype=torch.float32)
 
 
 class Totals:
@@ -32,18 +40,14 @@ class Totals:
 
     def __init__(self, pad_id: int | None, device: torch.device | str = "cpu") -> None:
         self.pad_id = pad_id
-        self.sums = torch.zeros(3, device=device)  # loss times tokens, right tokens, tokens
+        self.sums = torch.zeros(3, device=device)  # loss, right tokens, tokens
 
     def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add a batch: its mean loss (), its scores (B, T, V) and its labels (B, T)."""
+        """Add a batch: its summed loss (), its scores (B, T, V) and its labels (B, T)."""
         right = logits.detach().argmax(dim=-1) == labels
-        if self.pad_id is None:
-            count = right.new_full((), labels.numel(), dtype=torch.float32)
-        else:
-            real = labels != self.pad_id
-            right &= real
-            count = real.sum().float()
-        self.sums += torch.stack((loss.detach() * count, right.sum().float(), count))
+        if self.pad_id is not None:
+            right &= labels != self.pad_id
+        self.sums += torch.stack((loss.detach(), right.sum(dtype=torch.float32), count_labels(labels, self.pad_id)))
 
     def result(self) -> tuple[float, float]:
         """Mean loss and accuracy of a token."""
@@ -61,26 +65,32 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(model: EncoderDecoder, examples: Examples, pad_id: int | None, batch_size: int = 1_000) -> Score:
-    """Loss and token accuracy on all examples, which stand on the model's device."""
+def evaluate(model: EncoderDecoder, examples: Examples, pad_id: int | None, batch_size: int = 1_000,
+             team: Team | None = None) -> Score:
+    """Loss and token accuracy on all examples, which stand on the model's device; each of a team measures a part."""
+    team = team or Team()
     was_training = model.training
     model.eval()
     totals = Totals(pad_id, examples.source.device)
-    for batch in examples.batches(batch_size):
+    for batch in examples.part(team.rank, team.size).batches(batch_size):
         logits = model(batch.source, batch.decoder_input)
         totals.add(token_loss(logits, batch.labels, pad_id), logits, batch.labels)
     model.train(was_training)
+    team.sum_(totals.sums)
     return Score(*totals.result(), n=len(examples))
 
 
 @torch.no_grad()
-def exact_match(model: EncoderDecoder, examples: Examples, task: Task, batch_size: int = 1_000) -> float:
+def exact_match(model: EncoderDecoder, examples: Examples, task: Task, batch_size: int = 1_000,
+                team: Team | None = None) -> float:
     """The share of problems whose whole answer, end token included, is right when the model answers by itself."""
+    team = team or Team()
     was_training = model.training
     model.eval()
-    right = torch.zeros((), dtype=torch.long, device=examples.source.device)
-    for batch in examples.batches(batch_size):
+    right = torch.zeros(1, device=examples.source.device)
+    for batch in examples.part(team.rank, team.size).batches(batch_size):
         said = greedy_decode(model, batch.source, batch.labels.shape[1], task.vocabulary)
         right += (said == batch.labels).all(dim=1).sum()
     model.train(was_training)
+    team.sum_(right)
     return right.item() / len(examples)

@@ -1,14 +1,14 @@
 """Adam over all parameters at once."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from calcformer.config import TrainingConfig
 
-__all__ = ["build_optimizer", "flatten", "learning_rate"]
+__all__ = ["build_optimizer", "flatten", "learning_rate", "trained_parameters"]
 
 
 def learning_rate(step: int, steps: int, config: TrainingConfig) -> float:
@@ -21,30 +21,41 @@ def learning_rate(step: int, steps: int, config: TrainingConfig) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def flatten(parameters: Iterable[nn.Parameter]) -> nn.Parameter:
-    """One parameter that holds all of `parameters`, which become views of it, as their gradients do of its gradient.
+def flatten(groups: Sequence[Sequence[nn.Parameter]]) -> tuple[list[nn.Parameter], torch.Tensor]:
+    """One parameter for each group, which holds all parameters of the group, and the gradient of all groups, (N,).
 
-    An optimiser then has one long vector to work on, where seventy short ones would cost it a millisecond a step, and
-    clipping and averaging over processes have one gradient. Gradients must be zeroed in place: set to None, they would
-    no longer be views.
+    The parameters given become views of those, as their gradients do of the gradient. An optimiser then has a few long
+    vectors to work on, where seventy short ones would cost it a millisecond a step, and clipping and summing over
+    processes have one gradient. Gradients must be zeroed in place: set to None, they would no longer be views.
     """
-    parameters = list(parameters)
-    flat = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
-    flat.grad = torch.zeros_like(flat)
+    parameters = [parameter for group in groups for parameter in group]
+    data = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    gradient = torch.zeros_like(data)
     sizes = [parameter.numel() for parameter in parameters]
-    for parameter, data, grad in zip(parameters, flat.detach().split(sizes), flat.grad.split(sizes)):
-        parameter.data = data.view_as(parameter)
+    for parameter, values, grad in zip(parameters, data.split(sizes), gradient.split(sizes)):
+        parameter.data = values.view_as(parameter)
         parameter.grad = grad.view_as(parameter)
-    return flat
+    lengths = [sum(parameter.numel() for parameter in group) for group in groups]
+    flat = [nn.Parameter(values) for values in data.split(lengths)]
+    for parameter, grad in zip(flat, gradient.split(lengths)):
+        parameter.grad = grad
+    return flat, gradient
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> tuple[torch.optim.Optimizer, torch.Tensor]:
     """Adam whose weight decay, if any, is decoupled (Loshchilov and Hutter 2019) and spares biases and norms.
 
-    The model's parameters become views of the optimiser's, see `flatten`.
+    Returns:
+        The optimiser, and the gradient (N,) of all it trains. The model's parameters become views, see `flatten`.
     """
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
-    groups = [{"params": [flatten(matrices)], "weight_decay": config.weight_decay},
-              {"params": [flatten(vectors)], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True)
+    flat, gradient = flatten([matrices, vectors])
+    groups = [{"params": [parameter], "weight_decay": decay}
+              for parameter, decay in zip(flat, (config.weight_decay, 0.0))]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True), gradient
+
+
+def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters as the optimiser has them, in its order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -13,7 +13,7 @@ from kernels.attention.composed import alibi, composed_attention
 from kernels.attention.ops import Attention
 from kernels.attention.rules import Extras, Rules
 from kernels.attention.tiles import MAX_HEAD_SIZE
-from kernels.backend import Choice, autocasts, choose
+from kernels.backend import Choice, as_autocast, autocast_dtype, choose, wants_gradient
 
 __all__ = ["AttentionResult", "scaled_dot_product_attention"]
 
@@ -116,9 +116,8 @@ def scaled_dot_product_attention(
     backend = choose_backend(query, value, backend).backend
     if plain and backend == "torch":
         return eager.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if backend == "triton" and autocasts(query.device):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if backend == "triton":
+        query, key, value = as_autocast(query, key, value)
     lead, q, k, v, rules, extras = prepare(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap,
         alibi_slopes, sinks, key_lengths, deterministic,
@@ -161,7 +160,7 @@ def prepare(
         query, lead, causal_alignment, window, softcap, alibi_slopes, sinks, key_lengths, deterministic, k.shape[2]
     )
     rules = make_rules(q, dropout_p, is_causal, scale, causal_alignment, window, softcap)
-    return lead, q, k, v, rules, _extras(lead, mask, key_lengths, alibi_slopes, sinks)
+    return lead, q, k, v, rules, make_extras(lead, mask, key_lengths, alibi_slopes, sinks)
 
 
 def make_rules(
@@ -185,7 +184,7 @@ def make_rules(
     )
 
 
-def _extras(
+def make_extras(
     lead: torch.Size,
     mask: torch.Tensor | None,
     key_lengths: torch.Tensor | None,
@@ -210,7 +209,7 @@ def triton_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output (B, Hq, L, Ev) and log-sum-exp (B, Hq, L) by the Triton kernels."""
     slopes, mask = extras.alibi_slopes, extras.attn_mask
-    if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
+    if wants_gradient(slopes):
         # The kernels have no gradient for slopes, but one for a float mask, which the slopes can be made into.
         bias = alibi(rules, extras, q.shape[2], k.shape[2])
         if mask is not None:
@@ -229,10 +228,7 @@ def choose_backend(query: torch.Tensor, value: torch.Tensor, backend: str) -> Ch
     unsupported = ""
     if head_size > MAX_HEAD_SIZE:
         unsupported = f"heads wider than {MAX_HEAD_SIZE} are not covered, found {head_size}"
-    dtype = query.dtype
-    if autocasts(query.device):
-        dtype = torch.get_autocast_dtype(query.device.type)
-    return choose(backend, query.device, dtype, unsupported)
+    return choose(backend, query.device, autocast_dtype(query), unsupported)
 
 
 def _four_dimensional(

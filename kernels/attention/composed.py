@@ -12,6 +12,8 @@ through. It stores the L x S weights of each head. Nothing in it depends on the 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -74,6 +76,32 @@ def composed_attention(
         lse = torch.where(bad_scores, math.nan, lse).squeeze(-1)
         weights = torch.where(bad_scores & allowed, math.nan, weights)
     return output.to(query.dtype), lse, weights.to(query.dtype)
+
+
+def composed_gradients(
+    grads: tuple[torch.Tensor | None, torch.Tensor | None],
+    inputs: Sequence[torch.Tensor | None],
+    needed: Sequence[bool],
+    rules: Rules,
+    extras: Extras,
+) -> list[torch.Tensor | None]:
+    """The gradients of attention with a graph behind them, so that they can be differentiated: recomputed by formula.
+
+    Args:
+        grads: of output and lse; None for zero.
+        inputs: query, key, value, and where they are learned mask and sinks.
+        needed: which of the inputs want a gradient.
+        rules, extras: of the call, without dropout.
+    """
+    # Aliases: partial derivatives, also where one input is another or comes from it.
+    given: list[Any] = [x.view_as(x) if need and x is not None else x for x, need in zip(inputs, needed)]
+    query, key, value, *others = given
+    extras = extras._replace(**dict(zip(("attn_mask", "sinks"), others)))
+    found = composed_attention(query, key, value, rules, extras)[:2]
+    outputs, upstream = zip(*((x, grad) for x, grad in zip(found, grads) if grad is not None))
+    learned = [x for x, need in zip(given, needed) if need]
+    found_grads = iter(torch.autograd.grad(outputs, learned, upstream, create_graph=True, allow_unused=True))
+    return [next(found_grads) if need else None for need in needed]
 
 
 def allowed_pairs(rules: Rules, extras: Extras, n_queries: int, n_keys: int, device: torch.device) -> torch.Tensor:

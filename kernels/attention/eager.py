@@ -17,7 +17,7 @@ from kernels.attention.composed import alibi, allowed_pairs, composed_attention
 from kernels.attention.fused_cpu import fused_attention, takes
 from kernels.attention.rules import Extras, Rules
 from kernels.attention.short_cpu import short_attention
-from kernels.backend import autocasts
+from kernels.backend import as_autocast, autocasts, wants_gradient
 
 # Where `short_attention` is faster on a CPU, measured on one thread. It makes more calls into PyTorch, so it needs many
 # queries, counted over all heads, and rows of keys that do not fill a vector, at which PyTorch's kernels are slow.
@@ -48,7 +48,7 @@ def attention(
 ) -> torch.Tensor:
     """Arguments and result as for `kernels.scaled_dot_product_attention`; differentiable as often as PyTorch's."""
     if attn_mask is not None and attn_mask.dtype != torch.bool and autocasts(query.device):
-        query, key, value = _autocast(query, key, value)
+        query, key, value = as_autocast(query, key, value)
         with torch.autocast(query.device.type, enabled=False):  # it would make -inf of the mask's finfo.min
             return attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype) and query.device.type != "cpu":
@@ -62,7 +62,7 @@ def attention(
     if attn_mask is not None and is_causal:
         attn_mask, is_causal = _with_causal(attn_mask, query.shape[-2], key.shape[-2]), False
     fused = scaled_dot_product_attention
-    if _has_rows_of_least(query, attn_mask):
+    if wants_gradient(query, key, value, attn_mask) and _has_rows_of_least(query, attn_mask):
         fused = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)(fused)
     sees_all = attn_mask is None and not is_causal
     if sees_all or _all_finite(key, value):
@@ -121,20 +121,13 @@ def extended_attention(
     Returns:
         output (B, Hq, L, Ev); lse (B, Hq, L) and weights (B, Hq, L, S), as `composed_attention` has them, or None.
     """
-    if autocasts(query.device):
-        query, key, value = _autocast(query, key, value)
+    query, key, value = as_autocast(query, key, value)
     if why_not_fused(query, rules, extras, need_lse, need_weights):
         output, lse, weights = composed_attention(query, key, value, rules, extras)
         return output, lse if need_lse else None, weights if need_weights else None
     attn_mask, is_causal = _as_mask(rules, extras, query, key.shape[2])
     gqa = not query.shape[1] == key.shape[1]  # a bool also where sizes are symbols
     return attention(query, key, value, attn_mask, rules.dropout_p, is_causal, rules.scale, gqa), None, None
-
-
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors as autocast has them: it leaves float64 alone."""
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def why_not_fused(query: torch.Tensor, rules: Rules, extras: Extras, need_lse: bool, need_weights: bool) -> str:
@@ -145,7 +138,7 @@ def why_not_fused(query: torch.Tensor, rules: Rules, extras: Extras, need_lse: b
         "sinks": extras.sinks is not None,
         "the log-sum-exp": need_lse,
         "the weights": need_weights,
-        "a gradient of slopes": slopes is not None and torch.is_grad_enabled() and slopes.requires_grad,
+        "a gradient of slopes": wants_gradient(slopes),
     }
     if any(missing.values()):
         return f"it has no way to give {' and '.join(name for name, asked in missing.items() if asked)}"
@@ -190,8 +183,7 @@ def _is_short(
     without, with_gradients = ENOUGH[dropout_p > 0.0, attn_mask is not None]
     if rows < with_gradients or min(n_queries, n_keys) < FEWEST:
         return False
-    needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    enough = needs_gradients or rows >= without
+    enough = rows >= without or wants_gradient(query, key, value)
     if dropout_p:
         enough = (enough if n_keys < VECTOR else rows * n_keys >= ENOUGH_SCORES) and scores <= MOST_SCORES
     else:

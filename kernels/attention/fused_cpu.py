@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from kernels.attention.composed import composed_attention
+from kernels.attention.composed import composed_gradients
 from kernels.attention.rules import Extras, Rules
+from kernels.backend import wants_gradient
 
 ATEN = torch.ops.aten
 FLASH = 1  # of torch.nn.attention.SDPBackend, as the choice is numbered
@@ -24,7 +25,7 @@ def takes(
     scale: float | None,
 ) -> bool:
     """Whether the call is one that PyTorch would run on its fused CPU kernel, and whose gradient may be asked for."""
-    if not (query.requires_grad or key.requires_grad or value.requires_grad) or not torch.is_grad_enabled():
+    if not wants_gradient(query, key, value):
         return False
     if query.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
@@ -74,12 +75,9 @@ class FusedOnCpu(torch.autograd.Function):
                 grad, query, key, value, output, lse, 0.0, ctx.is_causal, attn_mask=attn_mask, scale=ctx.scale
             )
             return (*(x if need else None for x, need in zip(found, needed)), None, None, None)
-        query, key, value = (x.view_as(x) if need else x for x, need in zip((query, key, value), needed))  # see ops.py
         rules = Rules(ctx.scale, right=0 if ctx.is_causal else None)
-        again = composed_attention(query, key, value, rules, Extras(attn_mask))[0]
-        learned = [x for x, need in zip((query, key, value), needed) if need]
-        grads = iter(torch.autograd.grad(again, learned, grad, create_graph=True))
-        return (*(next(grads) if need else None for need in needed), None, None, None)
+        found = composed_gradients((grad, None), (query, key, value), needed, rules, Extras(attn_mask))
+        return (*found, None, None, None)
 
 
 def fused_attention(

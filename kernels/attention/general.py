@@ -40,8 +40,8 @@ FAR = 1 << 30  # a side of a window that no sequence reaches
 
 @triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, key_lengths_ptr, slopes_ptr, sinks_ptr, query_starts_ptr, key_starts_ptr,
-    out_ptr, row_max_ptr, row_sum_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, key_lengths_ptr, slopes_ptr, query_starts_ptr, key_starts_ptr,
+    sinks_ptr, out_ptr, row_max_ptr, row_sum_ptr,
     stride_qb, stride_qh, stride_ql, stride_qe,
     stride_kb, stride_kh, stride_ks, stride_ke,
     stride_vb, stride_vh, stride_vs, stride_ve,
@@ -170,12 +170,7 @@ def pointers(seed: torch.Tensor | None, extras: Extras) -> tuple[torch.Tensor | 
     """The kernels' optional tensors, in their order."""
     mask = extras.attn_mask
     mask = mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
-    return mask, seed, extras.key_lengths, extras.alibi_slopes
-
-
-def packing(extras: Extras) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Where packed sequences start."""
-    return extras.query_starts, extras.key_starts
+    return mask, seed, extras.key_lengths, extras.alibi_slopes, extras.query_starts, extras.key_starts
 
 
 def numbers(rules: Rules) -> tuple[float, ...]:
@@ -272,7 +267,7 @@ def launch_forward(
     strides = (*batch_strides(query, extras), *batch_strides(key, extras), *batch_strides(value, extras))
     with launch_on(query.device):
         forward_kernel[grid](
-            query, key, value, *pointers(seed, extras), extras.sinks, *packing(extras), output, row_max, row_sum,
+            query, key, value, *pointers(seed, extras), extras.sinks, output, row_max, row_sum,
             *strides, *mask_strides(extras.attn_mask), *batch_strides(output, extras),
             *batch_strides(row_max, extras)[:2], head_stride(extras.alibi_slopes), head_stride(extras.sinks),
             n_heads, n_heads // key.shape[1], n_queries, n_keys, *numbers(rules),

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention.general import (
-    batch_strides, flags, head_stride, is_wide, lengths, mask_kind, mask_strides, numbers, packing, pointers,
+    batch_strides, flags, head_stride, is_wide, lengths, mask_kind, mask_strides, numbers, pointers,
     tile_arguments,
 )  # fmt: skip
 from kernels.attention.mask_gradient import mask_grid, mask_kernel, summed_axes
@@ -335,7 +335,7 @@ def launch_backward(
     sizes = column_blocks(query.shape[-1], value.shape[-1])
     options = {**sizes, **flags(query, seed, extras, rules, wide)}
     group = n_heads // max(n_kv_heads, 1)
-    inputs = (query, key, value, *pointers(seed, extras), *packing(extras), row_max, row_sum, delta, grad)
+    inputs = (query, key, value, *pointers(seed, extras), row_max, row_sum, delta, grad)
     shape = (n_heads, group, n_queries, n_keys, *numbers(rules))
     # With a soft cap the kernels multiply dS by cap^2 - score^2 in base 2, which is (cap log2(e))^2 times too large.
     slope = rules.scale / (rules.softcap * LOG2_E.value) ** 2 if rules.softcap else rules.scale

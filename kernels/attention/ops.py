@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.attention.composed import composed_attention
+from kernels.attention.composed import composed_gradients
 from kernels.attention.rules import Extras, Rules
 from kernels.backend import why_not_triton
 
@@ -260,16 +260,8 @@ def _differentiable_backward(
         raise NotImplementedError("double backward through attention dropout: not supported; use dropout_p=0.0")
     if extras.query_starts is not None:
         raise NotImplementedError("double backward through packed sequences: not supported; pad them, with key_lengths")
-    # Aliases: partial derivatives, also where one input is another or comes from it.
-    given: tuple[Any, ...] = (query, key, value, extras.attn_mask, extras.sinks)
-    query, key, value, mask, sinks = given = tuple(x.view_as(x) if need else x for x, need in zip(given, asked))
-    inputs = [x for x, need in zip(given, asked) if need]
-    output, lse, _ = composed_attention(query, key, value, rules, extras._replace(attn_mask=mask, sinks=sinks))
-    outputs, grads = [output], [grad_output]
-    if grad_lse is not None:
-        outputs, grads = [output, lse], [grad_output, grad_lse]
-    found = iter(torch.autograd.grad(outputs, inputs, grads, create_graph=True, allow_unused=True))
-    return [next(found) if need else None for need in asked]
+    inputs = (query, key, value, extras.attn_mask, extras.sinks)
+    return composed_gradients((grad_output, grad_lse), inputs, asked, rules, extras)
 
 
 def _merged(x: torch.Tensor | None, dim: int | None, size: int) -> torch.Tensor | None:

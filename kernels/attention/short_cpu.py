@@ -49,7 +49,7 @@ def short_attention(
         kept = keep_factors((scores[0] * scores[1], *scores[2:]), dropout_p)
     if bias is not None and bias.ndim > 2:
         bias = bias.expand(*scores[:2], *bias.shape[-2:]).reshape(-1, *bias.shape[-2:])
-    return ShortAttention.apply(query, key, value, bias, kept, float(scale))[0]
+    return ShortAttention.apply(query, key, value, bias, kept, float(scale))
 
 
 def scaled_products(a: torch.Tensor, b: torch.Tensor, scale: float, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -69,34 +69,27 @@ class ShortAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         bias: torch.Tensor | None,
         kept: torch.Tensor | None,
         scale: float,
-    ) -> tuple[torch.Tensor, ...]:
-        """Output (B, H, L, Ev); for the backward, compact query, key, value (N, ...) and weights (N, L, S)."""
+    ) -> torch.Tensor:
+        """Output (B, H, L, Ev)."""
         q, k, v = (compact(x) for x in (query, key, value))
         weights = scaled_products(q, k.mT, scale, bias)
         weights.sub_(weights.amax(-1, keepdim=True)).exp_()
         weights.div_(weights.sum(-1, keepdim=True))
         output = torch.bmm(weights if kept is None else weights * kept, v)
-        return output.view(*query.shape[:-1], v.shape[-1]), q, k, v, weights
+        ctx.save_for_backward(query, key, value, bias, kept, q, k, v, weights)
+        ctx.scale = scale
+        return output.view(*query.shape[:-1], v.shape[-1])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        """Keep the inputs, and what the forward made of them."""
-        *tensors, ctx.scale = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of query, key and value."""
-        if grad is None:
-            return (None,) * 6
         *inputs, bias, kept, q, k, v, weights = ctx.saved_tensors
         if torch.is_grad_enabled():  # this backward is itself to be differentiated, so all of it needs a graph
             q, k, v = (compact(x) for x in inputs)

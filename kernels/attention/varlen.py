@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from kernels.attention import eager
-from kernels.attention.api import AttentionResult, choose_backend, make_rules, triton_attention
+from kernels.attention.api import AttentionResult, choose_backend, make_extras, make_rules, triton_attention
 from kernels.attention.checks import check, check_rules
 from kernels.attention.rules import Extras, Rules
-from kernels.backend import autocasts
+from kernels.backend import as_autocast, wants_gradient
 
 __all__ = ["varlen_attention"]
 
@@ -68,15 +68,13 @@ def varlen_attention(
     lead = torch.Size((n_sequences, query.shape[1]))
     check_rules(query, lead, causal_alignment, window, softcap, alibi_slopes, sinks, None, None, max_k)
     rules = make_rules(q, dropout_p, is_causal, scale, causal_alignment, window, softcap)
-    slopes = None if alibi_slopes is None else alibi_slopes.float().reshape(-1, lead[1]).contiguous()
-    extras = Extras(alibi_slopes=slopes, sinks=None if sinks is None else sinks.float()[None].contiguous())
+    extras = make_extras(lead, None, None, alibi_slopes, sinks)
     if choose_backend(q, v, backend).backend == "torch":
         output, lse = _one_by_one(q, k, v, cu_seq_q, cu_seq_k, rules, extras, return_lse)
     else:
-        if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
+        if wants_gradient(alibi_slopes):
             raise ValueError("alibi_slopes of packed sequences have no gradient; detach them, or pad the sequences")
-        if autocasts(query.device):
-            q, k, v = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (q, k, v))
+        q, k, v = as_autocast(q, k, v)
         starts = {"query_starts": cu_seq_q.int().contiguous(), "key_starts": cu_seq_k.int().contiguous()}
         rules = rules._replace(max_queries=max_q, max_keys=max_k)
         output, lse = triton_attention(q, k, v, rules, extras._replace(**starts), return_lse)

@@ -59,9 +59,9 @@ def layer_norm(
         return apply_layer_norm(input, shape, weight, bias, eps, dtype)[0]
     mixed = any(x is not None and x.dtype != input.dtype for x in (weight, bias))
     if mixed and input.is_cuda and not autocast:  # PyTorch mixes dtypes on the CPU only
-        output = torch.nn.functional.layer_norm(input.float(), shape, weight, bias, eps)
+        output = torch.layer_norm(input.float(), shape, weight, bias, eps)
         return output.to(input.dtype)
-    return torch.nn.functional.layer_norm(input, shape, weight, bias, eps)
+    return torch.layer_norm(input, shape, weight, bias, eps)
 
 
 def _check(

@@ -1,0 +1,108 @@
+"""Where the tokens of a batch stand among the rows of an activation, so that padding need not be computed."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+__all__ = ["Rows"]
+
+
+class Gather(torch.autograd.Function):
+    """x[index] for x (N, ...), where `back` (N,) says for every row of x which row of the result has its gradient.
+
+    The gradient is then another gather instead of a sum over scattered rows. A row of x may stand in several places of
+    the result if the gradient is zero in all of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, index: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(back)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return grad.index_select(0, *ctx.saved_tensors), None, None
+
+
+@lru_cache(maxsize=256)
+def _offsets(parts: int, heads: int, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For `Rows._move`: the place of (part, head) in a row, (parts, 1, H, 1), and in (parts, B, H, T), (parts * H,)."""
+    start = torch.arange(parts)[:, None] * (batch * heads * length) + torch.arange(heads) * length
+    return torch.arange(parts * heads).view(parts, 1, heads, 1), start.flatten()
+
+
+class Rows:
+    """The rows of activations (R, D) that belong to a batch of token ids (B, T).
+
+    All layers but attention look at tokens one by one. On a CPU the padding is therefore left out, but for one row that
+    stands for every padded place: nobody reads what is said there, its gradient is zero, and as a key it is masked. On
+    a GPU R is B * T: to count the padding would be to wait for the device.
+
+    Args:
+        ids: (B, T) int64.
+        pad_id: the token that fills short sequences, None where there is none.
+    """
+
+    def __init__(self, ids: torch.Tensor, pad_id: int | None) -> None:
+        self.batch, self.length = ids.shape
+        real = None if pad_id is None else ids != pad_id
+        self.compact = ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        self.count = ids.numel()
+        if self.compact:
+            places = torch.arange(self.count)
+            row = places
+            if real is not None and not bool(real.all()):
+                flat = real.flatten()
+                tokens = flat.nonzero().squeeze(1)
+                self.count = len(tokens)
+                places = torch.cat((tokens, flat.int().argmin(keepdim=True)))
+                row = torch.where(flat, flat.cumsum(0) - 1, self.count)
+            else:
+                real = None
+            self._places, self._row = places, row  # the place of each row, and the row of each place
+            self._moves: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+            ids = ids.reshape(-1).index_select(0, places)
+        self.ids = ids.reshape(-1)  # (R,)
+        self.mask = None if real is None else real[:, None, None, :]  # (B, 1, 1, T), True = a real token
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """(R,) int64, how many tokens stand before each in its sequence."""
+        places = self._places if self.compact else torch.arange(self.batch * self.length, device=self.ids.device)
+        return places % self.length
+
+    def _move(self, parts: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The indices that take (R, parts, H) to (parts, B, H, T), and back; made once a batch."""
+        if (parts, heads) not in self._moves:
+            chunk, start = _offsets(parts, heads, self.batch, self.length)
+            to = torch.add(chunk, self._row.view(-1, 1, self.length), alpha=parts * heads)
+            batch = self._places // self.length
+            back = torch.add(self._places, batch, alpha=(heads - 1) * self.length)[:, None] + start
+            self._moves[parts, heads] = to.flatten(), back.flatten()
+        return self._moves[parts, heads]
+
+    def split(self, x: torch.Tensor, parts: int, heads: int) -> tuple[torch.Tensor, ...]:
+        """x (R, parts * H * E) as `parts` tensors (B, H, T, E)."""
+        if self.compact:
+            x = Gather.apply(x.reshape(x.shape[0] * parts * heads, -1), *self._move(parts, heads))
+            return x.view(parts, self.batch, heads, self.length, -1).unbind(0)
+        x = x.view(self.batch, self.length, parts, heads, -1)
+        return tuple(part.transpose(1, 2) for part in x.unbind(2))
+
+    def join(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, H, T, E) as (R, H * E)."""
+        heads = x.shape[1]
+        if self.compact:
+            to, back = self._move(1, heads)
+            return Gather.apply(x.reshape(-1, x.shape[3]), back, to).view(-1, heads * x.shape[3])
+        return x.transpose(1, 2).reshape(self.batch * self.length, -1)
+
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
+        """x (R, V) as (B, T, V), with zeros where there is padding."""
+        if self.compact and self.count < self.batch * self.length:
+            places = self._places[:self.count]
+            x = x.new_zeros(self.batch * self.length, x.shape[1]).index_copy(0, places, x[:self.count])
+        return x.view(self.batch, self.length, -1)

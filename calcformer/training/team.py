@@ -1,0 +1,144 @@
+"""Several processes of one machine that share every step: each takes a part of the batch, and the gradients are summed.
+
+Rank 0 is the process that was started and writes the run folder; it starts the others, `calcformer.training.worker`.
+They read the folder, repeat its steps on their own parts of the same batches, and end when rank 0 does.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+
+from calcformer.errors import InputError
+
+__all__ = ["Team", "TeamLost", "join_team", "start_team"]
+
+PATIENCE = 0.005  # seconds
+
+
+class TeamLost(Exception):
+    """Another process of the team has ended."""
+
+
+class Team:
+    """The processes that train together; by itself, one process that trains alone."""
+
+    rank = 0
+    size = 1
+
+    def sum_(self, tensor: torch.Tensor) -> None:
+        """Replace a float32 vector by its sum over all processes, which all call this; TeamLost where one has ended."""
+
+
+def wait_for(other: socket.socket) -> bool:
+    """Wait for a sign of life; False where the other process has ended.
+
+    Asks for a while before it sleeps: a step lasts milliseconds, and to be woken can take one of them.
+    """
+    end = time.perf_counter() + PATIENCE
+    try:
+        while time.perf_counter() < end:
+            try:
+                return bool(other.recv(1, socket.MSG_DONTWAIT))
+            except BlockingIOError:
+                os.sched_yield()
+        return bool(other.recv(1))
+    except OSError:
+        return False
+
+
+class SharedMemoryTeam(Team):
+    """Processes that put their vectors side by side in memory they share.
+
+    The halves of the memory take turns: who writes into one again has seen everyone arrive with the other, and so leave
+    this one. One meeting a sum is then enough.
+
+    Args:
+        rank: of this process.
+        memory: (2, size, N) float32, shared by all.
+        sockets: of rank 0 to each of the others; of another to rank 0.
+    """
+
+    def __init__(self, rank: int, memory: torch.Tensor, sockets: list[socket.socket]) -> None:
+        self.rank, self.size = rank, memory.shape[1]
+        self._memory, self._sockets = memory, sockets
+        self._turn = 0
+
+    def meet(self) -> None:
+        """Wait until every process is here."""
+        if self.rank == 0 and not all(map(wait_for, self._sockets)):
+            raise TeamLost
+        try:
+            for other in self._sockets:
+                other.send(b"+")
+        except OSError:
+            raise TeamLost from None
+        if self.rank > 0 and not all(map(wait_for, self._sockets)):
+            raise TeamLost
+
+    def sum_(self, tensor: torch.Tensor) -> None:
+        """Replace a float32 vector by its sum over all processes."""
+        parts = self._memory[self._turn, :, :tensor.numel()]
+        self._turn = 1 - self._turn
+        parts[self.rank].copy_(tensor)
+        self.meet()
+        torch.sum(parts, 0, out=tensor)
+
+
+def _map_memory(descriptor: int, size: int) -> torch.Tensor:
+    """The file as a tensor (2, size, N) float32."""
+    return torch.frombuffer(mmap.mmap(descriptor, 0), dtype=torch.float32).view(2, size, -1)
+
+
+@contextmanager
+def start_team(folder: Path, size: int, length: int) -> Iterator[Team]:
+    """Rank 0 of `size` processes that train the run in `folder`, whose checkpoint stands there already.
+
+    Args:
+        length: of the longest vector that is summed.
+
+    Raises:
+        InputError: another process ended before its work was done.
+    """
+    if size == 1:
+        yield Team()
+        return
+    with ExitStack() as stack:
+        # A file without a name, in memory where the system has a place for that: nothing is left behind by a kill.
+        place = "/dev/shm" if os.path.isdir("/dev/shm") else None
+        file = stack.enter_context(tempfile.TemporaryFile(dir=place))
+        file.truncate(2 * size * length * torch.float32.itemsize)
+        sockets, workers = [], []
+        for rank in range(1, size):
+            ours, theirs = socket.socketpair()
+            sockets.append(stack.enter_context(ours))
+            with theirs:
+                shared = theirs.fileno(), file.fileno()
+                worker = subprocess.Popen(
+                    [sys.executable, "-m", "calcformer.training.worker", str(folder), *map(str, (rank, size, *shared))],
+                    pass_fds=shared, start_new_session=True)  # its own session: Ctrl-C is for rank 0 alone
+            workers.append(worker)
+            stack.callback(worker.wait)
+            stack.callback(worker.kill)
+        team = SharedMemoryTeam(0, _map_memory(file.fileno(), size), sockets)
+        try:
+            team.meet()  # all have read the checkpoint
+            yield team
+        except TeamLost:
+            raise InputError("a training process ended before its time (killed, or out of memory?); "
+                             f"continue with: calcformer train --resume {folder}") from None
+
+
+def join_team(rank: int, size: int, socket_descriptor: int, memory_descriptor: int) -> SharedMemoryTeam:
+    """The team that `start_team` in another process has made place in for this one."""
+    return SharedMemoryTeam(rank, _map_memory(memory_descriptor, size), [socket.socket(fileno=socket_descriptor)])
