@@ -18,7 +18,8 @@ from calcformer.model.rows import Rows
 
 __all__ = ["DecoderLayer", "EncoderLayer", "FeedForward", "Memory", "MultiHeadAttention"]
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": F.relu, "gelu": F.gelu}
+# In place: what a linear layer gives is nobody else's.
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": torch.relu_, "gelu": F.gelu}
 
 
 class Memory(NamedTuple):
