@@ -81,25 +81,54 @@ class AttentionCase:
 
 
 @dataclass(frozen=True)
-class LayerNormCase:
-    """Layer norm of M rows of N columns with weight and bias of the same dtype."""
+class NormCase:
+    """A norm of M rows of N columns, with a weight, and for layer norm a bias, of the same dtype.
+
+    Args:
+        kind: those with "add" first add dropout(input) to a residual, and give that sum back beside the output, as a
+            transformer with pre-norm asks for it.
+        dropout: its probability.
+    """
 
     rows: int
     columns: int
     dtype: torch.dtype = torch.bfloat16
+    kind: Literal["layer norm", "rms norm", "add + layer norm", "add + rms norm"] = "layer norm"
+    dropout: float = 0.0
 
     def __str__(self) -> str:
-        return f"M{self.rows} N{self.columns} {NAMES[self.dtype]}"
+        return self.group()
+
+    def group(self, direction: str = "") -> str:
+        """The work in words."""
+        words = [self.kind, direction, f"M{self.rows} N{self.columns}"]
+        words += [f"dropout {self.dropout}"] if self.dropout else []
+        return " ".join(filter(None, [*words, NAMES[self.dtype]]))
+
+    @property
+    def centre(self) -> bool:
+        """Whether the mean is taken off, and a bias added."""
+        return "layer" in self.kind
+
+    @property
+    def adds(self) -> bool:
+        return "add" in self.kind
 
     def work(self, direction: Direction) -> Work:
-        """Forward reads the input and writes the output, backward reads two such and writes one; no matrix products.
+        """Bytes alone; no matrix products.
 
-        The parameters and their gradients count; mean and 1 / deviation of each row (float32) are written, then read.
+        Forward reads the input and writes the output; the sum adds a residual read and a sum written. Backward reads
+        what was normalised and the output's gradient and writes the input's; the sum adds a gradient read, and with
+        dropout one written, since only then do input and residual differ in theirs. Parameters and their gradients
+        count, and so do 1 / deviation of each row and for layer norm its mean (float32): written, then read. The
+        numbers that dropout draws can be drawn again, and do not count.
         """
-        statistics = 2 * self.rows * 4
-        tensors, parameters = (2, 2) if direction == "forward" else (3, 3)
-        elements = tensors * self.rows * self.columns + parameters * self.columns
-        return Work(0, elements * self.dtype.itemsize + statistics, self.dtype)
+        if direction == "forward":
+            tensors, parameters = 2 + 2 * self.adds, 1 + self.centre
+        else:
+            tensors, parameters = 3 + self.adds + bool(self.dropout), 2 + self.centre
+        elements = (tensors * self.rows + parameters) * self.columns
+        return Work(0, elements * self.dtype.itemsize + 4 * self.rows * (1 + self.centre), self.dtype)
 
 
 def attention_cases(on_gpu: bool) -> list[AttentionCase]:
@@ -141,10 +170,22 @@ def attention_cases(on_gpu: bool) -> list[AttentionCase]:
     ]
 
 
-def layer_norm_cases(on_gpu: bool) -> list[LayerNormCase]:
-    """The full set for a GPU, 128 MiB of bf16 each; a small one for a CPU."""
+def norm_cases(on_gpu: bool) -> list[NormCase]:
+    """The full set for a GPU, 128 MiB of bf16 an input; a small one for a CPU."""
+    fp32, fp16 = torch.float32, torch.float16
     if not on_gpu:
-        return [LayerNormCase(1_125, 64, torch.float32), LayerNormCase(512, 1_024, torch.float32)]
-    cases = [LayerNormCase(2**26 // columns, columns) for columns in (64, 256, 512, 1_024, 2_048, 4_096, 8_192, 16_384)]
-    return cases + [LayerNormCase(13_001, 5_120), LayerNormCase(2**14, 4_096, torch.float32),
-                    LayerNormCase(2**16, 1_024, torch.float16)]
+        return [
+            NormCase(1_125, 64, fp32),
+            NormCase(512, 1_024, fp32),
+            NormCase(1_125, 64, fp32, "rms norm"),
+            NormCase(1_125, 64, fp32, "add + layer norm"),
+            NormCase(1_125, 64, fp32, "add + layer norm", 0.1),
+            NormCase(512, 1_024, fp32, "add + rms norm"),
+        ]
+    elements, some = 2**26, (256, 1_024, 4_096, 8_192)
+    cases = [NormCase(elements // columns, columns) for columns in (64, 256, 512, 1_024, 2_048, 4_096, 8_192, 16_384)]
+    cases += [NormCase(elements // columns, columns, kind="rms norm") for columns in some]
+    cases += [NormCase(elements // columns, columns, kind="add + layer norm") for columns in some]
+    cases += [NormCase(elements // columns, columns, kind="add + layer norm", dropout=0.1) for columns in some]
+    cases += [NormCase(elements // columns, columns, kind="add + rms norm") for columns in some]
+    return cases + [NormCase(13_001, 5_120), NormCase(2**14, 4_096, fp32), NormCase(2**16, 1_024, fp16)]

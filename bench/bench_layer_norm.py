@@ -1,4 +1,4 @@
-"""Layer norm, forward and backward: ours against PyTorch's, compiled or not, Liger's, and a copy of as many bytes."""
+"""Norms, alone and after dropout and a sum: ours against PyTorch's, Liger's, QuACK's, and a copy of as many bytes."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import layer_norm
-from bench.accounting import Direction, LayerNormCase, layer_norm_cases
+from bench.accounting import Direction, NormCase, norm_cases
 from bench.layer_norm import Inputs
 from bench.record import attempt, name_row, time_row
 from bench.timing import Call, input_sets
 
 ROWS = [
     pytest.param(case, provider, id=f"{case}-{provider}")
-    for case in layer_norm_cases(torch.cuda.is_available())
+    for case in norm_cases(torch.cuda.is_available())
     for provider in layer_norm.PROVIDERS
 ]
 
 
 def run(
-    benchmark: BenchmarkFixture, case: LayerNormCase, provider: str, direction: Direction, device: torch.device
+    benchmark: BenchmarkFixture, case: NormCase, provider: str, direction: Direction, device: torch.device
 ) -> None:
     backward = direction == "backward"
     work = case.work(direction)
     sets = input_sets(work.bytes, device)
-    name_row(benchmark, f"layer norm {direction} {case}", layer_norm.label(provider, case, device))
+    name_row(benchmark, case.group(direction), layer_norm.label(provider, case, device))
     if provider == layer_norm.COPY:
         time_row(benchmark, layer_norm.copies(case, direction, device, sets), work, device)
         return
@@ -36,8 +36,8 @@ def run(
     def call(x: Inputs) -> Call:
         if not backward:
             return lambda: function(x)
-        output = function(x)
-        return lambda: torch.autograd.grad(output, x[:3], x.grad_output, retain_graph=True)
+        results, differentiable, upstream = function(x), x.differentiable(), x.upstream()
+        return lambda: torch.autograd.grad(results, differentiable, upstream, retain_graph=True)
 
     calls = [call(x) for x in inputs]
     with torch.no_grad():
@@ -45,12 +45,12 @@ def run(
 
 
 @pytest.mark.parametrize("case, provider", ROWS)
-def test_forward(benchmark: BenchmarkFixture, case: LayerNormCase, provider: str, device: torch.device) -> None:
+def test_forward(benchmark: BenchmarkFixture, case: NormCase, provider: str, device: torch.device) -> None:
     """Without gradients, as in inference."""
     run(benchmark, case, provider, "forward", device)
 
 
 @pytest.mark.parametrize("case, provider", ROWS)
-def test_backward(benchmark: BenchmarkFixture, case: LayerNormCase, provider: str, device: torch.device) -> None:
-    """torch.autograd.grad alone, on a graph that was made before and is kept: gradients of input, weight and bias."""
+def test_backward(benchmark: BenchmarkFixture, case: NormCase, provider: str, device: torch.device) -> None:
+    """torch.autograd.grad alone, on a graph that was made before and is kept: gradients of all inputs."""
     run(benchmark, case, provider, "backward", device)

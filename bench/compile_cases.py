@@ -16,8 +16,10 @@ from kernels.attention.rules import Extras, Rules
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 HEAD_SIZES = (16, 32, 64, 128, 256)
-WIDTHS = (64, 256, 768, 1000, 1001, 1024, 4096, 8192, 16384, 65536)  # of layer norm rows
+WIDTHS = (64, 256, 768, 1000, 1001, 1024, 2048, 4096, 5120, 8192, 16384, 65536)  # of rows to normalise
+FEW_WIDTHS, QUICK_WIDTHS = (1001, 1024, 8192), (64, 1024, 16384)
 LENGTH = 4096
+ROWS = 4096
 
 
 class Case(NamedTuple):
@@ -26,11 +28,15 @@ class Case(NamedTuple):
     arch: int
     dtype: str
     size: int  # E and Ev, or the width of a row
-    feature: str  # of FEATURES, or "norm"
+    feature: str  # of FEATURES or NORMS
+
+    @property
+    def is_norm(self) -> bool:
+        return self.feature in NORMS
 
     @property
     def label(self) -> str:
-        return f"{self.dtype} {'N' if self.feature == 'norm' else 'D'}{self.size} {self.feature}"
+        return f"{self.dtype} {'N' if self.is_norm else 'D'}{self.size} {self.feature}"
 
 
 class Feature(NamedTuple):
@@ -63,6 +69,37 @@ FEATURES = {
     "few": Feature(("seed", "mask"), {"right": 0, "dropout_p": 0.1}, length=1, **EVERY),
     "tf32": Feature((), {"right": 0}, dtypes=("fp32",), sizes=HEAD_SIZES),
 }
+
+
+class Norm(NamedTuple):
+    """A kind of norm call, and what it is compiled for.
+
+    Args:
+        centre: layer norm, with a bias; False for RMS norm.
+        residual: "" for none, "same" for one of the input's dtype, or a dtype, then of weight and bias too.
+        dropout: of the input before it is added, so that input and residual have gradients of their own.
+        has_sum: the sum is asked for, and has a gradient.
+        from_output: the backward starts from the output.
+        every: compiled at every width and for each chip; the others at a few widths in bfloat16.
+    """
+
+    centre: bool = True
+    residual: str = ""
+    dropout: bool = False
+    has_sum: bool = False
+    from_output: bool = False
+    every: bool = False
+
+
+NORMS = {
+    "norm": Norm(every=True),
+    "rms norm": Norm(centre=False),
+    "add norm": Norm(residual="same", has_sum=True),
+    "output norm": Norm(from_output=True),
+    "all norm": Norm(True, "same", True, True, every=True),
+    "all output norm": Norm(True, "same", True, True, True, every=True),
+    "all wide norm": Norm(True, "fp32", True, True),
+}
 QUICK_FEATURES = ("plain", "causal", "all")
 TILE_FEATURES = ("plain", "causal", "all", "few")  # between them, every tile that can be chosen
 
@@ -79,13 +116,18 @@ def all_cases(archs: list[int], quick: bool, tiles: bool = False) -> Iterator[Ca
             if dtype in FEATURES[feature].dtypes and size in FEATURES[feature].sizes:
                 yield Case(arch, dtype, size, feature)
         yield Case(arch, dtype, 1024, "all")  # heads wider than a tile
-        for size in (64, 1024, 16384) if quick else WIDTHS:
-            yield Case(arch, dtype, size, "norm")
+        for feature, norm in NORMS.items():
+            if dtype == "fp16" and (tiles or feature != "norm"):
+                continue  # a tile goes by the bytes of an element
+            if not norm.every and (quick or tiles or arch == 120 or dtype != "bf16"):
+                continue
+            for size in (QUICK_WIDTHS if quick else WIDTHS) if norm.every else FEW_WIDTHS:
+                yield Case(arch, dtype, size, feature)
 
 
 def launch(case: Case) -> None:
     """Call the launchers of a case, which must have been patched to compile only."""
-    (launch_layer_norm if case.feature == "norm" else launch_attention)(case)
+    (launch_norm if case.is_norm else launch_attention)(case)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -124,12 +166,25 @@ def launch_attention(case: Case) -> None:
     launch_backward(output, q, k, v, seed, extras, rules, row_max, row_max, row_max, q, k, v, dmask)
 
 
-def launch_layer_norm(case: Case) -> None:
-    """Forward and backward of rows with weight and bias."""
+def launch_norm(case: Case) -> None:
+    """Forward and backward of rows with a weight, and for layer norm a bias."""
     from kernels.layer_norm.backward import launch_backward
     from kernels.layer_norm.forward import launch_forward
 
-    dtype = DTYPES[case.dtype]
-    rows, weight, mean = empty(4096, case.size, dtype=dtype), empty(case.size, dtype=dtype), empty(4096)
-    launch_forward(rows, weight, weight, rows, mean, mean, 1e-5)
-    launch_backward(rows, rows, weight, mean, mean, rows, weight, weight)
+    norm, dtype = NORMS[case.feature], DTYPES[case.dtype]
+    wide = DTYPES.get(norm.residual, dtype)  # of residual and sum, and of weight and bias
+    output, total = empty(ROWS, case.size, dtype=dtype), empty(ROWS, case.size, dtype=wide)
+    weight, row = empty(case.size, dtype=wide), empty(ROWS)
+    residual = total if norm.residual else None
+    seed = empty(1, dtype=torch.int64) if norm.dropout else None
+    asked = total if norm.has_sum else None
+    bias, mean = (weight, row) if norm.centre else (None, None)
+    dropout_p = 0.1 if norm.dropout else 0.0
+    x = output if norm.from_output or not norm.residual else total
+    keeps_sum = total if norm.residual and not norm.from_output else asked  # for the backward
+    separate = norm.dropout or not norm.residual  # else input and residual share a gradient
+    launch_forward(output, residual, seed, weight, bias, output, keeps_sum, mean, row, 1e-5, dropout_p, wide)
+    launch_backward(
+        output, asked, x, seed, weight, bias, mean, row, output if separate else None, residual, weight, bias,
+        dropout_p, norm.centre, norm.from_output,
+    )  # fmt: skip

@@ -3,7 +3,7 @@
     python -m bench.compile_check [--arch 80 90 100 120] [--tiles] [--quick] [--jobs 2] [--spills-allowed]
 
 Prints one line a kernel: tile, registers a thread, bytes of spills, shared memory, kind of matrix instruction. Exits
-with 1 if a kernel does not compile or needs more shared memory than the chip has, if a layer norm kernel or a 16-bit
+with 1 if a kernel does not compile or needs more shared memory than the chip has, if a norm kernel or a 16-bit
 attention kernel with heads of at most 128 spills, or if an attention kernel whose tile allows warp-group matrix
 instructions on sm_90 has none.
 """
@@ -96,7 +96,7 @@ def judge(case: Case, kernel: str, options: dict[str, Any], compiled: Any) -> Re
     registers, spills = read_resources(compiled.asm["cubin"])
     matrix = next((name for name, ptx in MATRIX_INSTRUCTIONS.items() if ptx in compiled.asm["ptx"]), "-")
     shared = compiled.metadata.shared
-    norm, wide = case.feature == "norm", case.size > 256
+    norm, wide = case.is_norm, case.size > 256
     sides = ("ROWS", "BLOCK_N") if norm else ("BLOCK_Q", "BLOCK_K")
     rows = options.get("BLOCK_K" if kernel == "key_value_kernel" else "BLOCK_Q", 0)
     must_have_wgmma = case.arch == 90 and case.dtype != "fp32" and rows >= 64 and kernel != "delta_kernel" and not wide
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
 
     cases = list(all_cases(options.arch, options.quick, options.tiles))
     print(f"triton {triton.__version__}, {len(cases)} calls")
-    print(" sm  kernel                  case                    tile  warps  regs spills shared matrix")
+    print(" sm  kernel                  case                            tile  warps  regs spills shared matrix")
     total = faults = 0
     with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
         for case, results in zip(cases, pool.map(compile_case, cases, chunksize=2)):
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
                 if options.spills_allowed and fault.startswith("spills"):
                     fault = ""
                 print(
-                    f"{case.arch:>3}  {kernel:<23} {case.label:<19} {tile:>8} {warps:>6} {registers:>5} {spills:>6} "
+                    f"{case.arch:>3}  {kernel:<23} {case.label:<27} {tile:>8} {warps:>6} {registers:>5} {spills:>6} "
                     f"{shared:>6} {matrix:<7} {fault and 'FAULT: ' + fault}".rstrip(),
                     flush=True,
                 )

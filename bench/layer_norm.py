@@ -1,50 +1,64 @@
-"""Layer norm to compare: inputs, providers by name, and the exact result."""
+"""Norms to compare, layer norm and RMS norm, alone or after a sum: inputs, providers by name, and the exact result."""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import layer_norm
+from torch.nn import functional
 
 import kernels
-from bench.accounting import Direction, LayerNormCase
-from bench.check import require_right
+from bench.accounting import Direction, NormCase
+from bench.check import WrongResult, require_right
 from kernels.backend import why_not_triton
 
 COPY = "device copy"  # the ceiling: the same bytes, read and written without arithmetic
-PROVIDERS = ["kernels", "torch eager", "torch.compile", "Liger", COPY]
+PROVIDERS = ["kernels", "torch eager", "torch.compile", "Liger", "QuACK", COPY]
+COMPILED_COLUMNS = 256, 1_024, 4_096, 8_192
 EPS = 1e-5
 
 
 class Inputs(NamedTuple):
-    """input (M, N), weight and bias (N,); the output's gradient (M, N)."""
+    """input and residual (M, N), weight and bias (N,), and the gradients of output and sum (M, N); None: not there."""
 
     input: torch.Tensor
+    residual: torch.Tensor | None
     weight: torch.Tensor
-    bias: torch.Tensor
+    bias: torch.Tensor | None
     grad_output: torch.Tensor
+    grad_sum: torch.Tensor | None
+
+    def differentiable(self) -> list[torch.Tensor]:
+        return [x for x in self[:4] if x is not None]
+
+    def upstream(self) -> list[torch.Tensor]:
+        return [x for x in self[4:] if x is not None]
 
 
-LayerNorm = Callable[[Inputs], torch.Tensor]
+Results = tuple[torch.Tensor, ...]  # the output, and of the cases that add also the sum
+Norm = Callable[[Inputs], Results]
 
 
-def make_inputs(case: LayerNormCase, device: torch.device, requires_grad: bool = False) -> Inputs:
+def make_inputs(case: NormCase, device: torch.device, requires_grad: bool = False) -> Inputs:
     """Random inputs whose mean is not 0."""
 
     def draw(*shape: int) -> torch.Tensor:
         return (torch.randn(shape, device=device) + 0.5).to(case.dtype)
 
-    tensors = [draw(case.rows, case.columns), draw(case.columns), draw(case.columns)]
-    for tensor in tensors:
+    shape = case.rows, case.columns
+    residual, grad_sum = (draw(*shape), draw(*shape)) if case.adds else (None, None)
+    bias = draw(case.columns) if case.centre else None
+    inputs = Inputs(draw(*shape), residual, draw(case.columns), bias, draw(*shape), grad_sum)
+    for tensor in inputs.differentiable():
         tensor.requires_grad_(requires_grad)
-    return Inputs(tensors[0], tensors[1], tensors[2], draw(case.rows, case.columns))
+    return inputs
 
 
-def label(provider: str, case: LayerNormCase, device: torch.device) -> str:
+def label(provider: str, case: NormCase, device: torch.device) -> str:
     """The provider, and for ours what it runs on here: Triton's kernels or, on a CPU, PyTorch's own."""
     if provider != "kernels":
         return provider
@@ -52,48 +66,130 @@ def label(provider: str, case: LayerNormCase, device: torch.device) -> str:
 
 
 @functools.lru_cache(maxsize=1)  # the check and the timing share what is compiled
-def build(provider: str, case: LayerNormCase, device: torch.device) -> LayerNorm:
+def build(provider: str, case: NormCase, device: torch.device) -> Norm:
     """The provider as a function of the inputs; ValueError or ImportError where the case is not for it."""
-    shape = (case.columns,)
     if provider == "kernels":
-        return lambda x: kernels.layer_norm(x.input, shape, x.weight, x.bias, EPS)
+        return functools.partial(_kernels, case)
     if provider == "torch eager":
-        return lambda x: layer_norm(x.input, shape, x.weight, x.bias, EPS)
+        return functools.partial(_torch, case)
     if provider == "torch.compile":
-        if device.type != "cuda":
-            raise ValueError("compiles for seconds a shape: asked for on a GPU only")
+        if device.type != "cuda" or case.columns not in COMPILED_COLUMNS:
+            raise ValueError(f"compiles for seconds a shape: asked for on a GPU only, widths {COMPILED_COLUMNS}")
         torch.compiler.reset()
-        compiled = torch.compile(layer_norm, dynamic=False)
-        return lambda x: compiled(x.input, shape, x.weight, x.bias, EPS)
+        return torch.compile(functools.partial(_torch, case), dynamic=False)
     if provider == "Liger":
-        liger = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
-        return lambda x: liger.apply(x.input, x.weight, x.bias, EPS)
+        return _liger(case)
+    if provider == "QuACK":
+        return _quack(case)
     raise ValueError(f"there is no provider {provider!r}")
 
 
-def exact(case: LayerNormCase, inputs: Inputs, backward: bool) -> list[torch.Tensor]:
-    """The output in float64 by the formula, or the gradients of input, weight and bias."""
-    x, weight, bias, grad_output = (tensor.detach().double() for tensor in inputs)
-    centred = x - x.mean(1, keepdim=True)
+def _kernels(case: NormCase, x: Inputs) -> Results:
+    if x.residual is None:
+        if case.centre:
+            return (kernels.layer_norm(x.input, (case.columns,), x.weight, x.bias, EPS),)
+        return (kernels.rms_norm(x.input, (case.columns,), x.weight, EPS),)
+    if case.centre:
+        return kernels.add_layer_norm(
+            x.input, x.residual, x.weight, x.bias, EPS, dropout_p=case.dropout, prenorm=True
+        )  # fmt: skip
+    return kernels.add_rms_norm(x.input, x.residual, x.weight, EPS, dropout_p=case.dropout, prenorm=True)
+
+
+def _torch(case: NormCase, x: Inputs) -> Results:
+    """One operation after the other."""
+    shape, total = (case.columns,), x.input
+    if x.residual is not None:
+        total = x.residual + (functional.dropout(total, case.dropout) if case.dropout else total)
+    if case.centre:
+        output = functional.layer_norm(total, shape, x.weight, x.bias, EPS)
+    else:
+        output = functional.rms_norm(total, shape, x.weight, EPS)
+    return (output, total) if case.adds else (output,)
+
+
+def _liger(case: NormCase) -> Norm:
+    """Liger Kernel (Hsu et al. 2024), told not to overwrite the gradient that it is given: it is needed again."""
+    if case.kind == "layer norm":
+        layer_norm = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction.apply
+        return lambda x: (layer_norm(x.input, x.weight, x.bias, EPS),)
+    if case.kind == "rms norm":
+        rms_norm = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction.apply
+        return lambda x: (rms_norm(x.input, x.weight, EPS, 0.0, "llama", False),)
+    if case.kind == "add + rms norm" and not case.dropout:
+        fused = importlib.import_module("liger_kernel.ops.fused_add_rms_norm").LigerFusedAddRMSNormFunction.apply
+        return lambda x: fused(x.input, x.residual, x.weight, EPS, 0.0, "llama", False)
+    raise ValueError(f"has no {case.kind}{' with dropout' if case.dropout else ''}")
+
+
+def _quack(case: NormCase) -> Norm:
+    """QuACK (Dao-AILab/quack). Its layer norm is a forward pass, with float32 parameters."""
+    if case.kind == "add + layer norm" or case.dropout:
+        raise ValueError(f"has no {case.kind}{' with dropout' if case.dropout else ''}")
+    module = importlib.import_module("quack.rmsnorm")
+    if case.kind == "layer norm":
+        return lambda x: (module.layernorm_fwd(x.input, x.weight, x.bias, EPS),)
+    if case.kind == "rms norm":
+        return lambda x: (module.rmsnorm(x.input, x.weight, eps=EPS),)
+    return lambda x: module.rmsnorm(x.input, x.weight, residual=x.residual, eps=EPS, prenorm=True)
+
+
+def exact(case: NormCase, inputs: Inputs, factors: torch.Tensor, backward: bool) -> list[torch.Tensor]:
+    """In float64 by the formula: output and sum, or the gradients of input, residual, weight and bias.
+
+    Args:
+        factors: (M, N), of the input: 0 where dropout drops it, else 1 / (1 - dropout); ones without dropout.
+    """
+    doubles = (None if x is None else x.detach().double() for x in inputs)
+    input, residual, weight, bias, grad_output, grad_sum = doubles
+    assert input is not None and weight is not None and grad_output is not None
+    total = input * factors if residual is None else input * factors + residual
+    centred = total - total.mean(1, keepdim=True) if case.centre else total
     rstd = (centred.square().mean(1, keepdim=True) + EPS).rsqrt()
     normal = centred * rstd
     if not backward:
-        return [normal * weight + bias]
+        output = normal * weight if bias is None else normal * weight + bias
+        return [output, total] if case.adds else [output]
     grad = grad_output * weight
-    mean, slope = grad.mean(1, keepdim=True), (grad * normal).mean(1, keepdim=True)
-    return [rstd * (grad - mean - normal * slope), (grad_output * normal).sum(0), grad_output.sum(0)]
+    gradient = grad - normal * (grad * normal).mean(1, keepdim=True)
+    gradient = rstd * (gradient - grad.mean(1, keepdim=True) if case.centre else gradient)
+    gradient = gradient if grad_sum is None else gradient + grad_sum
+    gradients = [gradient * factors, gradient] if case.adds else [gradient]
+    gradients.append((grad_output * normal).sum(0))
+    return [*gradients, grad_output.sum(0)] if case.centre else gradients
 
 
-def check(provider: str, case: LayerNormCase, inputs: Inputs, backward: bool) -> None:
-    """Raise WrongResult where the provider's output or gradients are wrong."""
-    output = build(provider, case, inputs.input.device)(inputs)
-    found = [output.detach()]
+def kept_factors(provider: str, case: NormCase, inputs: Inputs, results: Results) -> torch.Tensor:
+    """Read from the sum which elements dropout kept, as factors for `exact`; WrongResult where too many or too few.
+
+    The sum is near residual or near residual + input / (1 - dropout). Of inputs so small that rounding blurs the two,
+    either answer is right.
+    """
+    input = inputs.input.detach().double()
+    if not case.dropout:
+        return torch.ones_like(input)
+    assert inputs.residual is not None
+    found = results[1].detach().double() - inputs.residual.detach().double()
+    kept = (found - input / (1 - case.dropout)).abs() < found.abs()
+    clear = input.abs() > 0.5
+    count = int(clear.sum())
+    share = 1.0 - float(kept[clear].double().mean())
+    if not abs(share - case.dropout) <= 6 * math.sqrt(case.dropout * (1 - case.dropout) / count):  # deviations
+        raise WrongResult(f"{provider}: dropout {case.dropout} drops {share:.4f} of {count} elements")
+    return kept.double() / (1 - case.dropout)
+
+
+def check(provider: str, case: NormCase, inputs: Inputs, backward: bool) -> None:
+    """Raise WrongResult where the provider's output and sum, or its gradients, are wrong."""
+    results = build(provider, case, inputs.input.device)(inputs)
+    factors = kept_factors(provider, case, inputs, results)
+    found = [x.detach() for x in results]
     if backward:
-        found = list(torch.autograd.grad(output, inputs[:3], inputs.grad_output))
-    require_right(provider, found, exact(case, inputs, backward), backward)
+        found = list(torch.autograd.grad(results, inputs.differentiable(), inputs.upstream()))
+    require_right(provider, found, exact(case, inputs, factors, backward), backward)
 
 
-def copies(case: LayerNormCase, direction: Direction, device: torch.device, sets: int) -> list[Callable[[], object]]:
+def copies(case: NormCase, direction: Direction, device: torch.device, sets: int) -> list[Callable[[], object]]:
     """Copies that move as many bytes as the work does, each between buffers of its own."""
     count = case.work(direction).bytes // 2 // 4
     sources = [torch.randn(count, device=device) for _ in range(sets)]

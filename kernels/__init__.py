@@ -4,10 +4,10 @@ from kernels import nn, reference
 from kernels.attention.api import AttentionResult, scaled_dot_product_attention
 from kernels.attention.explanation import explain
 from kernels.attention.varlen import varlen_attention
-from kernels.layer_norm.api import layer_norm
+from kernels.layer_norm.api import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 __version__ = "0.1.0"
 __all__ = [
-    "AttentionResult", "__version__", "explain", "layer_norm", "nn", "reference", "scaled_dot_product_attention",
-    "varlen_attention",
+    "AttentionResult", "__version__", "add_layer_norm", "add_rms_norm", "explain", "layer_norm", "nn", "reference",
+    "rms_norm", "scaled_dot_product_attention", "varlen_attention",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which elements dropout drops, drawn cheaply on a CPU when they are few."""
+"""Dropout that is cheap on a CPU when little is dropped: there most of its time goes into random numbers."""
 
 import math
 
@@ -6,6 +6,7 @@ import torch
 
 # Above this probability a number for every element is drawn faster than the places of dropped elements.
 SPARSE_LIMIT = 0.25
+LEAST = 4096  # elements, below which a number for each is as cheap
 
 
 def dropped_places(count: int, p: float) -> torch.Tensor:
@@ -29,3 +30,25 @@ def keep_factors(shape: tuple[int, ...], p: float) -> torch.Tensor:
     if factors.numel():
         factors.view(-1).index_fill_(0, dropped_places(factors.numel(), p), 0.0)
     return factors
+
+
+def _draws_factors(x: torch.Tensor, p: float) -> bool:
+    if p == 0.0 or not x.is_cpu or x.dtype != torch.float32 or x.numel() < LEAST or torch.compiler.is_compiling():
+        return False
+    try:
+        x.data_ptr()
+    except RuntimeError:  # no memory, no numbers of its own: vmap and other transforms
+        return False
+    return True
+
+
+def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
+    """x of any shape, each element dropped with probability p, the others divided by 1 - p."""
+    return x * keep_factors(x.shape, p) if _draws_factors(x, p) else torch.nn.functional.dropout(x, p)
+
+
+def add_dropped(x: torch.Tensor, residual: torch.Tensor, p: float) -> torch.Tensor:
+    """residual + dropout(x, p), both of one shape, in one pass where the factors are at hand."""
+    if p > 0.0 and residual.dtype == x.dtype and _draws_factors(x, p):
+        return torch.addcmul(residual, x, keep_factors(x.shape, p))
+    return residual + (dropout(x, p) if p > 0.0 else x)

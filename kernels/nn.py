@@ -1,15 +1,42 @@
 """Modules that take the place of their torch.nn namesakes and load the same state_dict."""
 
+from typing import Any
+
 import torch
 
-from kernels.layer_norm.api import layer_norm
+from kernels.layer_norm.api import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
-__all__ = ["LayerNorm"]
+__all__ = ["LayerNorm", "RMSNorm"]
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """`torch.nn.LayerNorm` computed by `kernels.layer_norm`: same arguments, same parameters, same results."""
+    """`torch.nn.LayerNorm` computed by `kernels.layer_norm`: same arguments, same parameters, same results.
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Normalise the trailing `normalized_shape` of `input` (..., *normalized_shape); same shape and dtype back."""
-        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+    With a residual, `kernels.add_layer_norm`: the sum of a residual connection and the norm after it in one pass.
+    """
+
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None, *, dropout_p: float = 0.0,
+                prenorm: bool = False) -> Any:
+        """Normalise the trailing `normalized_shape` of `input` (..., *normalized_shape); same shape and dtype back.
+
+        Args:
+            residual: the shape of the input: residual + dropout(input) is normalised. None for the input alone.
+            dropout_p: probability with which an element of the input is dropped; the caller makes it 0 in evaluation.
+            prenorm: return the sum as well.
+        """
+        if residual is None:
+            return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        return add_layer_norm(input, residual, self.weight, self.bias, self.eps, dropout_p=dropout_p, prenorm=prenorm,
+                              normalized_shape=self.normalized_shape)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """`torch.nn.RMSNorm` computed by `kernels.rms_norm`, or with a residual by `kernels.add_rms_norm`."""
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, *, dropout_p: float = 0.0,
+                prenorm: bool = False) -> Any:
+        """As `LayerNorm`."""
+        if residual is None:
+            return rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        return add_rms_norm(x, residual, self.weight, self.eps, dropout_p=dropout_p, prenorm=prenorm,
+                            normalized_shape=self.normalized_shape)

@@ -3,12 +3,13 @@
 import math
 import statistics
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from bench import attention, gpu_report, layer_norm, timing, training_speed
-from bench.accounting import AttentionCase, LayerNormCase, Work, attention_cases, layer_norm_cases
+from bench.accounting import AttentionCase, NormCase, Work, attention_cases, norm_cases
 from bench.ceilings import Ceilings
 from bench.check import WrongResult, relative_error, require_right
 from bench.record import attempt, figures
@@ -18,6 +19,13 @@ from calcformer.build import build_model, build_task
 from calcformer.config import PRESETS
 
 CPU = torch.device("cpu")
+NORM_CASES = [
+    NormCase(13, 11, torch.float32),
+    NormCase(13, 11, torch.float32, "rms norm"),
+    NormCase(13, 11, torch.float32, "add + layer norm"),
+    NormCase(61, 67, torch.float32, "add + layer norm", 0.1),
+    NormCase(13, 11, torch.float32, "add + rms norm"),
+]
 SMALL = AttentionCase(2, 6, 7, 5, dtype=torch.float32, kv_heads=2, mask="bias")
 
 
@@ -45,18 +53,34 @@ def test_shared_heads_masks_and_biases_are_counted_once():
     assert biased.bytes == plain.bytes + 2 * 2 * 49 * 2 and biased.flops == plain.flops
 
 
-def test_layer_norm_work_by_hand():
-    case = LayerNormCase(3, 5, torch.float32)
-    assert case.work("forward").bytes == 4 * (2 * 15 + 2 * 5) + 3 * 2 * 4
+def test_norm_work_by_hand():
+    # 3 rows of 5: 15 elements a tensor, 5 a parameter, of 4 bytes; a number or two a row of 4 bytes
+    case = NormCase(3, 5, torch.float32)
+    assert case.work("forward") == Work(0, 4 * (2 * 15 + 2 * 5) + 3 * 2 * 4, torch.float32)
     assert case.work("backward").bytes == 4 * (3 * 15 + 3 * 5) + 3 * 2 * 4
+    case = NormCase(3, 5, torch.float32, "rms norm")
+    assert case.work("forward").bytes == 4 * (2 * 15 + 5) + 3 * 4
+    assert case.work("backward").bytes == 4 * (3 * 15 + 2 * 5) + 3 * 4
+
+
+def test_a_sum_and_dropout_cost_what_they_read_and_write():
+    case = NormCase(3, 5, kind="add + layer norm")  # bfloat16
+    assert case.work("forward").bytes == 2 * (4 * 15 + 2 * 5) + 3 * 2 * 4  # input, residual, output, sum
+    assert case.work("backward").bytes == 2 * (4 * 15 + 3 * 5) + 3 * 2 * 4  # sum, two gradients in, one out
+    dropped = NormCase(3, 5, kind="add + layer norm", dropout=0.1)
+    assert dropped.work("forward") == case.work("forward")
+    assert dropped.work("backward").bytes == case.work("backward").bytes + 2 * 15  # two gradients out
+    assert NormCase(3, 5, kind="add + rms norm").work("backward").bytes == 2 * (4 * 15 + 2 * 5) + 3 * 4
 
 
 def test_labels():
     assert str(AttentionCase(4, 16, 4_096, 128, True)) == "B4 H16 S4096 D128 causal bf16"
     assert str(SMALL) == "B2 H6 Hkv2 S7 D5 full bias fp32"
-    assert str(LayerNormCase(512, 1_024, torch.float16)) == "M512 N1024 fp16"
+    assert str(NormCase(512, 1_024, torch.float16)) == "layer norm M512 N1024 fp16"
+    dropped = NormCase(7, 11, kind="add + layer norm", dropout=0.1)
+    assert dropped.group("backward") == "add + layer norm backward M7 N11 dropout 0.1 bf16"
     for on_gpu in (False, True):
-        for cases in (attention_cases(on_gpu), layer_norm_cases(on_gpu)):
+        for cases in (attention_cases(on_gpu), norm_cases(on_gpu)):
             assert len(set(map(str, cases))) == len(cases)
 
 
@@ -69,7 +93,7 @@ def test_gpu_cases_keep_the_tokens():
 
 def test_share_of_the_ceiling():
     limits = Ceilings(copy_bytes=100.0, matrix_flops=1_000.0)
-    work = LayerNormCase(3, 5, torch.float32).work("forward")  # 184 bytes
+    work = NormCase(3, 5, torch.float32).work("forward")  # 184 bytes
     assert limits.floor(work) == 1.84 and limits.bound(work) == "memory"
     work = AttentionCase(1, 1, 4, 5, dtype=torch.float32).work("forward")  # 320 bytes, 320 operations
     assert limits.floor(work) == 3.2
@@ -118,14 +142,74 @@ def test_dropout_that_drops_nothing_is_rejected(monkeypatch):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_right_layer_norm_passes_and_wrong_is_rejected(monkeypatch, backward):
-    case = LayerNormCase(7, 11, torch.float32)
+@pytest.mark.parametrize("case", NORM_CASES, ids=str)
+def test_right_norm_passes_and_wrong_is_rejected(monkeypatch, case, backward):
     inputs = layer_norm.make_inputs(case, CPU, requires_grad=True)
-    layer_norm.check("torch eager", case, inputs, backward)
+    for provider in ("kernels", "torch eager"):
+        layer_norm.check(provider, case, inputs, backward)
     right = layer_norm.build("torch eager", case, CPU)
-    monkeypatch.setattr(layer_norm, "build", lambda *_: lambda x: right(x) + 1e-3 * x.input)
-    with pytest.raises(WrongResult):
-        layer_norm.check("torch eager", case, inputs, backward)
+
+    def changed(x, place):  # of output or sum, 2 % and more of it is something else
+        results = list(right(x))
+        results[place] = results[place] + 0.02 * x.input.roll(1, 0)
+        return tuple(results)
+
+    for place in range(1 + case.adds):
+        monkeypatch.setattr(layer_norm, "build", lambda *_, place=place: lambda x: changed(x, place))
+        with pytest.raises(WrongResult):
+            layer_norm.check("torch eager", case, inputs, backward)
+
+
+def test_norm_gradients_are_those_of_the_formula():
+    for case in NORM_CASES:
+        inputs = layer_norm.make_inputs(case, CPU, requires_grad=True)
+        wide = layer_norm.Inputs(*(None if x is None else x.detach().double() for x in inputs))
+        for x in wide.differentiable():
+            x.requires_grad_()
+        plain = NormCase(case.rows, case.columns, torch.float64, case.kind)
+        results = layer_norm.build("torch eager", plain, CPU)(wide)
+        found = torch.autograd.grad(results, wide.differentiable(), wide.upstream())
+        ones = torch.ones_like(wide.input)
+        torch.testing.assert_close(list(found), layer_norm.exact(plain, wide, ones, True), rtol=1e-10, atol=1e-10)
+
+
+def test_norm_dropout_of_the_wrong_share_or_not_replayed_is_rejected(monkeypatch):
+    case = NormCase(61, 67, torch.float32, "add + layer norm", 0.1)
+    inputs = layer_norm.make_inputs(case, CPU, requires_grad=True)
+    right = layer_norm.build("torch eager", case, CPU)
+    for other in (0.0, 0.2):
+        wrong = layer_norm.build("torch eager", replace(case, dropout=other), CPU)
+        monkeypatch.setattr(layer_norm, "build", lambda *_, wrong=wrong: wrong)
+        with pytest.raises(WrongResult, match="dropout"):
+            layer_norm.check("torch eager", case, inputs, backward=False)
+
+    class Forgetful(torch.autograd.Function):
+        """Right results; the gradient of the input is not dropped."""
+
+        @staticmethod
+        def forward(ctx, *tensors):
+            ctx.inputs = layer_norm.Inputs(*tensors, None, None)
+            return right(ctx.inputs)
+
+        @staticmethod
+        def backward(ctx, grad_output, grad_sum):
+            x = ctx.inputs._replace(grad_output=grad_output, grad_sum=grad_sum)
+            return tuple(grad.float() for grad in layer_norm.exact(case, x, torch.ones(61, 67).double(), True))
+
+    monkeypatch.setattr(layer_norm, "build", lambda *_: lambda x: Forgetful.apply(*x[:4]))
+    layer_norm.check("forgetful", case, inputs, backward=False)
+    with pytest.raises(WrongResult, match="tensor 0"):
+        layer_norm.check("forgetful", case, inputs, backward=True)
+
+
+@pytest.mark.parametrize("provider, package", [("Liger", "liger_kernel"), ("QuACK", "quack")])
+def test_a_norm_that_a_peer_lacks_is_refused_with_a_reason(monkeypatch, provider, package):
+    for case in (NormCase(7, 11, kind="add + layer norm"), NormCase(7, 11, kind="add + layer norm", dropout=0.1)):
+        with pytest.raises(ValueError, match="has no add . layer norm"):
+            layer_norm.build(provider, case, CPU)
+    monkeypatch.setitem(sys.modules, package, None)  # not installed, also where it is
+    with pytest.raises(ImportError):
+        layer_norm.build(provider, NormCase(7, 13), CPU)
 
 
 def test_bounds_by_hand():

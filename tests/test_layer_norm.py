@@ -231,7 +231,7 @@ def test_strided_parameters(normal):
 
 def test_rows_with_a_stride_are_not_copied(normal):
     x = normal(2, 5, 64)[..., 3:40]
-    assert ops._rows(x, (37,)).data_ptr() == x.data_ptr()
+    assert ops._rows(x, 37).data_ptr() == x.data_ptr()
 
 
 def test_offsets_beyond_32_bits(device):
@@ -264,15 +264,20 @@ def test_gradients_repeat_bit_for_bit(normal):
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunked"])
 def test_only_the_gradients_that_are_needed(normal, request, chunked):
-    """Every subset gives the same numbers as all three, and has no elements for those left out."""
+    """Every subset gives the same numbers as all four, and has no elements for those left out."""
     if chunked:
         request.getfixturevalue("chunks_of_16")
-    x, weight, bias, upstream = normal(19, 37), normal(37), normal(37), normal(19, 37)
-    _, mean, rstd = torch.ops.kernels.layer_norm_forward(x, (37,), weight, bias, EPS)
-    arguments = upstream, x, (37,), mean, rstd, weight, bias
-    complete = torch.ops.kernels.layer_norm_backward(*arguments, [True] * 3)
-    for mask in itertools.product([False, True], repeat=3):
-        for needed, found, expected in zip(mask, torch.ops.kernels.layer_norm_backward(*arguments, mask), complete):
+    n_rows = 3 if chunked else 19
+    x, residual, weight, bias = normal(n_rows, 37), normal(n_rows, 37), normal(37), normal(37)
+    seed = torch.tensor([5], device=x.device)
+    _, total, mean, rstd = torch.ops.kernels.norm_forward(
+        x, residual, seed, weight, bias, (37,), EPS, 0.25, True, True
+    )
+    saved = normal(n_rows, 37), normal(n_rows, 37), total, seed, weight, bias, mean, rstd
+    rules = (37,), x.dtype, x.dtype, 0.25, True, False
+    complete = torch.ops.kernels.norm_backward(*saved, *rules, [True] * 4)
+    for mask in itertools.product([False, True], repeat=4):
+        for needed, found, expected in zip(mask, torch.ops.kernels.norm_backward(*saved, *rules, mask), complete):
             assert torch.equal(found, expected) if needed else found.numel() == 0
 
 
@@ -282,13 +287,13 @@ def test_kernels_run_and_say_which_gradients_autograd_wants(normal, monkeypatch)
     launch = backward.launch_backward
 
     def spy(*arguments):
-        wanted.append([gradient is not None for gradient in arguments[5:]])
+        wanted.append([gradient is not None for gradient in arguments[8:12]])
         launch(*arguments)
 
     monkeypatch.setattr(backward, "launch_backward", spy)
     x, weight = normal(5, 7).requires_grad_(), normal(7)
     on_triton(x, (7,), weight, normal(7).requires_grad_()).backward(normal(5, 7))
-    assert wanted == [[True, False, True]] and weight.grad is None
+    assert wanted == [[True, False, False, True]] and weight.grad is None
 
 
 # Choice of tiles
@@ -325,7 +330,7 @@ def test_float64_goes_to_pytorch(normal):
 
 
 BAD_CALLS = {
-    "integers": (lambda x: (x.int(), (7,)), TypeError, "floating-point input, found torch.int32"),
+    "integers": (lambda x: (x.int(), (7,)), TypeError, "the norms take float16.*found torch.int32"),
     "shape": (lambda x: (x, (5,)), ValueError, r"found \(5,\) for an input of shape \(5, 7\)"),
     "empty_shape": (lambda x: (x, ()), ValueError, "trailing dimensions"),
     "long_shape": (lambda x: (x, (3, 5, 7)), ValueError, "trailing dimensions"),
@@ -357,17 +362,65 @@ def test_unknown_backend(normal):
 # Registered operations, transformations, compilation
 
 
+OPCHECKED = {
+    "compact": lambda x: x,
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "transposed_columns": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "expanded": lambda x: x[:1, :, :1].expand(x.shape),
+}
+
+
 @pytest.mark.parametrize("dtype", [None, torch.float32], ids=["own_dtype", "as_in_autocast"])
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32, None], ids=name_of)
 def test_operations_pass_opcheck(normal, weight_dtype, dtype):
+    """Layer norm of one input, with and without parameters."""
     x = normal(2, 5, 7, dtype=torch.bfloat16)
     weight, bias = (None if weight_dtype is None else normal(7, dtype=weight_dtype) for _ in range(2))
-    arguments = x, (7,), weight, bias, EPS, dtype
-    torch.library.opcheck(torch.ops.kernels.layer_norm_forward.default, arguments)
-    output, mean, rstd = torch.ops.kernels.layer_norm_forward(*arguments)
-    assert output.dtype == (dtype or x.dtype) and mean.dtype == rstd.dtype == torch.float32
-    arguments = torch.ones_like(output), x, (7,), mean, rstd, weight, bias, [True, weight is not None, False]
-    torch.library.opcheck(torch.ops.kernels.layer_norm_backward.default, arguments)
+    arguments = x, None, None, weight, bias, (7,), EPS, 0.0, True, False, dtype
+    torch.library.opcheck(torch.ops.kernels.norm_forward.default, arguments)
+    output, total, mean, rstd = torch.ops.kernels.norm_forward(*arguments)
+    assert output.dtype == (dtype or x.dtype) and mean.dtype == rstd.dtype == torch.float32 and total.numel() == 0
+    mask = [True, False, weight is not None, False]
+    arguments = torch.ones_like(output), None, x, None, weight, bias, mean, rstd, (7,), x.dtype, x.dtype, 0.0
+    torch.library.opcheck(torch.ops.kernels.norm_backward.default, (*arguments, True, False, mask))
+
+
+@pytest.mark.parametrize(
+    "layout, centre, dropout_p, from_output",
+    [
+        ("compact", True, 0.3, False),
+        ("compact", False, 0.0, True),
+        ("transposed", True, 0.3, True),
+        ("transposed", False, 0.0, False),
+        ("transposed_columns", True, 0.0, False),
+        ("expanded", False, 0.3, False),
+    ],
+)
+def test_operations_with_a_residual_pass_opcheck(normal, layout, centre, dropout_p, from_output):
+    """Every layout of input, residual and both upstream gradients; a bfloat16 branch beside a float32 residual."""
+    arrange = OPCHECKED[layout]
+    x, residual, weight = arrange(normal(2, 5, 7, dtype=torch.bfloat16)), arrange(normal(2, 5, 7)), normal(7)
+    bias = normal(7) if centre else None
+    seed = torch.tensor([11], device=x.device) if dropout_p else None
+    arguments = x, residual, seed, weight, bias, (7,), EPS, dropout_p, centre, not from_output
+    torch.library.opcheck(torch.ops.kernels.norm_forward.default, arguments)
+    output, total, mean, rstd = torch.ops.kernels.norm_forward(*arguments)
+    assert total.shape == ((0,) if from_output else x.shape) and total.dtype == torch.float32
+    assert output.dtype == x.dtype and mean.numel() == (10 if centre else 0) and rstd.shape == (10,)
+    upstream, grad_sum = arrange(normal(2, 5, 7, dtype=torch.bfloat16)), arrange(normal(2, 5, 7))
+    saved = upstream, None if from_output else grad_sum, output if from_output else total, seed, weight, bias, mean
+    rules = rstd, (7,), x.dtype, residual.dtype, dropout_p, centre, from_output, [True, True, True, centre]
+    torch.library.opcheck(torch.ops.kernels.norm_backward.default, (*saved, *rules))
+
+
+def test_operations_run_on_triton_only(normal, monkeypatch):
+    """There is no second implementation behind them that could hide a call that went astray."""
+    arguments = None, None, None, None, (7,), EPS, 0.0, True, False
+    with pytest.raises(NotImplementedError, match="Triton kernel, and .*float64"):
+        torch.ops.kernels.norm_forward(normal(5, 7).double(), *arguments)
+    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
+    with pytest.raises(NotImplementedError, match="on the CPU and TRITON_INTERPRET=1"):
+        torch.ops.kernels.norm_forward(torch.ones(5, 7), *arguments)
 
 
 def test_float32_output_of_a_half_input(normal):
@@ -375,7 +428,7 @@ def test_float32_output_of_a_half_input(normal):
     x, weight, bias = normal(11, 37, dtype=torch.bfloat16), normal(37), normal(37)
 
     def in_autocast(input, shape, weight, bias, eps):
-        return ops.apply_layer_norm(input, shape, weight, bias, eps, torch.float32)[0]
+        return ops.apply_norm(input, None, None, weight, bias, ops.NormRules(shape, eps, dtype=torch.float32))[0]
 
     upstream = normal(11, 37)
     found = output_and_gradients(in_autocast, (x, weight, bias), upstream, (37,))
@@ -415,13 +468,14 @@ def test_forward_mode(normal):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("centre", [True, False], ids=["layer_norm", "rms_norm"])
 @pytest.mark.parametrize("double_backward", [False, True], ids=["first", "second"])
-def test_derivatives_in_float64(normal, double_backward):
-    """The function outside the operations, whose float64 path is PyTorch's, against finite differences."""
+def test_derivatives_in_float64(normal, double_backward, centre):
+    """The formula that double backward and forward mode are made of, against finite differences."""
     tensors = [x.double().requires_grad_() for x in three_tensors(normal)]
 
     def function(input, weight, bias):
-        return ops.apply_layer_norm(input, (7,), weight, bias, EPS, None)[0]
+        return ops.plain_norm(input, (7,), weight, bias, EPS, centre)[0]
 
     if double_backward:
         assert torch.autograd.gradgradcheck(function, tensors)
@@ -485,7 +539,7 @@ def test_compiles_without_a_graph_break(normal, dynamic, backend):
         gradients = (torch.autograd.grad(output, leaves, upstream) for output in (found, expected))
         torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
     assert len(targets) == (2 if dynamic else 4)
-    names = [f"kernels.layer_norm_{way}.default" for way in ("forward", "backward")]
+    names = [f"kernels.norm_{way}.default" for way in ("forward", "backward")]
     assert [name in graph for name, graph in zip(names, targets)] == [backend == "triton"] * 2
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import kernels.nn
 from calcformer.model import EncoderDecoder, MultiHeadAttention
 from calcformer.model.dropout import Dropout
 from calcformer.model.layers import ACTIVATIONS
@@ -233,6 +234,27 @@ def test_leaving_padding_out_changes_no_score_and_no_gradient(norm: str, monkeyp
             results.append((scores, *torch.autograd.grad(scores, list(model.parameters()), upstream)))
     for mine, theirs in zip(*results):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_fused_residual_norms_give_the_same_seeded_loss(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unfused(self: kernels.nn.LayerNorm, input: torch.Tensor, residual: torch.Tensor | None = None, *,
+                dropout_p: float = 0.0, prenorm: bool = False) -> object:
+        total = input if residual is None else Dropout(dropout_p).add(residual, input)
+        output = nn.LayerNorm.forward(self, total)
+        return (output, total) if prenorm else output
+
+    model = make(norm=norm, dropout=0.1).train()
+    source, target = problems(4)
+    results = []
+    for fused in True, False:
+        with monkeypatch.context() as patch:
+            if not fused:
+                patch.setattr(kernels.nn.LayerNorm, "forward", unfused)
+            torch.manual_seed(5)
+            loss = nn.functional.cross_entropy(model(source, target).flatten(0, 1), target.flatten())
+            results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*results))
 
 
 @pytest.mark.parametrize("p", [0.03, 0.4], ids=["sparse", "dense"])

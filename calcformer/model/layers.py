@@ -121,11 +121,13 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """x (R, D), which stands in `rows`; returns (R, D)."""
+        p = self.dropout.now
         if self.pre_norm:
-            x = self.dropout.add(x, self.attention(self.attention_norm(x), rows))
-            return self.dropout.add(x, self.feed_forward(self.feed_forward_norm(x)))
-        x = self.attention_norm(self.dropout.add(x, self.attention(x, rows)))
-        return self.feed_forward_norm(self.dropout.add(x, self.feed_forward(x)))
+            y = self.attention(self.attention_norm(x), rows)
+            y, x = self.feed_forward_norm(y, x, dropout_p=p, prenorm=True)
+            return self.dropout.add(x, self.feed_forward(y))
+        x = self.attention_norm(self.attention(x, rows), x, dropout_p=p)
+        return self.feed_forward_norm(self.feed_forward(x), x, dropout_p=p)
 
 
 class DecoderLayer(nn.Module):
@@ -145,10 +147,12 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, rows: Rows, memory: Memory) -> torch.Tensor:
         """x (R, D), which stands in `rows`; returns (R, D)."""
+        p = self.dropout.now
         if self.pre_norm:
-            x = self.dropout.add(x, self.attention(self.attention_norm(x), rows, is_causal=True))
-            x = self.dropout.add(x, self.cross_attention(self.cross_attention_norm(x), rows, memory))
-            return self.dropout.add(x, self.feed_forward(self.feed_forward_norm(x)))
-        x = self.attention_norm(self.dropout.add(x, self.attention(x, rows, is_causal=True)))
-        x = self.cross_attention_norm(self.dropout.add(x, self.cross_attention(x, rows, memory)))
-        return self.feed_forward_norm(self.dropout.add(x, self.feed_forward(x)))
+            y = self.attention(self.attention_norm(x), rows, is_causal=True)
+            y, x = self.cross_attention_norm(y, x, dropout_p=p, prenorm=True)
+            y, x = self.feed_forward_norm(self.cross_attention(y, rows, memory), x, dropout_p=p, prenorm=True)
+            return self.dropout.add(x, self.feed_forward(y))
+        x = self.attention_norm(self.attention(x, rows, is_causal=True), x, dropout_p=p)
+        x = self.cross_attention_norm(self.cross_attention(x, rows, memory), x, dropout_p=p)
+        return self.feed_forward_norm(self.feed_forward(x), x, dropout_p=p)

@@ -1,18 +1,23 @@
-"""The public layer norm: checks, choice of backend, and the call."""
+"""The public norms: checks, choice of backend, and the call."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from kernels import backend as where
 from kernels.backend import autocasts, choose
-from kernels.layer_norm.ops import apply_layer_norm
+from kernels.dropout import add_dropped
+from kernels.layer_norm.ops import NormRules, apply_norm, sum_dtype
 
-__all__ = ["layer_norm"]
+__all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm"]
 
 HALF = (torch.float16, torch.bfloat16)
+DTYPES = (*HALF, torch.float32, torch.float64)
+FLOAT32_EPS, FLOAT64_EPS = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
 
 
 def layer_norm(
@@ -22,6 +27,7 @@ def layer_norm(
     bias: torch.Tensor | None = None,
     eps: float = 1e-5,
     *,
+    save_output: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Normalise the trailing dimensions of `input` to mean 0 and variance 1, then scale and shift.
@@ -38,7 +44,10 @@ def layer_norm(
         weight: `normalized_shape`, the factor of each feature, or None for 1. Dtype of the input, or float32 with a
             float16 or bfloat16 input.
         bias: `normalized_shape`, added to each feature, or None for 0. Dtype of the weight.
-        eps: added to the variance, from 0; so that a constant row divides by sqrt(eps) and not by 0.
+        eps: added to the variance, from 0. With 0 a constant row is 0 / 0, NaN, as in PyTorch.
+        save_output: on the Triton kernels, keep the output for the backward instead of the input. That frees the input
+            where the next layer keeps the output anyway. The backward then divides by the weight, which must have no
+            zeros (it takes what was lost for 0); in 16 bits, small weights cost digits. Double backward raises.
         backend: "triton" for the kernels of this package, "torch" for PyTorch's own, "auto" for the former where they
             can run.
 
@@ -51,17 +60,228 @@ def layer_norm(
 
     Source: Ba, Kiros and Hinton 2016, "Layer Normalization", section 3, equation 4.
     """
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    return _norm(input, _shape(normalized_shape), weight, bias, eps, True, save_output, backend)
+
+
+def rms_norm(
+    input: torch.Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+    *,
+    save_output: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Divide the trailing dimensions of `input` by their root mean square, then scale.
+
+    output = input / sqrt(mean(input^2) + eps) * weight
+
+    Takes the place of `torch.nn.functional.rms_norm`; otherwise as `layer_norm`.
+
+    Args:
+        input, normalized_shape, weight, save_output, backend: as for `layer_norm`.
+        eps: added to the mean square, from 0; None for the eps of float32, or of float64 with a float64 input.
+
+    Returns, Raises: as `layer_norm`.
+
+    Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", section 4, equation 4.
+    """
+    return _norm(input, _shape(normalized_shape), weight, None, _rms_eps(input, eps), False, save_output, backend)
+
+
+def add_layer_norm(
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    prenorm: bool = False,
+    normalized_shape: int | Sequence[int] | None = None,
+    save_output: bool = False,
+    backend: str = "auto",
+) -> Any:
+    """Add a residual, then normalise: `layer_norm(residual + dropout(input))` in one pass over memory.
+
+    Args:
+        input: (..., *normalized_shape), the branch; dtypes as for `layer_norm`.
+        residual: the shape of the input, any of its dtypes. The sum has the wider dtype of the two, and is rounded to
+            it before it is normalised.
+        weight, bias, eps, save_output, backend: as for `layer_norm`.
+        dropout_p: probability with which an element of the input is dropped, the others divided by 1 - dropout_p. On
+            the Triton kernels the backward draws the same numbers again; forward mode then raises.
+        prenorm: also return the sum, which the next residual connection adds to.
+        normalized_shape: by default the shape of weight or bias, or the last dimension.
+
+    Returns:
+        The output, shape and dtype of the input (float32 under CUDA autocast); with `prenorm` output and sum.
+
+    Raises: as `layer_norm`.
+    """
+    shape = _shape(normalized_shape, input, weight, bias)
+    return _add_norm(input, residual, shape, weight, bias, eps, True, dropout_p, prenorm, save_output, backend)
+
+
+def add_rms_norm(
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+    *,
+    dropout_p: float = 0.0,
+    prenorm: bool = False,
+    normalized_shape: int | Sequence[int] | None = None,
+    save_output: bool = False,
+    backend: str = "auto",
+) -> Any:
+    """Add a residual, then divide by the root mean square: `rms_norm(residual + dropout(input))` in one pass.
+
+    Arguments, result and errors as for `add_layer_norm`; eps as for `rms_norm`.
+    """
+    shape, eps = _shape(normalized_shape, input, weight), _rms_eps(input, eps)
+    return _add_norm(input, residual, shape, weight, None, eps, False, dropout_p, prenorm, save_output, backend)
+
+
+def _shape(normalized_shape: int | Sequence[int] | None, *like: torch.Tensor | None) -> tuple[int, ...]:
+    """The trailing dimensions meant; by default those of the first parameter in `like`, after the input."""
+    if normalized_shape is None:
+        parameters = [x for x in like[1:] if x is not None]
+        return tuple(parameters[0].shape if parameters else like[0].shape[-1:])  # type: ignore[union-attr]
+    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+
+
+def _rms_eps(input: torch.Tensor, eps: float | None) -> float:
+    if eps is not None:
+        return eps
+    return FLOAT64_EPS if input.dtype == torch.float64 else FLOAT32_EPS
+
+
+def _norm(
+    input: torch.Tensor,
+    shape: tuple[int, ...],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    centre: bool,
+    save_output: bool,
+    backend: str,
+) -> torch.Tensor:
+    """Layer norm, or without `centre` RMS norm."""
+    if _is_simple(input, shape, weight, bias, eps, backend):
+        return _fused(input, shape, weight, bias, eps, centre)
     autocast = autocasts(input.device)
     _check(input, shape, weight, bias, eps, autocast)
-    if choose(backend, input.device, input.dtype).backend == "triton":
-        dtype = torch.float32 if autocast and input.is_cuda else None
-        return apply_layer_norm(input, shape, weight, bias, eps, dtype)[0]
-    mixed = any(x is not None and x.dtype != input.dtype for x in (weight, bias))
-    if mixed and input.is_cuda and not autocast:  # PyTorch mixes dtypes on the CPU only
-        output = torch.layer_norm(input.float(), shape, weight, bias, eps)
-        return output.to(input.dtype)
-    return torch.layer_norm(input, shape, weight, bias, eps)
+    if choose(backend, input.device, input.dtype).backend == "torch":
+        return _plain(input, shape, weight, bias, eps, centre, autocast)
+    rules = NormRules(shape, eps, centre=centre, save_output=save_output, dtype=_autocast_dtype(input, autocast))
+    return apply_norm(input, None, None, weight, bias, rules)[0]
+
+
+def _add_norm(
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    shape: tuple[int, ...],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    centre: bool,
+    dropout_p: float,
+    prenorm: bool,
+    save_output: bool,
+    backend: str,
+) -> Any:
+    """`_norm` of residual + dropout(input), and with `prenorm` that sum."""
+    same = residual.is_cpu and residual.dtype == input.dtype and residual.shape == input.shape
+    same = same and isinstance(dropout_p, (int, float)) and 0 <= dropout_p <= 1
+    if same and _is_simple(input, shape, weight, bias, eps, backend):
+        total = add_dropped(input, residual, dropout_p)
+        output = _fused(total, shape, weight, bias, eps, centre)
+        return (output, total) if prenorm else output
+    autocast = autocasts(input.device)
+    _check(input, shape, weight, bias, eps, autocast)
+    _check_residual(input, residual, dropout_p)
+    dtype = sum_dtype(input, residual)
+    if choose(backend, input.device, dtype).backend == "torch":
+        total = add_dropped(input, residual, dropout_p)
+        output = _plain(total, shape, weight, bias, eps, centre, autocast)
+        if not (autocast and input.is_cuda):
+            output = output.to(input.dtype)
+        return (output, total) if prenorm else output
+    seed = torch.randint(2**63 - 1, (1,), device=input.device) if dropout_p > 0.0 else None
+    need_sum = prenorm or (torch.is_grad_enabled() and not save_output)
+    rules = NormRules(
+        shape, eps, float(dropout_p), centre, save_output, need_sum, dtype=_autocast_dtype(input, autocast)
+    )
+    output, total, *_ = apply_norm(input, residual, seed, weight, bias, rules)
+    return (output, total) if prenorm else output
+
+
+def _is_simple(
+    input: torch.Tensor,
+    shape: tuple[int, ...],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    backend: str,
+) -> bool:
+    """Whether a call is right, and PyTorch's on a CPU: what the rest would decide in twice the time of a small call."""
+    dtype = input.dtype
+    return (
+        input.is_cpu and backend in ("auto", "torch") and not where.INTERPRETED and shape != ()
+        and input.shape[-len(shape):] == shape and dtype in DTYPES
+        and (weight is None or (weight.shape == shape and weight.dtype == dtype and weight.is_cpu))
+        and (bias is None or (bias.shape == shape and bias.dtype == dtype and bias.is_cpu))
+        and isinstance(eps, (int, float)) and 0 <= eps < math.inf
+    )  # fmt: skip
+
+
+def _autocast_dtype(input: torch.Tensor, autocast: bool) -> torch.dtype | None:
+    """The dtype that autocast gives the output, None for the input's."""
+    return torch.float32 if autocast and input.is_cuda else None
+
+
+def _plain(
+    x: torch.Tensor,
+    shape: tuple[int, ...],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    centre: bool,
+    autocast: bool,
+) -> torch.Tensor:
+    """Through PyTorch, whose fused kernels want one dtype."""
+    mixed = any(parameter is not None and parameter.dtype != x.dtype for parameter in (weight, bias))
+    if mixed and not (autocast and x.is_cuda):  # there autocast makes all of them float32
+        weight, bias = (None if parameter is None else parameter.float() for parameter in (weight, bias))
+        return _plain(x.float(), shape, weight, bias, eps, centre, autocast).to(x.dtype)
+    return _fused(x, shape, weight, bias, eps, centre)
+
+
+def _fused(
+    x: torch.Tensor,
+    shape: tuple[int, ...],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    centre: bool,
+) -> torch.Tensor:
+    """PyTorch's own norm."""
+    return torch.layer_norm(x, shape, weight, bias, eps) if centre else torch.rms_norm(x, shape, weight, eps)
+
+
+def _check_residual(input: torch.Tensor, residual: torch.Tensor, dropout_p: float) -> None:
+    """Raise TypeError or ValueError in one line for what `_check` does not see."""
+    if residual.shape != input.shape:
+        raise ValueError(
+            f"residual must have the input's shape {tuple(input.shape)}, found {tuple(residual.shape)}; expand it"
+        )
+    if residual.device != input.device:
+        raise ValueError(f"residual must be on the input's device {input.device}, found {residual.device}; move it")
+    if residual.dtype not in DTYPES:
+        raise TypeError(f"residual must be of a dtype that the norms take, found {residual.dtype}; convert it")
+    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be a probability from 0 to 1, found {dropout_p!r}")
 
 
 def _check(
@@ -73,8 +293,8 @@ def _check(
     autocast: bool,
 ) -> None:
     """Raise TypeError or ValueError in one line, with the rule, what was found and the remedy."""
-    if not input.is_floating_point():
-        raise TypeError(f"layer_norm takes a floating-point input, found {input.dtype}; convert it with input.float()")
+    if input.dtype not in DTYPES:
+        raise TypeError(f"the norms take float16, bfloat16, float32 and float64, found {input.dtype}; convert it")
     if not shape or tuple(input.shape[-len(shape) :]) != shape:
         raise ValueError(
             f"normalized_shape must be the trailing dimensions of the input, found {shape} for an input of shape "

@@ -1,294 +1,434 @@
-"""Layer norm as registered operations, and the autograd function outside them.
+"""Layer norm and RMS norm as registered operations, and the autograd function outside them.
 
-`torch.ops.kernels.layer_norm_forward` and `layer_norm_backward` run the Triton kernels on CUDA tensors, and on CPU
-tensors when Triton's interpreter is on; other CPU tensors, and float64, take PyTorch's own layer norm. Both write new,
-contiguous tensors and change no input.
+`torch.ops.kernels.norm_forward` and `norm_backward` run the Triton kernels on CUDA tensors, and on CPU tensors when
+Triton's interpreter is on; nothing else gets here. Both write new, contiguous tensors and change no input.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from kernels.backend import why_not_triton
 
-Parameters = Sequence[torch.Tensor | None]
-
 library = torch.library.Library("kernels", "FRAGMENT")
 library.define(
-    "layer_norm_forward(Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps, "
-    "ScalarType? dtype=None) -> (Tensor output, Tensor mean, Tensor rstd)",
+    "norm_forward(Tensor input, Tensor? residual, Tensor? seed, Tensor? weight, Tensor? bias, SymInt[] "
+    "normalized_shape, float eps, float dropout_p, bool centre, bool need_sum, ScalarType? dtype=None) -> "
+    "(Tensor output, Tensor sum, Tensor mean, Tensor rstd)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 library.define(
-    "layer_norm_backward(Tensor grad_output, Tensor input, SymInt[] normalized_shape, Tensor mean, Tensor rstd, "
-    "Tensor? weight, Tensor? bias, bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+    "norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor x, Tensor? seed, Tensor? weight, Tensor? bias, "
+    "Tensor mean, Tensor rstd, SymInt[] normalized_shape, ScalarType input_dtype, ScalarType residual_dtype, "
+    "float dropout_p, bool centre, bool from_output, bool[4] output_mask) -> "
+    "(Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def _rows(tensor: torch.Tensor, normalized_shape: Sequence[int]) -> torch.Tensor:
-    """View `tensor` (..., *normalized_shape) as (M, N) with contiguous columns; copies only where strides forbid it."""
-    n_cols = math.prod(normalized_shape)
-    rows = tensor.reshape(tensor.numel() // n_cols, n_cols)
-    return rows if n_cols == 1 or rows.stride(1) == 1 else rows.contiguous()
+class NormRules(NamedTuple):
+    """What is computed.
+
+    normalized_shape: the trailing dimensions. eps: added to the variance, or to the mean square. dropout_p: probability
+    with which an element of the input is dropped before the residual is added. centre: layer norm, False for RMS norm.
+    save_output: the backward starts from the output instead of the sum. need_sum: the sum is asked for, or kept for the
+    backward.
+    dtype: of the output, None for that of the input.
+    """
+
+    normalized_shape: Sequence[int]
+    eps: float
+    dropout_p: float = 0.0
+    centre: bool = True
+    save_output: bool = False
+    need_sum: bool = False
+    dtype: torch.dtype | None = None
+
+
+def sum_dtype(input: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:
+    """The dtype of residual + input."""
+    return input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
+
+
+def plain_norm(
+    x: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    centre: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output (..., *normalized_shape), mean and rstd (..., 1, ...) by the formula, in float32 at least.
+
+    Args:
+        x: (..., *normalized_shape); weight, bias: normalized_shape or None.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    dims = tuple(range(-len(normalized_shape), 0))
+    mean = x.mean(dims, keepdim=True) if centre else torch.zeros_like(x[..., :1].mean(dims, keepdim=True))
+    centred = x - mean if centre else x
+    rstd = torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    output = centred * rstd
+    output = output if weight is None else output * weight
+    return output if bias is None else output + bias, mean, rstd
+
+
+def _rows(tensor: torch.Tensor, n_cols: int) -> torch.Tensor:
+    """View `tensor` as (outer, middle, inner, n_cols) with contiguous columns; copies only where strides forbid it.
+
+    Rows that three strides lead to, such as those of transposed heads, are not copied. One stride is (M, 1, 1, n_cols).
+    """
+    merged: list[tuple[int, int]] = []  # (size, stride), innermost first; neighbours with one stride are one
+    columns = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride())):
+        if columns < n_cols:  # a trailing dimension
+            if size > 1 and stride != columns:
+                return _rows(tensor.contiguous(), n_cols)
+            columns *= size
+        elif size > 1 and merged and stride == merged[-1][0] * merged[-1][1]:
+            merged[-1] = merged[-1][0] * size, merged[-1][1]
+        elif size > 1:
+            merged.append((size, stride))
+    if len(merged) > 3:
+        return _rows(tensor.contiguous(), n_cols)
+    merged = [(1, 0)] * (3 - len(merged)) + merged  # innermost first: the kernels fold divisions by 1
+    sizes, strides = zip(*reversed(merged))
+    return tensor.as_strided((*sizes, n_cols), (*strides, 1))
+
+
+def _require_triton(x: torch.Tensor) -> None:
+    reason = why_not_triton(x.device, x.dtype)
+    if reason:
+        raise NotImplementedError(f"this operation is a Triton kernel, and {reason}; call kernels.layer_norm instead")
 
 
 def _new_outputs(
-    input: torch.Tensor, normalized_shape: Sequence[int], dtype: torch.dtype | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Empty output (the shape of the input), mean and rstd (M,)."""
+    input: torch.Tensor, residual: torch.Tensor | None, normalized_shape: Sequence[int], centre: bool, need_sum: bool,
+    dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """Empty output and sum (the shape of the input), mean and rstd (M,); (0,) for those there will not be."""
     output = torch.empty(input.shape, dtype=dtype or input.dtype, device=input.device)
+    has_sum = residual is not None and need_sum
+    total = input.new_empty(input.shape if has_sum else (0,), dtype=sum_dtype(input, residual))
     n_rows = math.prod(input.shape[: input.ndim - len(normalized_shape)])
-    statistics_dtype = torch.promote_types(input.dtype, torch.float32)
-    mean = torch.empty((n_rows,), dtype=statistics_dtype, device=input.device)
-    return output, mean, torch.empty_like(mean)
+    rstd = torch.empty((n_rows,), dtype=torch.promote_types(input.dtype, torch.float32), device=input.device)
+    return output, total, torch.empty_like(rstd) if centre else rstd.new_empty((0,)), rstd
 
 
 def _forward(
     input: torch.Tensor,
-    normalized_shape: Sequence[int],
+    residual: torch.Tensor | None,
+    seed: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
+    normalized_shape: Sequence[int],
     eps: float,
+    dropout_p: float,
+    centre: bool,
+    need_sum: bool,
     dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output (dtype, by default the input's), mean and 1 / sqrt(variance + eps) (M,), in float32 at least."""
-    output, mean, rstd = _new_outputs(input, normalized_shape, dtype)
+) -> tuple[torch.Tensor, ...]:
+    """Output (dtype, by default the input's), sum, mean and 1 / sqrt(variance + eps) (M,), in float32 at least."""
+    output, total, mean, rstd = _new_outputs(input, residual, normalized_shape, centre, need_sum, dtype)
     if input.numel() == 0:
-        return output, mean.zero_(), rstd.zero_()
-    if why_not_triton(input.device, input.dtype):
-        weight, bias = (None if x is None else x.to(mean.dtype) for x in (weight, bias))
-        plain, mean, rstd = torch.native_layer_norm(input.to(mean.dtype), normalized_shape, weight, bias, eps)
-        return output.copy_(plain), mean.reshape(-1), rstd.reshape(-1)
+        return output, total, mean.zero_(), rstd.zero_()
+    _require_triton(input)
 
     from kernels.layer_norm.forward import launch_forward
 
-    rows = _rows(input, normalized_shape)
+    n_cols = math.prod(normalized_shape)
     weight, bias = (None if x is None else x.contiguous() for x in (weight, bias))
-    launch_forward(rows, weight, bias, output, mean, rstd, eps)
-    return output, mean, rstd
+    launch_forward(
+        _rows(input, n_cols), None if residual is None else _rows(residual, n_cols), seed, weight, bias, output,
+        total if total.numel() else None, mean if centre else None, rstd, eps, dropout_p, sum_dtype(input, residual),
+    )  # fmt: skip
+    return output, total, mean, rstd
+
+
+def _new_gradients(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, input_dtype: torch.dtype,
+    residual_dtype: torch.dtype, output_mask: Sequence[bool],
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """Empty gradients of input, residual, weight and bias; (0,) where the mask says that one is not needed."""
+    dtypes = (input_dtype, residual_dtype, *(x.dtype if y is None else y.dtype for y in (weight, bias)))
+    return tuple(
+        x.new_empty(like.shape if like is not None and needed else (0,), dtype=dtype)
+        for like, dtype, needed in zip((x, x, weight, bias), dtypes, output_mask)
+    )
 
 
 def _backward(
     grad_output: torch.Tensor,
-    input: torch.Tensor,
-    normalized_shape: Sequence[int],
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
+    grad_sum: torch.Tensor | None,
+    x: torch.Tensor,
+    seed: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    normalized_shape: Sequence[int],
+    input_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    dropout_p: float,
+    centre: bool,
+    from_output: bool,
     output_mask: Sequence[bool],
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of input, weight and bias, each shaped like its tensor; one that the mask leaves out has 0 elements."""
-    grads = _new_gradients(input, weight, bias, output_mask)
-    if input.numel() == 0:
-        return tuple(grad.zero_() for grad in grads)
-    if why_not_triton(input.device, input.dtype):
-        plain = plain_backward(grad_output, input, normalized_shape, mean, rstd, weight, bias, output_mask)
-        return tuple(grad if found is None else grad.copy_(found) for grad, found in zip(grads, plain))
+    """Gradients of input, residual, weight and bias; one that the mask leaves out has 0 elements.
 
+    x: what was normalised, or, `from_output`, what came out.
+    """
+    grads = _new_gradients(x, weight, bias, input_dtype, residual_dtype, output_mask)
+    if x.numel() == 0:
+        return tuple(grad.zero_() for grad in grads)
     from kernels.layer_norm.backward import launch_backward
 
+    n_cols = math.prod(normalized_shape)
+    weight, bias = (None if y is None else y.contiguous() for y in (weight, bias))
+    dinput, dresidual, dweight, dbias = (grad if need else None for grad, need in zip(grads, output_mask))
     launch_backward(
-        _rows(grad_output, normalized_shape),
-        _rows(input, normalized_shape),
-        None if weight is None else weight.contiguous(),
-        mean,
-        rstd,
-        *(grad if needed else None for grad, needed in zip(grads, output_mask)),
-    )
+        _rows(grad_output, n_cols), None if grad_sum is None else _rows(grad_sum, n_cols), _rows(x, n_cols), seed,
+        weight, bias, mean if centre else None, rstd, dinput, dresidual, dweight, dbias, dropout_p, centre, from_output,
+    )  # fmt: skip
     return grads
 
 
-def _new_gradients(
-    input: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, output_mask: Sequence[bool]
-) -> tuple[torch.Tensor, ...]:
-    """Empty gradients; (0,) where the mask says that one is not needed."""
-    return tuple(
-        input.new_empty((0,)) if like is None or not needed else input.new_empty(like.shape, dtype=like.dtype)
-        for like, needed in zip((input, weight, bias), output_mask)
-    )
-
-
-def plain_backward(
-    grad_output: torch.Tensor,
-    input: torch.Tensor,
-    normalized_shape: Sequence[int],
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    output_mask: Sequence[bool],
-) -> tuple[torch.Tensor | None, ...]:
-    """The same gradients from PyTorch, differentiable once more; None for those that the mask leaves out."""
-    n_kept = input.ndim - len(normalized_shape)
-    statistics = (x.reshape(*input.shape[:n_kept], *(1 for _ in normalized_shape)) for x in (mean, rstd))
-    exact = [None if x is None else x.to(mean.dtype) for x in (grad_output, input, weight, bias)]
-    grads = torch.ops.aten.native_layer_norm_backward(
-        *exact[:2], normalized_shape, *statistics, *exact[2:], list(output_mask)
-    )
-    return tuple(
-        grad.to(like.dtype) if needed and like is not None else None
-        for grad, like, needed in zip(grads, (input, weight, bias), output_mask)
-    )
-
-
 for _key in ("CPU", "CUDA"):
-    library.impl("layer_norm_forward", _forward, _key)
-    library.impl("layer_norm_backward", _backward, _key)
+    library.impl("norm_forward", _forward, _key)
+    library.impl("norm_backward", _backward, _key)
 
 
-@torch.library.register_fake("kernels::layer_norm_forward", lib=library)
+@torch.library.register_fake("kernels::norm_forward", lib=library)
 def _fake_forward(
     input: torch.Tensor,
-    normalized_shape: Sequence[int],
+    residual: torch.Tensor | None,
+    seed: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
+    normalized_shape: Sequence[int],
     eps: float,
+    dropout_p: float,
+    centre: bool,
+    need_sum: bool,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    return _new_outputs(input, normalized_shape, dtype)
+    return _new_outputs(input, residual, normalized_shape, centre, need_sum, dtype)
 
 
-@torch.library.register_fake("kernels::layer_norm_backward", lib=library)
+@torch.library.register_fake("kernels::norm_backward", lib=library)
 def _fake_backward(
     grad_output: torch.Tensor,
-    input: torch.Tensor,
-    normalized_shape: Sequence[int],
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
+    grad_sum: torch.Tensor | None,
+    x: torch.Tensor,
+    seed: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    normalized_shape: Sequence[int],
+    input_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    dropout_p: float,
+    centre: bool,
+    from_output: bool,
     output_mask: Sequence[bool],
 ) -> tuple[torch.Tensor, ...]:
-    return _new_gradients(input, weight, bias, output_mask)
+    return _new_gradients(x, weight, bias, input_dtype, residual_dtype, output_mask)
 
 
-class LayerNorm(torch.autograd.Function):
-    """The registered operations with backward, double backward (by PyTorch's operations) and vmap."""
+class Norm(torch.autograd.Function):
+    """The registered operations with backward, double backward (by the formula) and vmap."""
 
     @staticmethod
     def forward(
         input: torch.Tensor,
-        normalized_shape: Sequence[int],
+        residual: torch.Tensor | None,
+        seed: torch.Tensor | None,
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
-        eps: float,
-        dtype: torch.dtype | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Output, mean and rstd as the operation gives them; only the output is differentiable."""
-        return torch.ops.kernels.layer_norm_forward.default(input, normalized_shape, weight, bias, eps, dtype)
+        rules: NormRules,
+    ) -> tuple[torch.Tensor, ...]:
+        """Output, sum, mean and rstd as the operation gives them; output and sum are differentiable."""
+        shape, eps, dropout_p, centre, _, need_sum, dtype = rules
+        return torch.ops.kernels.norm_forward.default(
+            input, residual, seed, weight, bias, shape, eps, dropout_p, centre, need_sum, dtype
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        """Keep the inputs (references, no copies) and two numbers a row."""
-        input, ctx.normalized_shape, weight, bias, _, _ = inputs
-        _, mean, rstd = output
+        """Keep references, no copies: the input, the sum or the output, and one or two numbers a row."""
+        input, residual, seed, weight, bias, ctx.rules = inputs
+        result, total, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, weight, bias, mean, rstd)
+        ctx.dtypes = input.dtype, input.dtype if residual is None else residual.dtype
+        x = result if ctx.rules.save_output else input if residual is None else total
+        ctx.has_sum = residual is not None and ctx.rules.need_sum
+        ctx.save_for_backward(x, seed, weight, bias, mean, rstd)
 
     @staticmethod
     def backward(
-        ctx: Any, grad_output: torch.Tensor | None, *_: None
+        ctx: Any, grad_output: torch.Tensor | None, grad_sum: torch.Tensor | None, *_: None
     ) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of input, weight and bias, those that are needed."""
-        if grad_output is None:
+        """Gradients of input, residual, weight and bias, those that are needed."""
+        if not ctx.has_sum:  # torch.compile and functorch give the sum that is not there a gradient
+            grad_sum = None
+        if grad_output is None and grad_sum is None:
             return (None,) * 6
-        input, weight, bias, mean, rstd = ctx.saved_tensors
-        needed = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
-        arguments = (grad_output, input, ctx.normalized_shape, mean, rstd, weight, bias, needed)
-        grads: Parameters
+        x, seed, weight, bias, mean, rstd = ctx.saved_tensors
+        rules, needed = ctx.rules, [ctx.needs_input_grad[i] for i in (0, 1, 3, 4)]
+        if grad_output is None:
+            grad_output = torch.zeros_like(x)
         if torch.is_grad_enabled():  # create_graph=True: this backward is itself to be differentiated
-            grads = plain_backward(*arguments)
-        else:
-            found = torch.ops.kernels.layer_norm_backward.default(*arguments)
-            grads = [grad if need else None for grad, need in zip(found, needed)]
-        return grads[0], None, grads[1], grads[2], None, None
+            return _differentiable_backward(
+                grad_output, grad_sum, x, seed, weight, bias, mean, rstd, rules, ctx.dtypes, needed
+            )
+        # Without dropout input and residual have the same gradient; it is written once where their dtypes agree.
+        once = needed[0] and needed[1] and seed is None and ctx.dtypes[0] == ctx.dtypes[1]
+        found = torch.ops.kernels.norm_backward.default(
+            grad_output, grad_sum, x, seed, weight, bias, mean, rstd, rules.normalized_shape, *ctx.dtypes,
+            rules.dropout_p, rules.centre, rules.save_output, [needed[0] and not once, *needed[1:]],
+        )  # fmt: skip
+        grads = [grad if need else None for grad, need in zip(found, needed)]
+        return (grads[1] if once else grads[0], grads[1], None, *grads[2:], None)
 
     @staticmethod
     def vmap(
         info: Any,
         in_dims: tuple[int | None, ...],
         input: torch.Tensor,
-        normalized_shape: Sequence[int],
+        residual: torch.Tensor | None,
+        seed: torch.Tensor | None,
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
-        eps: float,
-        dtype: torch.dtype | None,
+        rules: NormRules,
     ) -> tuple[tuple[torch.Tensor, ...], tuple[int | None, ...]]:
         """A batch is more rows. Weight and bias that differ along it are applied after the kernel."""
-        batched = in_dims[0] is not None
-        input = input.movedim(in_dims[0], 0) if in_dims[0] is not None else input
-        dtype = dtype or input.dtype
-        if in_dims[2] is None and in_dims[3] is None:
-            output, mean, rstd = apply_layer_norm(input, normalized_shape, weight, bias, eps, dtype)
+        size, shape = info.batch_size, rules.normalized_shape
+        if seed is not None:
+            if in_dims[2] is None:
+                raise NotImplementedError('vmap over dropout needs randomness="different"')
+            seed = seed.select(in_dims[2], 0)  # rows have random numbers of their own
+        batched = [
+            x if x is None else x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip((input, residual), in_dims)
+        ]
+        input, residual = batched[0], batched[1]  # type: ignore[assignment]
+        if in_dims[3] is None and in_dims[4] is None:
+            output, total, mean, rstd = apply_norm(input, residual, seed, weight, bias, rules)
         else:
-            exact = torch.promote_types(input.dtype, torch.float32)
-            output, mean, rstd = apply_layer_norm(input, normalized_shape, None, None, eps, exact)
-            output = output if batched else output.unsqueeze(0)
-            parameter_shape = (info.batch_size, *(1,) * (output.ndim - 1 - len(normalized_shape)), *normalized_shape)
+            exact = rules._replace(dtype=torch.promote_types(input.dtype, torch.float32), save_output=False)
+            output, total, mean, rstd = apply_norm(input, residual, seed, None, None, exact)
+            parameter_shape = (size, *(1,) * (input.ndim - 1 - len(shape)), *shape)
             weight, bias = (
                 x if x is None or dim is None else x.movedim(dim, 0).reshape(parameter_shape)
-                for x, dim in ((weight, in_dims[2]), (bias, in_dims[3]))
+                for x, dim in ((weight, in_dims[3]), (bias, in_dims[4]))
             )
             output = output if weight is None else output * weight
-            output = (output if bias is None else output + bias).to(dtype)
-        if not batched:
-            return (output, mean, rstd), (0, None, None)
-        return (output, mean.reshape(info.batch_size, -1), rstd.reshape(info.batch_size, -1)), (0, 0, 0)
+            output = (output if bias is None else output + bias).to(rules.dtype or input.dtype)
+        statistics = (x.reshape(size, -1) for x in (mean, rstd))
+        has_sum = residual is not None and rules.need_sum
+        return (output, total if has_sum else total.reshape(size, 0), *statistics), (0, 0, 0, 0)
 
 
-class LayerNormWithTangents(LayerNorm):
+def _differentiable_backward(
+    grad_output: torch.Tensor,
+    grad_sum: torch.Tensor | None,
+    x: torch.Tensor,
+    seed: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    rules: NormRules,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    needed: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """The same gradients with a graph behind them, by the formula."""
+    if rules.save_output:
+        raise NotImplementedError("double backward with save_output: not supported; leave it off")
+    shape = rules.normalized_shape
+    dims = tuple(range(-len(shape), 0))
+    xhat, _, exact_rstd = plain_norm(x, shape, None, None, rules.eps, rules.centre)
+    upstream = grad_output.to(xhat.dtype)
+    dinput = dresidual = dweight = dbias = None
+    if needed[0] or needed[1]:
+        dx = upstream if weight is None else upstream * weight
+        along_xhat = (dx * xhat).mean(dims, keepdim=True)
+        dx = dx - dx.mean(dims, keepdim=True) if rules.centre else dx
+        dx = (dx - xhat * along_xhat) * exact_rstd
+        dx = dx if grad_sum is None else dx + grad_sum
+        dresidual = dx.to(dtypes[1]) if needed[1] else None
+        if needed[0] and seed is not None:
+            with torch.no_grad():  # the gradient of the sum alone, ones: what comes of it is dropout's factors
+                factors = torch.ops.kernels.norm_backward.default(
+                    torch.zeros_like(x), torch.ones_like(x), x, seed, weight, bias, mean, rstd, shape, dx.dtype,
+                    dx.dtype, rules.dropout_p, rules.centre, False, [True, False, False, False],
+                )[0]  # fmt: skip
+            dx = dx * factors
+        dinput = dx.to(dtypes[0]) if needed[0] else None
+    if weight is not None and needed[2]:
+        dweight = (upstream * xhat).sum_to_size(weight.shape).to(weight.dtype)
+    if bias is not None and needed[3]:
+        dbias = upstream.sum_to_size(bias.shape).to(bias.dtype)
+    return dinput, dresidual, None, dweight, dbias, None
+
+
+class NormWithTangents(Norm):
     """The same with forward mode, by PyTorch's operations; apart because Dynamo refuses a function with a jvp."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         """Keep what backward and jvp need."""
-        LayerNorm.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(inputs[0], *inputs[2:4], *output[1:])
+        Norm.setup_context(ctx, inputs, output)
+        input, residual, seed, weight, bias, _ = inputs
+        ctx.save_for_forward(input, residual, seed, weight, bias, output[1])
         ctx.dtype = output[0].dtype
 
     @staticmethod
     def jvp(
         ctx: Any,
         input_tangent: torch.Tensor | None,
-        _shape: None,
+        residual_tangent: torch.Tensor | None,
+        _seed: None,
         weight_tangent: torch.Tensor | None,
         bias_tangent: torch.Tensor | None,
-        *_: None,
-    ) -> tuple[torch.Tensor, None, None]:
-        """Tangent of the output: the same linear map as dx, then the product rule for weight and bias."""
-        input, weight, bias, mean, rstd = ctx.saved_tensors
-        dims = tuple(range(-len(ctx.normalized_shape), 0))
-        kept = (*input.shape[: input.ndim - len(dims)], *(1 for _ in dims))
-        rstd = rstd.reshape(kept)
-        xhat = (input - mean.reshape(kept)) * rstd
-        tangent = torch.zeros_like(xhat)
-        if input_tangent is not None:
-            centred = input_tangent - input_tangent.mean(dims, keepdim=True)
-            tangent = rstd * (centred - xhat * (xhat * centred).mean(dims, keepdim=True))
+        _rules: None,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Tangents of output and sum: the same linear map as dx, then the product rule for weight and bias."""
+        input, residual, seed, weight, _, total = ctx.saved_tensors
+        if seed is not None:
+            raise NotImplementedError("forward mode through dropout: not supported; use dropout_p=0.0")
+        x = input if residual is None else input + residual
+        dims = tuple(range(-len(ctx.rules.normalized_shape), 0))
+        centre = ctx.rules.centre
+        xhat, _, rstd = plain_norm(x, ctx.rules.normalized_shape, None, None, ctx.rules.eps, centre)
+        tangents = [t for t in (input_tangent, residual_tangent) if t is not None]
+        sum_tangent = sum(tangents[1:], tangents[0]) if tangents else torch.zeros_like(x)
+        centred = sum_tangent - sum_tangent.mean(dims, keepdim=True) if centre else sum_tangent
+        tangent = rstd * (centred - xhat * (xhat * centred).mean(dims, keepdim=True))
         if weight is not None:
             tangent = tangent * weight
         if weight_tangent is not None:
             tangent = tangent + xhat * weight_tangent
         if bias_tangent is not None:
             tangent = tangent + bias_tangent
-        return tangent.to(ctx.dtype), None, None
+        total_tangent = sum_tangent.to(total.dtype) if ctx.has_sum else torch.zeros_like(total)
+        return tangent.to(ctx.dtype), total_tangent, None, None
 
 
-def apply_layer_norm(
+def apply_norm(
     input: torch.Tensor,
-    normalized_shape: Sequence[int],
+    residual: torch.Tensor | None,
+    seed: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    eps: float,
-    dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Differentiable output, and mean and rstd; arguments as for the forward operation."""
-    function = LayerNorm if torch.compiler.is_compiling() else LayerNormWithTangents
-    return function.apply(input, normalized_shape, weight, bias, eps, dtype)
+    rules: NormRules,
+) -> tuple[torch.Tensor, ...]:
+    """Differentiable output and sum, and mean and rstd, on the kernels; without residual the sum has 0 elements."""
+    function = Norm if torch.compiler.is_compiling() else NormWithTangents
+    return function.apply(input, residual, seed, weight, bias, rules)

@@ -1,17 +1,19 @@
-"""Layer norm, written to be read: two loops, and no loop.
+"""Layer norm and RMS norm, written to be read: two loops, and no loop.
 
-    output = (input - mean) / sqrt(variance + eps) * weight + bias
+    layer norm: output = (input - mean) / sqrt(variance + eps) * weight + bias
+    RMS norm:   output = input / sqrt(mean(input^2) + eps) * weight
 
 Mean and variance are taken over the N features of one row, never over the batch; the variance is the biased one
-(divided by N, not N - 1). Both functions are differentiable, run in the dtype they are given, and are what the fast
+(divided by N, not N - 1). All functions are differentiable, run in the dtype they are given, and are what the fast
 kernels are tested against.
 
-Source: Ba, Kiros and Hinton 2016, "Layer Normalization", section 3, equation 4; eps as in `torch.nn.LayerNorm`.
+Source: Ba, Kiros and Hinton 2016, "Layer Normalization", section 3, equation 4; Zhang and Sennrich 2019, "Root Mean
+Square Layer Normalization", section 4, equation 4; eps as in `torch.nn.LayerNorm` and `torch.nn.RMSNorm`.
 """
 
 import torch
 
-__all__ = ["layer_norm_no_loop", "layer_norm_two_loop"]
+__all__ = ["layer_norm_no_loop", "layer_norm_two_loop", "rms_norm_no_loop", "rms_norm_two_loop"]
 
 
 def layer_norm_two_loop(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
@@ -50,3 +52,18 @@ def layer_norm_no_loop(input: torch.Tensor, weight: torch.Tensor, bias: torch.Te
     centred = input - mean
     variance = (centred**2).mean(dim=-1, keepdim=True)  # (..., 1)
     return centred / torch.sqrt(variance + eps) * weight + bias
+
+
+def rms_norm_two_loop(input: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm one number at a time. Arguments and result as for `layer_norm_two_loop`."""
+    rows = []
+    for row in input:
+        mean_square = sum(x**2 for x in row) / len(row)
+        rows.append(torch.stack([x / (mean_square + eps) ** 0.5 * w for x, w in zip(row, weight)]))
+    return torch.stack(rows)
+
+
+def rms_norm_no_loop(input: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm over the last dimension. Arguments and result as for `layer_norm_no_loop`."""
+    mean_square = (input**2).mean(dim=-1, keepdim=True)  # (..., 1)
+    return input / torch.sqrt(mean_square + eps) * weight
