@@ -173,7 +173,7 @@ def launch_norm(case: Case) -> None:
 
     norm, dtype = NORMS[case.feature], DTYPES[case.dtype]
     wide = DTYPES.get(norm.residual, dtype)  # of residual and sum, and of weight and bias
-    output, total = empty(ROWS, case.size, dtype=dtype), empty(ROWS, case.size, dtype=wide)
+    output, total = empty(ROWS, 1, 1, case.size, dtype=dtype), empty(ROWS, 1, 1, case.size, dtype=wide)
     weight, row = empty(case.size, dtype=wide), empty(ROWS)
     residual = total if norm.residual else None
     seed = empty(1, dtype=torch.int64) if norm.dropout else None
