@@ -5,7 +5,7 @@
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -70,3 +70,20 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def normal(device: str) -> Callable[..., torch.Tensor]:
+    """Standard normal numbers of a shape and dtype, the same in every run."""
+    generator = torch.Generator().manual_seed(20)
+    return lambda *shape, dtype=torch.float32: torch.randn(shape, generator=generator).to(dtype).to(device)
+
+
+@pytest.fixture
+def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """Whether rows of a norm are walked in chunks of 16 columns, as those too long for registers; a shape to try."""
+    if not request.param:
+        return 19, 37
+    norm_problem = pytest.importorskip("tests.norm_problem", reason="needs triton")
+    norm_problem.tiles(monkeypatch, 1, 16, chunked=True)
+    return 5, 23

@@ -30,17 +30,6 @@ def name_of(value):
 
 
 @pytest.fixture
-def normal(device):
-    """Standard normal numbers of a shape and dtype, the same in every run."""
-    generator = torch.Generator().manual_seed(20)
-
-    def draw(*shape, dtype=torch.float32):
-        return torch.randn(shape, generator=generator).to(dtype).to(device)
-
-    return draw
-
-
-@pytest.fixture
 def chunks_of_16(monkeypatch):
     """Make both passes walk every row in chunks of 16 columns, as they do rows too long for the registers."""
     monkeypatch.setattr(forward, "forward_tile", lambda *_: forward.Tile(1, 16, 4, chunked=True))
