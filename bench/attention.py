@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import kernels
 from bench.accounting import AttentionCase
 from bench.check import WrongResult, require_right
-from kernels.attention.explanation import TRITON
+from kernels.attention.explanation import TRITON, Explanation
 
 BACKENDS = {
     "torch flash": SDPBackend.FLASH_ATTENTION,
@@ -67,10 +67,14 @@ def label(provider: str, case: AttentionCase, inputs: Inputs) -> str:
     """The provider, and for ours what it runs on here: Triton's kernels or, on a CPU, PyTorch's own."""
     if provider != "kernels":
         return provider
-    kernel = kernels.explain(
+    return name_of(kernels.explain(
         inputs.query, inputs.key, inputs.value, inputs.mask, case.dropout, case.is_causal, enable_gqa=case.groups > 1
-    ).kernel
-    return f"kernels ({'general' if kernel == TRITON else 'torch path'})"
+    ))  # fmt: skip
+
+
+def name_of(explanation: Explanation) -> str:
+    """Ours, by the kernel that runs."""
+    return f"kernels ({'general' if explanation.kernel == TRITON else 'torch path'})"
 
 
 @functools.lru_cache(maxsize=2)  # the check and the timing share what is compiled

@@ -15,10 +15,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import kernels
 from bench.accounting import AttentionCase
+from bench.attention import name_of
 from bench.check import require_right
 from bench.record import name_row, time_row
 from bench.timing import Call, input_sets
-from kernels.attention.explanation import TRITON
 
 PROVIDERS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "no loop": lambda q, k, v: kernels.reference.scaled_dot_product_no_loop_batch(q, k, v)[0],
@@ -36,7 +36,7 @@ def test_no_loop(benchmark: BenchmarkFixture, positions: int, provider: str, dev
     sets = [torch.randn(3, sequences, positions, 2_048, device=device) for _ in range(input_sets(work.bytes, device))]
     name = provider
     if provider == "kernels":
-        name = f"kernels ({'general' if kernels.explain(*sets[0]).kernel == TRITON else 'torch path'})"
+        name = name_of(kernels.explain(*sets[0]))
     name_row(benchmark, f"S0 attention forward N{sequences} K{positions} M2048 full fp32", name)
     query, key, value = sets[0][:, -1].double()
     weights = torch.softmax(query @ key.T / math.sqrt(2_048), dim=-1)
