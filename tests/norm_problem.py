@@ -84,7 +84,7 @@ def results(function, tensors, upstreams, seed=7):
 
 
 def assert_no_worse(function, peer, tensors, upstreams, slack=1.0):
-    """Outputs and gradients against float64, within a small multiple of PyTorch's own error; gradients `slack` times."""
+    """Outputs, gradients against float64, within a small multiple of PyTorch's own error, gradients `slack` times."""
     on_cpu = [None if x is None else x.cpu() for x in tensors]
     exact_inputs = [None if x is None else x.double() for x in on_cpu]
     found = results(function, tensors, upstreams)
