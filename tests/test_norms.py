@@ -469,3 +469,24 @@ def test_more_than_two_to_the_31_elements(centre):
     assert all(torch.equal(a[-5:], b) for a, b in zip([*outputs, *gradients], [*last, *last_gradients]))
     keep = kept(shape, 0.5, "cuda")[0]
     assert abs(keep[-5:].float().mean() - 0.5) < 0.02 and not torch.equal(keep[-1], keep[-2])
+
+
+# Modules
+
+
+@pytest.mark.parametrize("eps", [None, 1e-3])
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+def test_modules_load_the_state_of_their_namesakes(normal, device, name, eps):
+    options = {} if eps is None else {"eps": eps}
+    theirs = getattr(torch.nn, name)((3, 5), **options).to(device)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(normal(3, 5))
+    module = getattr(kernels.nn, name)((3, 5), **options).to(device)
+    module.load_state_dict(theirs.state_dict())
+    x, residual = normal(2, 3, 5), normal(2, 3, 5)
+    torch.testing.assert_close(module(x), theirs(x))
+    torch.testing.assert_close(module(x, residual), theirs(x + residual))
+    for found, expected in zip(module(x, residual, prenorm=True), (theirs(x + residual), x + residual)):
+        torch.testing.assert_close(found, expected)
+    assert (module(x, residual, dropout_p=1.0) - theirs(residual)).abs().max() < 1e-5
