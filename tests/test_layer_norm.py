@@ -13,7 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
 import kernels
-from kernels.layer_norm import ops
+from kernels.layer_norm import autograd, ops
 from kernels.reference import layer_norm_no_loop, layer_norm_two_loop
 from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch
 
@@ -417,7 +417,8 @@ def test_float32_output_of_a_half_input(normal):
     x, weight, bias = normal(11, 37, dtype=torch.bfloat16), normal(37), normal(37)
 
     def in_autocast(input, shape, weight, bias, eps):
-        return ops.apply_norm(input, None, None, weight, bias, ops.NormRules(shape, eps, dtype=torch.float32))[0]
+        rules = autograd.NormRules(shape, eps, dtype=torch.float32)
+        return autograd.apply_norm(input, None, None, weight, bias, rules)[0]
 
     upstream = normal(11, 37)
     found = output_and_gradients(in_autocast, (x, weight, bias), upstream, (37,))
@@ -464,7 +465,7 @@ def test_derivatives_in_float64(normal, double_backward, centre):
     tensors = [x.double().requires_grad_() for x in three_tensors(normal)]
 
     def function(input, weight, bias):
-        return ops.plain_norm(input, (7,), weight, bias, EPS, centre)[0]
+        return autograd.plain_norm(input, (7,), weight, bias, EPS, centre)[0]
 
     if double_backward:
         assert torch.autograd.gradgradcheck(function, tensors)

@@ -11,7 +11,8 @@ import torch
 from kernels import backend as where
 from kernels.backend import autocasts, choose
 from kernels.dropout import add_dropped
-from kernels.layer_norm.ops import NormRules, apply_norm, sum_dtype
+from kernels.layer_norm.autograd import NormRules, apply_norm
+from kernels.layer_norm.ops import sum_dtype
 
 __all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm"]
 

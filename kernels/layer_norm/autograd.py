@@ -1,0 +1,245 @@
+"""The norms' autograd function, outside the registered operations: backward, double backward, forward mode, vmap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+import kernels.layer_norm.ops  # noqa: F401 (registers the operations)
+
+
+class NormRules(NamedTuple):
+    """What is computed.
+
+    normalized_shape: the trailing dimensions. eps: added to the variance, or to the mean square. dropout_p: probability
+    with which an element of the input is dropped before the residual is added. centre: layer norm, False for RMS norm.
+    save_output: the backward starts from the output instead of the sum. need_sum: the sum is asked for, or kept for the
+    backward.
+    dtype: of the output, None for that of the input.
+    """
+
+    normalized_shape: Sequence[int]
+    eps: float
+    dropout_p: float = 0.0
+    centre: bool = True
+    save_output: bool = False
+    need_sum: bool = False
+    dtype: torch.dtype | None = None
+
+
+def plain_norm(
+    x: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    centre: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (..., *normalized_shape) and rstd (..., 1, ...) by the formula, in float32 at least.
+
+    Args:
+        x: (..., *normalized_shape); weight, bias: normalized_shape or None.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    dims = tuple(range(-len(normalized_shape), 0))
+    centred = x - x.mean(dims, keepdim=True) if centre else x
+    rstd = torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    output = centred * rstd
+    output = output if weight is None else output * weight
+    return output if bias is None else output + bias, rstd
+
+
+class Norm(torch.autograd.Function):
+    """The registered operations with backward, double backward (by the formula) and vmap."""
+
+    @staticmethod
+    def forward(
+        input: torch.Tensor,
+        residual: torch.Tensor | None,
+        seed: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        rules: NormRules,
+    ) -> tuple[torch.Tensor, ...]:
+        """Output, sum, mean and rstd as the operation gives them; output and sum are differentiable."""
+        shape, eps, dropout_p, centre, _, need_sum, dtype = rules
+        return torch.ops.kernels.norm_forward.default(
+            input, residual, seed, weight, bias, shape, eps, dropout_p, centre, need_sum, dtype
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        """Keep references, no copies: the input, the sum or the output, and one or two numbers a row."""
+        input, residual, seed, weight, bias, ctx.rules = inputs
+        result, total, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = input.dtype, input.dtype if residual is None else residual.dtype
+        x = result if ctx.rules.save_output else input if residual is None else total
+        ctx.has_sum = residual is not None and ctx.rules.need_sum
+        ctx.save_for_backward(x, seed, weight, bias, mean, rstd)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_output: torch.Tensor | None, grad_sum: torch.Tensor | None, *_: None
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of input, residual, weight and bias, those that are needed."""
+        if not ctx.has_sum:  # torch.compile and functorch give the sum that is not there a gradient
+            grad_sum = None
+        if grad_output is None and grad_sum is None:
+            return (None,) * 6
+        x, seed, weight, bias, mean, rstd = ctx.saved_tensors
+        rules, needed = ctx.rules, [ctx.needs_input_grad[i] for i in (0, 1, 3, 4)]
+        if grad_output is None:
+            grad_output = torch.zeros_like(x)
+        if torch.is_grad_enabled():  # create_graph=True: this backward is itself to be differentiated
+            return _differentiable_backward(
+                grad_output, grad_sum, x, seed, weight, bias, mean, rstd, rules, ctx.dtypes, needed
+            )
+        # Without dropout input and residual have the same gradient; it is written once where their dtypes agree.
+        once = needed[0] and needed[1] and seed is None and ctx.dtypes[0] == ctx.dtypes[1]
+        found = torch.ops.kernels.norm_backward.default(
+            grad_output, grad_sum, x, seed, weight, bias, mean, rstd, rules.normalized_shape, *ctx.dtypes,
+            rules.dropout_p, rules.centre, rules.save_output, [needed[0] and not once, *needed[1:]],
+        )  # fmt: skip
+        grads = [grad if need else None for grad, need in zip(found, needed)]
+        return (grads[1] if once else grads[0], grads[1], None, *grads[2:], None)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        input: torch.Tensor,
+        residual: torch.Tensor | None,
+        seed: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        rules: NormRules,
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[int | None, ...]]:
+        """A batch is more rows. Weight and bias that differ along it are applied after the kernel."""
+        size, shape = info.batch_size, rules.normalized_shape
+        if seed is not None:
+            if in_dims[2] is None:
+                raise NotImplementedError('vmap over dropout needs randomness="different"')
+            seed = seed.select(in_dims[2], 0)  # rows have random numbers of their own
+        batched = [
+            x if x is None else x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip((input, residual), in_dims)
+        ]
+        input, residual = batched[0], batched[1]  # type: ignore[assignment]
+        if in_dims[3] is None and in_dims[4] is None:
+            output, total, mean, rstd = apply_norm(input, residual, seed, weight, bias, rules)
+        else:
+            exact = rules._replace(dtype=torch.promote_types(input.dtype, torch.float32), save_output=False)
+            output, total, mean, rstd = apply_norm(input, residual, seed, None, None, exact)
+            parameter_shape = (size, *(1,) * (input.ndim - 1 - len(shape)), *shape)
+            weight, bias = (
+                x if x is None or dim is None else x.movedim(dim, 0).reshape(parameter_shape)
+                for x, dim in ((weight, in_dims[3]), (bias, in_dims[4]))
+            )
+            output = output if weight is None else output * weight
+            output = (output if bias is None else output + bias).to(rules.dtype or input.dtype)
+        statistics = (x.reshape(size, -1) for x in (mean, rstd))
+        has_sum = residual is not None and rules.need_sum
+        return (output, total if has_sum else total.reshape(size, 0), *statistics), (0, 0, 0, 0)
+
+
+def _differentiable_backward(
+    grad_output: torch.Tensor,
+    grad_sum: torch.Tensor | None,
+    x: torch.Tensor,
+    seed: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    rules: NormRules,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    needed: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """The same gradients with a graph behind them, by the formula."""
+    if rules.save_output:
+        raise NotImplementedError("double backward with save_output: not supported; leave it off")
+    shape = rules.normalized_shape
+    dims = tuple(range(-len(shape), 0))
+    xhat, exact_rstd = plain_norm(x, shape, None, None, rules.eps, rules.centre)
+    upstream = grad_output.to(xhat.dtype)
+    dinput = dresidual = dweight = dbias = None
+    if needed[0] or needed[1]:
+        dx = upstream if weight is None else upstream * weight
+        along_xhat = (dx * xhat).mean(dims, keepdim=True)
+        dx = dx - dx.mean(dims, keepdim=True) if rules.centre else dx
+        dx = (dx - xhat * along_xhat) * exact_rstd
+        dx = dx if grad_sum is None else dx + grad_sum
+        dresidual = dx.to(dtypes[1]) if needed[1] else None
+        if needed[0] and seed is not None:
+            with torch.no_grad():  # the gradient of the sum alone, ones: what comes of it is dropout's factors
+                factors = torch.ops.kernels.norm_backward.default(
+                    torch.zeros_like(x), torch.ones_like(x), x, seed, weight, bias, mean, rstd, shape, dx.dtype,
+                    dx.dtype, rules.dropout_p, rules.centre, False, [True, False, False, False],
+                )[0]  # fmt: skip
+            dx = dx * factors
+        dinput = dx.to(dtypes[0]) if needed[0] else None
+    if weight is not None and needed[2]:
+        dweight = (upstream * xhat).sum_to_size(weight.shape).to(weight.dtype)
+    if bias is not None and needed[3]:
+        dbias = upstream.sum_to_size(bias.shape).to(bias.dtype)
+    return dinput, dresidual, None, dweight, dbias, None
+
+
+class NormWithTangents(Norm):
+    """The same with forward mode, by PyTorch's operations; apart because Dynamo refuses a function with a jvp."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        """Keep what backward and jvp need."""
+        Norm.setup_context(ctx, inputs, output)
+        input, residual, seed, weight, bias, _ = inputs
+        ctx.save_for_forward(input, residual, seed, weight, bias, output[1])
+        ctx.dtype = output[0].dtype
+
+    @staticmethod
+    def jvp(
+        ctx: Any,
+        input_tangent: torch.Tensor | None,
+        residual_tangent: torch.Tensor | None,
+        _seed: None,
+        weight_tangent: torch.Tensor | None,
+        bias_tangent: torch.Tensor | None,
+        _rules: None,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Tangents of output and sum: the same linear map as dx, then the product rule for weight and bias."""
+        input, residual, seed, weight, _, total = ctx.saved_tensors
+        if seed is not None:
+            raise NotImplementedError("forward mode through dropout: not supported; use dropout_p=0.0")
+        x = input if residual is None else input + residual
+        dims = tuple(range(-len(ctx.rules.normalized_shape), 0))
+        centre = ctx.rules.centre
+        xhat, rstd = plain_norm(x, ctx.rules.normalized_shape, None, None, ctx.rules.eps, centre)
+        tangents = [t for t in (input_tangent, residual_tangent) if t is not None]
+        sum_tangent = sum(tangents[1:], tangents[0]) if tangents else torch.zeros_like(x)
+        centred = sum_tangent - sum_tangent.mean(dims, keepdim=True) if centre else sum_tangent
+        tangent = rstd * (centred - xhat * (xhat * centred).mean(dims, keepdim=True))
+        if weight is not None:
+            tangent = tangent * weight
+        if weight_tangent is not None:
+            tangent = tangent + xhat * weight_tangent
+        if bias_tangent is not None:
+            tangent = tangent + bias_tangent
+        total_tangent = sum_tangent.to(total.dtype) if ctx.has_sum else torch.zeros_like(total)
+        return tangent.to(ctx.dtype), total_tangent, None, None
+
+
+def apply_norm(
+    input: torch.Tensor,
+    residual: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    rules: NormRules,
+) -> tuple[torch.Tensor, ...]:
+    """Differentiable output and sum, and mean and rstd, on the kernels; without residual the sum has 0 elements."""
+    function = Norm if torch.compiler.is_compiling() else NormWithTangents
+    return function.apply(input, residual, seed, weight, bias, rules)
