@@ -44,10 +44,9 @@ class Totals:
 
     def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Add a batch: its summed loss (), its scores (B, T, V) and its labels (B, T)."""
-        right = logits.detach().argmax(dim=-1) == labels
-        if self.pad_id is not None:
-            right &= labels != self.pad_id
-        self.sums += torch.stack((loss.detach(), right.sum(dtype=torch.float32), count_labels(labels, self.pad_id)))
+        real = torch.ones_like(labels, dtype=torch.bool) if self.pad_id is None else labels != self.pad_id
+        right = real & (logits.detach().argmax(dim=-1) == labels)
+        self.sums += torch.stack((loss.detach(), *(x.sum(dtype=torch.float32) for x in (right, real))))
 
     def result(self) -> tuple[float, float]:
         """Mean loss and accuracy of a token."""

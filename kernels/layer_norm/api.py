@@ -61,7 +61,7 @@ def layer_norm(
 
     Source: Ba, Kiros and Hinton 2016, "Layer Normalization", section 3, equation 4.
     """
-    return _norm(input, _shape(normalized_shape), weight, bias, eps, True, save_output, backend)
+    return _norm(input, None, _shape(normalized_shape), weight, bias, eps, True, save_output, backend)
 
 
 def rms_norm(
@@ -87,7 +87,8 @@ def rms_norm(
 
     Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", section 4, equation 4.
     """
-    return _norm(input, _shape(normalized_shape), weight, None, _rms_eps(input, eps), False, save_output, backend)
+    shape, eps = _shape(normalized_shape), _rms_eps(input, eps)
+    return _norm(input, None, shape, weight, None, eps, False, save_output, backend)
 
 
 def add_layer_norm(
@@ -121,7 +122,7 @@ def add_layer_norm(
     Raises: as `layer_norm`.
     """
     shape = _shape(normalized_shape, input, weight, bias)
-    return _add_norm(input, residual, shape, weight, bias, eps, True, dropout_p, prenorm, save_output, backend)
+    return _norm(input, residual, shape, weight, bias, eps, True, save_output, backend, dropout_p, prenorm)
 
 
 def add_rms_norm(
@@ -141,7 +142,7 @@ def add_rms_norm(
     Arguments, result and errors as for `add_layer_norm`; eps as for `rms_norm`.
     """
     shape, eps = _shape(normalized_shape, input, weight), _rms_eps(input, eps)
-    return _add_norm(input, residual, shape, weight, None, eps, False, dropout_p, prenorm, save_output, backend)
+    return _norm(input, residual, shape, weight, None, eps, False, save_output, backend, dropout_p, prenorm)
 
 
 def _shape(normalized_shape: int | Sequence[int] | None, *like: torch.Tensor | None) -> tuple[int, ...]:
@@ -160,6 +161,7 @@ def _rms_eps(input: torch.Tensor, eps: float | None) -> float:
 
 def _norm(
     input: torch.Tensor,
+    residual: torch.Tensor | None,
     shape: tuple[int, ...],
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
@@ -167,63 +169,38 @@ def _norm(
     centre: bool,
     save_output: bool,
     backend: str,
-) -> torch.Tensor:
-    """Layer norm, or without `centre` RMS norm."""
-    if _is_simple(input, shape, weight, bias, eps, backend):
-        return _fused(input, shape, weight, bias, eps, centre)
-    autocast = autocasts(input.device)
-    _check(input, shape, weight, bias, eps, autocast)
-    if choose(backend, input.device, input.dtype).backend == "torch":
-        return _plain(input, shape, weight, bias, eps, centre, autocast)
-    rules = NormRules(shape, eps, centre=centre, save_output=save_output, dtype=_autocast_dtype(input, autocast))
-    return apply_norm(input, None, None, weight, bias, rules)[0]
-
-
-def _add_norm(
-    input: torch.Tensor,
-    residual: torch.Tensor,
-    shape: tuple[int, ...],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    centre: bool,
-    dropout_p: float,
-    prenorm: bool,
-    save_output: bool,
-    backend: str,
+    dropout_p: float = 0.0,
+    prenorm: bool = False,
 ) -> Any:
-    """`_norm` of residual + dropout(input), and with `prenorm` that sum."""
-    same = residual.is_cpu and residual.dtype == input.dtype and residual.shape == input.shape
-    same = same and isinstance(dropout_p, (int, float)) and 0 <= dropout_p <= 1
-    if same and _is_simple(input, shape, weight, bias, eps, backend):
-        total = add_dropped(input, residual, dropout_p)
+    """Layer norm, or without `centre` RMS norm, of residual + dropout(input), and with `prenorm` that sum."""
+    if _is_simple(input, residual, shape, weight, bias, eps, dropout_p, backend):
+        total = input if residual is None else add_dropped(input, residual, dropout_p)
         output = _fused(total, shape, weight, bias, eps, centre)
         return (output, total) if prenorm else output
-    autocast = autocasts(input.device)
-    _check(input, shape, weight, bias, eps, autocast)
-    _check_residual(input, residual, dropout_p)
-    dtype = sum_dtype(input, residual)
-    if choose(backend, input.device, dtype).backend == "torch":
-        total = add_dropped(input, residual, dropout_p)
-        output = _plain(total, shape, weight, bias, eps, centre, autocast)
-        if not (autocast and input.is_cuda):
-            output = output.to(input.dtype)
+    _check(input, shape, weight, bias, eps)
+    if residual is not None:
+        _check_residual(input, residual, dropout_p)
+    # Autocast on a GPU makes the output float32; None is the input's dtype.
+    dtype = torch.float32 if input.dtype in HALF and input.is_cuda and autocasts(input.device) else None
+    if choose(backend, input.device, sum_dtype(input, residual)).backend == "torch":
+        total = input if residual is None else add_dropped(input, residual, dropout_p)
+        output = _plain(total, shape, weight, bias, eps, centre).to(dtype or input.dtype)
         return (output, total) if prenorm else output
     seed = torch.randint(2**63 - 1, (1,), device=input.device) if dropout_p > 0.0 else None
     need_sum = prenorm or (torch.is_grad_enabled() and not save_output)
-    rules = NormRules(
-        shape, eps, float(dropout_p), centre, save_output, need_sum, dtype=_autocast_dtype(input, autocast)
-    )
+    rules = NormRules(shape, eps, float(dropout_p), centre, save_output, need_sum, dtype)
     output, total, *_ = apply_norm(input, residual, seed, weight, bias, rules)
     return (output, total) if prenorm else output
 
 
 def _is_simple(
     input: torch.Tensor,
+    residual: torch.Tensor | None,
     shape: tuple[int, ...],
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,
+    dropout_p: float,
     backend: str,
 ) -> bool:
     """Whether a call is right, and PyTorch's on a CPU: what the rest would decide in twice the time of a small call."""
@@ -234,12 +211,11 @@ def _is_simple(
         and (weight is None or (weight.shape == shape and weight.dtype == dtype and weight.is_cpu))
         and (bias is None or (bias.shape == shape and bias.dtype == dtype and bias.is_cpu))
         and isinstance(eps, (int, float)) and 0 <= eps < math.inf
+        and (residual is None or (
+            residual.is_cpu and residual.dtype == dtype and residual.shape == input.shape
+            and isinstance(dropout_p, (int, float)) and 0 <= dropout_p <= 1
+        ))
     )  # fmt: skip
-
-
-def _autocast_dtype(input: torch.Tensor, autocast: bool) -> torch.dtype | None:
-    """The dtype that autocast gives the output, None for the input's."""
-    return torch.float32 if autocast and input.is_cuda else None
 
 
 def _plain(
@@ -249,13 +225,11 @@ def _plain(
     bias: torch.Tensor | None,
     eps: float,
     centre: bool,
-    autocast: bool,
 ) -> torch.Tensor:
     """Through PyTorch, whose fused kernels want one dtype."""
-    mixed = any(parameter is not None and parameter.dtype != x.dtype for parameter in (weight, bias))
-    if mixed and not (autocast and x.is_cuda):  # there autocast makes all of them float32
+    if any(parameter is not None and parameter.dtype != x.dtype for parameter in (weight, bias)):
         weight, bias = (None if parameter is None else parameter.float() for parameter in (weight, bias))
-        return _plain(x.float(), shape, weight, bias, eps, centre, autocast).to(x.dtype)
+        return _fused(x.float(), shape, weight, bias, eps, centre)
     return _fused(x, shape, weight, bias, eps, centre)
 
 
@@ -291,9 +265,9 @@ def _check(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,
-    autocast: bool,
 ) -> None:
     """Raise TypeError or ValueError in one line, with the rule, what was found and the remedy."""
+    autocast = autocasts(input.device)
     if input.dtype not in DTYPES:
         raise TypeError(f"the norms take float16, bfloat16, float32 and float64, found {input.dtype}; convert it")
     if not shape or tuple(input.shape[-len(shape) :]) != shape:

@@ -51,6 +51,15 @@ def plain_norm(
     return output if bias is None else output + bias, rstd
 
 
+def _through_norm(
+    x: torch.Tensor, xhat: torch.Tensor, rstd: torch.Tensor, dims: tuple[int, ...], centre: bool
+) -> torch.Tensor:
+    """The derivative of xhat times x: the same for a tangent and for a gradient, since it is symmetric."""
+    along_xhat = (x * xhat).mean(dims, keepdim=True)
+    x = x - x.mean(dims, keepdim=True) if centre else x
+    return (x - xhat * along_xhat) * rstd
+
+
 class Norm(torch.autograd.Function):
     """The registered operations with backward, double backward (by the formula) and vmap."""
 
@@ -169,9 +178,7 @@ def _differentiable_backward(
     dinput = dresidual = dweight = dbias = None
     if needed[0] or needed[1]:
         dx = upstream if weight is None else upstream * weight
-        along_xhat = (dx * xhat).mean(dims, keepdim=True)
-        dx = dx - dx.mean(dims, keepdim=True) if rules.centre else dx
-        dx = (dx - xhat * along_xhat) * exact_rstd
+        dx = _through_norm(dx, xhat, exact_rstd, dims, rules.centre)
         dx = dx if grad_sum is None else dx + grad_sum
         dresidual = dx.to(dtypes[1]) if needed[1] else None
         if needed[0] and seed is not None:
@@ -220,8 +227,7 @@ class NormWithTangents(Norm):
         xhat, rstd = plain_norm(x, ctx.rules.normalized_shape, None, None, ctx.rules.eps, centre)
         tangents = [t for t in (input_tangent, residual_tangent) if t is not None]
         sum_tangent = sum(tangents[1:], tangents[0]) if tangents else torch.zeros_like(x)
-        centred = sum_tangent - sum_tangent.mean(dims, keepdim=True) if centre else sum_tangent
-        tangent = rstd * (centred - xhat * (xhat * centred).mean(dims, keepdim=True))
+        tangent = _through_norm(sum_tangent, xhat, rstd, dims, centre)
         if weight is not None:
             tangent = tangent * weight
         if weight_tangent is not None:
