@@ -38,10 +38,16 @@ def check(config: Any) -> None:
 @dataclass(frozen=True)
 class DataConfig:
     task: Literal["formula", "expression"] = setting("formula", "formulas in characters or expressions in words")
-    complexity: int = setting(3, "formulas: operands reach 10 to this power", 0, 8)
+    complexity: int = setting(3, "formulas: operands reach 10 to this power", 0, 12)
     signed: bool = setting(True, "formulas: the first operand may be negative")
     truncate: bool = setting(False, "formulas: cut to 9 and 5 tokens, as the formula report did")
-    train_size: int = setting(10_000, "problems to train on", 1)
+    zero_pad: bool = setting(False, "formulas: write all numbers with the same number of digits")
+    reverse_answer: bool = setting(False, "formulas: answers say their last digit first")
+    fresh: bool = setting(False, "draw new problems each epoch instead of a fixed list")
+    held_out: float = setting(0.5, "fresh problems: share of all problems never trained on", 0.000001, 0.999999)
+    sampling: Literal["uniform", "digits", "hard"] = setting(
+        "uniform", "fresh formulas: any numbers alike; any counts of digits alike; half of those with long carries")
+    train_size: int = setting(10_000, "problems to train on, fresh or not, an epoch", 1)
     valid_size: int = setting(5_000, "problems held out", 1)
     data_seed: int = setting(123_456, "seed of the data and its split", 0, 2**62)
     leaky_split: bool = setting(False, "let problems stand on both sides, as the reports did")
@@ -49,9 +55,15 @@ class DataConfig:
     def __post_init__(self) -> None:
         check(self)
         if self.task == "expression":
-            for name in "complexity", "signed", "truncate":
+            for name in "complexity", "signed", "truncate", "zero_pad", "reverse_answer", "sampling":
                 if getattr(self, name) != getattr(DataConfig, name):
                     raise InputError(f"{name} is a setting of formulas and means nothing for expressions; leave it out")
+        if self.truncate and (self.zero_pad or self.reverse_answer or self.fresh):
+            raise InputError("truncate repeats the formula report and takes no zero_pad, reverse_answer or fresh")
+        if self.sampling != "uniform" and not self.fresh:
+            raise InputError(f"sampling {self.sampling} is for fresh problems; add --fresh")
+        if self.fresh and self.leaky_split:
+            raise InputError("fresh problems are held apart by construction; leave out --leaky-split")
 
 
 @dataclass(frozen=True)
@@ -62,9 +74,11 @@ class ModelConfig:
     decoder_layers: int = setting(2, "decoder layers", 1)
     hidden: int = setting(64, "width of the feed-forward layers", 1)
     dropout: float = setting(0.01, "dropout probability", 0, 0.99)
-    norm: Literal["post", "pre"] = setting("post", "layer norm after or before each sublayer")
+    norm: Literal["post", "pre", "course"] = setting(
+        "post", "layer norm after or before each sublayer; course: after it, and then dropout")
     activation: Literal["relu", "gelu"] = setting("relu", "activation of the feed-forward layers")
-    positions: Literal["sinusoid", "learned", "none"] = setting("sinusoid", "position encoding")
+    positions: Literal["sinusoid", "learned", "relative", "rotary", "simple", "course", "none"] = setting(
+        "sinusoid", "position encoding; simple and course are the expression report's")
     embeddings: Literal["separate", "shared", "tied"] = setting(
         "separate", "source, target and output matrices apart; source and target one; all three one")
 
@@ -91,6 +105,9 @@ class TrainingConfig:
     device: str = setting("auto", "auto, cpu, cuda or cuda:N; auto takes the GPU where there is one")
     processes: int = setting(1, "CPU processes that share each batch (a GPU has one)", 1, 256)
     threads: int = setting(0, "CPU threads of a process, 0 for one (small models are slower with more)", 0, 1024)
+    precision: Literal["float32", "bfloat16"] = setting("float32", "of products in training; bfloat16 by autocast")
+    compile: bool = setting(False, "torch.compile the model (seldom faster on a CPU)")
+    tensorboard: bool = setting(False, "write TensorBoard event files to the run folder")
 
     def __post_init__(self) -> None:
         check(self)
