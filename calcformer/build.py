@@ -1,7 +1,7 @@
 """From settings to the objects they describe."""
 
 from calcformer.config import DataConfig, ModelConfig
-from calcformer.data import ExpressionTask, FormulaTask, Task
+from calcformer.data import ExpressionTask, FormulaForm, FormulaTask, Task
 from calcformer.model import EncoderDecoder
 
 __all__ = ["build_model", "build_task"]
@@ -10,9 +10,11 @@ __all__ = ["build_model", "build_task"]
 def build_task(config: DataConfig) -> Task:
     """The kind of problem and its split."""
     if config.task == "expression":
-        return ExpressionTask(config.train_size, config.valid_size, config.data_seed, config.leaky_split)
-    return FormulaTask(config.complexity, config.signed, config.truncate, config.train_size, config.valid_size,
-                       config.data_seed, config.leaky_split)
+        return ExpressionTask(config.train_size, config.valid_size, config.data_seed, config.leaky_split, config.fresh,
+                              config.held_out)
+    form = FormulaForm(config.complexity, config.signed, config.truncate, config.zero_pad, config.reverse_answer)
+    return FormulaTask(form, config.train_size, config.valid_size, config.data_seed, config.leaky_split, config.fresh,
+                       config.held_out, config.sampling)
 
 
 def build_model(config: ModelConfig, task: Task) -> EncoderDecoder:

@@ -5,8 +5,9 @@ import random
 import pytest
 import torch
 
-from calcformer.data import FORMULA, Examples, FormulaTask, generate_formulas, random_formula
-from calcformer.data.formulas import encode_formulas
+from calcformer.data import FORMULA, Examples, FormulaForm, FormulaTask, generate_formulas, random_formula
+from calcformer.data.examples import held_out_side
+from calcformer.data.formula_tensors import draw_operands
 
 
 def rows(ids: torch.Tensor) -> list[tuple[int, ...]]:
@@ -56,15 +57,15 @@ def test_every_sequence_ends_and_then_is_padding() -> None:
 
 
 def test_leaky_truncated_split_has_the_seed_flaws() -> None:
-    train, valid = FormulaTask(truncate=True, leaky_split=True).split()
+    train, valid = FormulaTask(FormulaForm(truncate=True), leaky_split=True).split()
     assert (train.source.shape[1], train.target.shape[1]) == (9, 6)
     assert 1 - (train.target == FORMULA.eos_id).any(dim=1).double().mean().item() == pytest.approx(0.1291)
     assert texts(FormulaTask(leaky_split=True).split()[1]) == stream(123_457, 5_000)
 
 
 @pytest.mark.parametrize(("task", "match"), [
-    (FormulaTask(complexity=1), "cannot be held out"),
-    (FormulaTask(complexity=0, train_size=1, valid_size=12), "12 formulas, 1 of them in training: 12 cannot"),
+    (FormulaTask(FormulaForm(1)), "cannot be held out"),
+    (FormulaTask(FormulaForm(0), train_size=1, valid_size=12), "12 formulas, 1 of them in training: 12 cannot"),
 ])
 def test_too_large_split_is_refused(task: FormulaTask, match: str) -> None:
     with pytest.raises(ValueError, match=match):
@@ -72,7 +73,7 @@ def test_too_large_split_is_refused(task: FormulaTask, match: str) -> None:
 
 
 def test_smallest_split_that_is_possible() -> None:
-    train, valid = FormulaTask(complexity=0, train_size=1, valid_size=11).split()
+    train, valid = FormulaTask(FormulaForm(0), train_size=1, valid_size=11).split()
     assert len(valid) == 11
     assert not set(rows(train.source)) & set(rows(valid.source))
 
@@ -81,8 +82,8 @@ def test_smallest_split_that_is_possible() -> None:
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 def test_tensors_agree_with_text(complexity: int, signed: bool) -> None:
     generator = torch.Generator().manual_seed(complexity)
-    examples = generate_formulas(307, generator, complexity, signed)
-    task = FormulaTask(complexity, signed)
+    examples = generate_formulas(FormulaForm(complexity, signed), 307, generator)
+    task = FormulaTask(FormulaForm(complexity, signed))
     assert (examples.source.shape[1], examples.target.shape[1]) == (task.source_length, task.target_length)
     limit = 10**complexity
     for question, answer in texts(examples):
@@ -94,14 +95,15 @@ def test_tensors_agree_with_text(complexity: int, signed: bool) -> None:
 
 
 def test_longest_formula_is_not_cut() -> None:
-    examples = encode_formulas(torch.tensor([-1000]), torch.tensor([1000]), torch.tensor([False]))
+    examples = FormulaForm().encode(torch.tensor([-1000]), torch.tensor([1000]), torch.tensor([False]))
     assert texts(examples) == [("-1000-1000", "-2000")]
     assert FORMULA.eos_id in examples.source[0] and FORMULA.eos_id in examples.target[0]
 
 
 def test_generated_sides_never_meet_and_have_their_share() -> None:
     def draw(held_out: bool | None, seed: int) -> list[tuple[int, ...]]:
-        return rows(generate_formulas(4_001, torch.Generator().manual_seed(seed), 1, True, held_out, 0.3).source)
+        generator = torch.Generator().manual_seed(seed)
+        return rows(generate_formulas(FormulaForm(1), 4_001, generator, "uniform", held_out, 0.3).source)
 
     train, held_out = set(draw(False, 0)), set(draw(True, 1))
     assert not train & held_out
@@ -110,9 +112,10 @@ def test_generated_sides_never_meet_and_have_their_share() -> None:
 
 
 def test_generation_repeats_with_its_seed_and_counts_exactly() -> None:
-    first, second = (generate_formulas(997, torch.Generator().manual_seed(5), held_out=False) for _ in range(2))
+    first, second = (generate_formulas(FormulaForm(), 997, torch.Generator().manual_seed(5), held_out=False)
+                     for _ in range(2))
     assert torch.equal(first.source, second.source) and len(first) == 997
-    assert len(generate_formulas(0, torch.Generator())) == 0
+    assert len(generate_formulas(FormulaForm(), 0, torch.Generator())) == 0
 
 
 @pytest.mark.parametrize(("text", "ids"), [
@@ -137,11 +140,118 @@ def test_questions_that_cannot_be_asked(text: str, match: str) -> None:
 
 def test_unsigned_run_refuses_a_negative_number() -> None:
     with pytest.raises(ValueError, match="without negative numbers"):
-        FormulaTask(signed=False).encode_question("-3+4")
+        FormulaTask(FormulaForm(signed=False)).encode_question("-3+4")
 
 
 def test_trim_cuts_only_padding() -> None:
-    examples = encode_formulas(torch.tensor([7, -52]), torch.tensor([8, 3]), torch.tensor([True, True]))
+    examples = FormulaForm().encode(torch.tensor([7, -52]), torch.tensor([8, 3]), torch.tensor([True, True]))
     trimmed = examples.trim(FORMULA.pad_id)
     assert (trimmed.source.shape, trimmed.target.shape) == ((2, 6), (2, 5))
     assert texts(trimmed) == texts(examples) == [("7+8", "15"), ("-52+3", "-49")]
+
+
+@pytest.mark.parametrize(("form", "question", "answer"), [
+    (FormulaForm(zero_pad=True), "-0052+0003", "-0049"),
+    (FormulaForm(zero_pad=True, reverse_answer=True), "-0052+0003", "-9400"),
+    (FormulaForm(reverse_answer=True), "-52+3", "-94"),
+    (FormulaForm(1, signed=False, zero_pad=True), "07-10", "-03"),
+    (FormulaForm(1, signed=False, reverse_answer=True), "7-10", "-3"),
+    (FormulaForm(0, zero_pad=True), "-1-1", "-2"),
+    (FormulaForm(zero_pad=True, reverse_answer=True), "+1000-1000", "+0000"),
+    (FormulaForm(10, zero_pad=True, reverse_answer=True), "-10000000000-10000000000", "-00000000002"),
+])
+def test_forms_written_by_hand(form: FormulaForm, question: str, answer: str) -> None:
+    split = max(question.rfind("+"), question.rfind("-"))
+    examples = form.encode(torch.tensor([int(question[:split])]), torch.tensor([int(question[split + 1:])]),
+                           torch.tensor([question[split] == "+"]))
+    assert texts(examples) == [(question, answer)]
+    assert (examples.source.shape[1], examples.target.shape[1]) == (form.source_length, form.target_length)
+
+
+@pytest.mark.parametrize("form", [
+    FormulaForm(2, signed, zero_pad=zero_pad, reverse_answer=reverse)
+    for signed in (True, False) for zero_pad in (True, False) for reverse in (True, False)], ids=str)
+def test_answers_of_every_form_read_as_numbers_and_questions_encode_as_drawn(form: FormulaForm) -> None:
+    task = FormulaTask(form)
+    index = torch.randint(form.size, (211,), generator=torch.Generator().manual_seed(0))
+    examples = task.encode(index)
+    for a, b, plus, source, target in zip(*(x.tolist() for x in (*task.operands(index), *vars(examples).values()))):
+        assert task.decode_answer(target) == str(a + b if plus else a - b)
+        assert task.encode_question(f"{a}{'+' if plus else '-'}{b}") == [token for token in source if token != 14]
+
+
+@pytest.mark.parametrize(("form", "text", "shown"), [
+    (FormulaForm(zero_pad=True), "+", "+"), (FormulaForm(zero_pad=True), "-0000", "-0"),
+    (FormulaForm(zero_pad=True, reverse_answer=True), "-100+", "-100+"), (FormulaForm(), "007", "007"),
+])
+def test_wrong_answers_stay_wrong(form: FormulaForm, text: str, shown: str) -> None:
+    assert form.read_answer(FORMULA.encode(text) + [FORMULA.eos_id]) == shown
+
+
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+def test_every_formula_has_its_number(signed: bool) -> None:
+    form = FormulaForm(1, signed)
+    every = torch.arange(form.size)
+    assert form.size == (21 if signed else 11) * 11 * 2
+    operands = form.operands(every)
+    assert torch.equal(form.index(*operands), every)
+    assert len(set(zip(*(x.tolist() for x in operands)))) == form.size
+
+
+def test_trained_on_is_what_training_holds() -> None:
+    task = FormulaTask(FormulaForm(1), train_size=71, valid_size=31)
+    every = torch.arange(task.size)
+    train, valid = (set(rows(examples.source)) for examples in task.split())
+    trained = task.trained_on(every)
+    assert set(rows(task.encode(every[trained]).source)) == train
+    assert valid <= set(rows(task.encode(every[~trained]).source))
+
+
+def test_fresh_problems_come_from_their_side_and_differ_by_epoch() -> None:
+    task = FormulaTask(FormulaForm(1), train_size=997, valid_size=499, fresh=True, held_out=0.4)
+    every = torch.arange(task.size)
+    trained = task.trained_on(every)
+    sides = [set(rows(task.encode(every[side]).source)) for side in (trained, ~trained)]
+    train, valid = task.split()
+    first, second = (task.draw(torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    assert set(rows(train.source)) | set(rows(first.source)) <= sides[0] and set(rows(valid.source)) <= sides[1]
+    assert not torch.equal(first.source, second.source)
+
+
+def test_the_split_of_numbers_past_64_bits_is_a_function_of_the_formula() -> None:
+    form = FormulaForm(12)
+    operands = draw_operands(form, 4_001, torch.Generator().manual_seed(0), "digits")
+    side = held_out_side(form.index(*operands), 0.25, 7)
+    assert torch.equal(side, held_out_side(form.index(*operands), 0.25, 7))
+    assert side.double().mean().item() == pytest.approx(0.25, abs=0.03)
+
+
+def test_sampling_by_digits_has_all_lengths_alike() -> None:
+    a, b, plus = draw_operands(FormulaForm(10), 20_000, torch.Generator().manual_seed(0), "digits")
+    for magnitude in (a.abs(), b):
+        lengths = torch.tensor([len(str(value)) for value in magnitude.tolist()])
+        shares = torch.bincount(lengths, minlength=12)[1:11] / len(lengths)
+        # A length is a tenth of the draws, less those that came out shorter, plus those from longer ones.
+        assert (shares > 0.08).all() and (shares < 0.13).all()
+    assert (a < 0).double().mean().item() == pytest.approx(0.5, abs=0.02)
+    assert plus.double().mean().item() == pytest.approx(0.5, abs=0.02)
+    assert max(a.abs().max().item(), b.max().item()) <= 10**10
+
+
+def longest_run(a: int, b: int, places: int, kind: str) -> int:
+    """Most neighbouring places whose digits add up to 9 ("carry") or are equal ("borrow")."""
+    best = run = 0
+    for x, y in zip(f"{a:0{places}}", f"{b:0{places}}"):
+        run = run + 1 if (int(x) + int(y) == 9 if kind == "carry" else x == y) else 0
+        best = max(best, run)
+    return best
+
+
+@pytest.mark.parametrize("kind", ["carry", "borrow"])
+def test_hard_sampling_has_long_runs(kind: str) -> None:
+    def share(sampling: str) -> float:
+        a, b, _ = draw_operands(FormulaForm(8), 4_001, torch.Generator().manual_seed(0), sampling)
+        pairs = [pair for pair in zip(a.abs().tolist(), b.tolist()) if min(pair) >= 10**6]
+        return sum(longest_run(*pair, 9, kind) >= 5 for pair in pairs) / len(pairs)
+
+    assert share("hard") > 0.05 > 0.005 > share("digits")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from calcformer.data import EXPRESSION, FORMULA, FormulaTask, Vocabulary, generate_formulas
+from calcformer.data import EXPRESSION, FORMULA, FormulaForm, FormulaTask, Vocabulary, generate_formulas
 from calcformer.decoding import greedy_decode
 from calcformer.model import EncoderDecoder
 from calcformer.model.layers import Memory
@@ -60,7 +60,7 @@ def test_a_row_that_never_ends_is_cut_at_the_length() -> None:
 def test_decoding_agrees_with_the_full_forward_pass_and_ignores_padding() -> None:
     torch.manual_seed(1)
     model = EncoderDecoder(16, 11, 7, width=16, heads=2, hidden=16, pad_id=FORMULA.pad_id).eval()
-    source = generate_formulas(31, torch.Generator().manual_seed(0)).source
+    source = generate_formulas(FormulaForm(), 31, torch.Generator().manual_seed(0)).source
     said = greedy_decode(model, source, 6, FORMULA)
     target = torch.cat((torch.full((31, 1), FORMULA.bos_id), said), dim=1)
     best = model(source, target[:, :-1]).argmax(dim=-1)
@@ -72,7 +72,7 @@ def test_decoding_agrees_with_the_full_forward_pass_and_ignores_padding() -> Non
 
 def test_exact_match_counts_whole_answers() -> None:
     task = FormulaTask()
-    examples = generate_formulas(4, torch.Generator().manual_seed(0))
+    examples = generate_formulas(FormulaForm(), 4, torch.Generator().manual_seed(0))
     examples.source[:, 0] = torch.arange(4)
     answers = examples.labels.tolist()
     answers[1][0] = 3 if answers[1][0] != 3 else 4  # one wrong token

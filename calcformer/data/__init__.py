@@ -2,8 +2,9 @@
 
 from calcformer.data.examples import Examples, Task
 from calcformer.data.expressions import ExpressionTask, generate_expressions
-from calcformer.data.formulas import FormulaTask, generate_formulas, random_formula
+from calcformer.data.formula_tensors import FormulaForm, generate_formulas
+from calcformer.data.formulas import FormulaTask, random_formula
 from calcformer.data.vocab import EXPRESSION, FORMULA, Vocabulary
 
-__all__ = ["EXPRESSION", "FORMULA", "Examples", "ExpressionTask", "FormulaTask", "Task", "Vocabulary",
+__all__ = ["EXPRESSION", "FORMULA", "Examples", "ExpressionTask", "FormulaForm", "FormulaTask", "Task", "Vocabulary",
            "generate_expressions", "generate_formulas", "random_formula"]

@@ -80,8 +80,28 @@ class Task(Protocol):
     def target_length(self) -> int:
         """Tokens of the longest target, begin and end token included."""
 
+    @property
+    def size(self) -> int:
+        """The number of distinct problems."""
+
+    @property
+    def fresh(self) -> bool:
+        """Whether each epoch draws its problems anew."""
+
+    def operands(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The problems numbered `index` (N,) in 0..size-1: a, b (N,) int64, and True (N,) where they are added."""
+
+    def encode(self, index: torch.Tensor) -> Examples:
+        """The problems numbered `index` (N,) in 0..size-1."""
+
+    def trained_on(self, index: torch.Tensor) -> torch.Tensor:
+        """Which of the problems numbered `index` (N,) may have been in training: (N,) bool."""
+
+    def draw(self, generator: torch.Generator) -> Examples:
+        """The problems of an epoch where they are `fresh`, on the generator's device."""
+
     def split(self) -> tuple[Examples, Examples]:
-        """Training and held-out examples."""
+        """Training and held-out examples; where problems are fresh, those of one epoch."""
 
     def encode_question(self, text: str) -> list[int]:
         """The ids of a problem typed by a user; InputError where the model cannot know it."""
@@ -106,7 +126,8 @@ def held_out_side(key: torch.Tensor, fraction: float, seed: int = 0) -> torch.Te
 
     Source: the finalizer of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
     """
-    value = key + (seed + 1) * 0x1E3779B97F4A7C15  # products wrap modulo 2^64, as the hash wants
+    offset = (seed + 1) * 0x1E3779B97F4A7C15 % 2**64
+    value = key + (offset - 2**64 if offset >= 2**63 else offset)  # all wraps modulo 2^64, as the hash wants
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         value = (value ^ ((value >> shift) & ((1 << (64 - shift)) - 1))) * factor
     value = value ^ ((value >> 31) & ((1 << 33) - 1))

@@ -81,13 +81,16 @@ class ExpressionTask:
     """Expressions, split at random into disjoint sets of distinct expressions.
 
     `leaky_split` instead draws `train_size + valid_size` expressions with replacement and splits that list 80 to 20
-    at random, as the report did: what is drawn twice can then stand on both sides.
+    at random, as the report did: what is drawn twice can then stand on both sides. Where `fresh`, each epoch draws
+    `train_size` expressions anew, from those that a hash does not hold out, a share of 1 - `held_out`.
     """
 
     train_size: int = 4_602
     valid_size: int = 15_000
     seed: int = 0
     leaky_split: bool = False
+    fresh: bool = False
+    held_out: float = 0.5
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -101,19 +104,50 @@ class ExpressionTask:
     def target_length(self) -> int:
         return TARGET_LENGTH
 
-    def split(self) -> tuple[Examples, Examples]:
-        """Training and held-out examples; InputError where more is asked for than there are expressions."""
+    @property
+    def size(self) -> int:
+        return EXPRESSIONS
+
+    def operands(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The expressions numbered `index` (N,) in 0..size-1: a, b (N,) int64 and add (N,) bool."""
+        return operands(index)
+
+    def encode(self, index: torch.Tensor) -> Examples:
+        """The expressions numbered `index` (N,) in 0..size-1."""
+        return encode_expressions(index)
+
+    def trained_on(self, index: torch.Tensor) -> torch.Tensor:
+        """Which of the expressions numbered `index` (N,) may have been in training: (N,) bool."""
+        if self.fresh:
+            return ~held_out_side(index, self.held_out, self.seed)
+        return torch.isin(index, self._split_index()[0].to(index.device))
+
+    def draw(self, generator: torch.Generator) -> Examples:
+        """`train_size` fresh problems to train on, on the generator's device."""
+        return generate_expressions(self.train_size, generator, False, self.held_out, self.seed)
+
+    def _split_index(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The numbers of the training and the held-out expressions."""
         total = self.train_size + self.valid_size
         generator = torch.Generator().manual_seed(self.seed)
         if self.leaky_split:
             drawn = torch.randint(0, EXPRESSIONS, (total,), generator=generator)
             train, valid = drawn.split((int(total * LEAKY_TRAIN_SHARE), total - int(total * LEAKY_TRAIN_SHARE)))
-            return encode_expressions(train), encode_expressions(valid)
+            return train, valid
         if total > EXPRESSIONS:
             raise InputError(f"there are {EXPRESSIONS} expressions: {self.train_size} for training and "
                              f"{self.valid_size} held out are {total - EXPRESSIONS} too many")
         order = torch.randperm(EXPRESSIONS, generator=generator)
-        return encode_expressions(order[:self.train_size]), encode_expressions(order[self.train_size:total])
+        return order[:self.train_size], order[self.train_size:total]
+
+    def split(self) -> tuple[Examples, Examples]:
+        """Training and held-out examples; InputError where more is asked for than there are expressions."""
+        if self.fresh:
+            generator = torch.Generator().manual_seed(self.seed)
+            valid = generate_expressions(self.valid_size, generator, True, self.held_out, self.seed)
+            return self.draw(generator), valid
+        train, valid = self._split_index()
+        return encode_expressions(train), encode_expressions(valid)
 
     def encode_question(self, text: str) -> list[int]:
         """The ids of a typed expression, with or without BOS and EOS; InputError where it is not one."""
