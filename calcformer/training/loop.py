@@ -108,6 +108,9 @@ class Trainer:
         training, pad_id = self.config.training, self.task.vocabulary.pad_id
         started = time.perf_counter()
         torch.manual_seed(epoch_seed(training.seed, epoch))
+        if self.task.fresh:
+            generator = torch.Generator(self.device).manual_seed(epoch_seed(training.seed, epoch))
+            self.train_examples = self.task.draw(generator)
         order = torch.randperm(len(self.train_examples)).to(self.device)
         if self.team.rank:  # the same order for all, but dropout of one's own
             torch.manual_seed(epoch_seed(training.seed, epoch) + self.team.rank * 0x9E3779B97F4A7C15 % 2**62)
