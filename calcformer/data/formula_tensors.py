@@ -152,8 +152,9 @@ def draw_operands(form: FormulaForm, count: int, generator: torch.Generator, sam
     """Draw formulas on the generator's device, with replacement.
 
     Args:
-        sampling: "uniform", all formulas alike; "digits", all lengths of each operand alike; "hard", half of them so,
-            and half with a run of places through which a carry, a borrow or an undecided comparison passes.
+        sampling: "uniform", all formulas alike; "digits", all lengths of each operand alike; "hard", half of them so, a
+            quarter with a run of places through which a carry, a borrow or an undecided comparison passes, a quarter
+            with a difference of any length, and one operand in 32 a power of ten.
     """
     device, places = generator.device, form.complexity
 
@@ -163,24 +164,31 @@ def draw_operands(form: FormulaForm, count: int, generator: torch.Generator, sam
     def integers(high: int, *shape: int) -> torch.Tensor:
         return torch.randint(high, shape, generator=generator, device=device)
 
+    def of_any_length(*shape: int) -> torch.Tensor:
+        """0..10^k with k in 1..places."""
+        return (random(*shape) * (10.0 ** (integers(places, *shape) + 1).double() + 1)).long()
+
     plus = integers(2, count).bool()
     if sampling == "uniform" or places == 0:
         return integers(form.limit - form.lowest + 1, count) + form.lowest, integers(form.limit + 1, count), plus
-    bound = 10.0 ** (integers(places, 2, count) + 1).double()
-    a, b = (random(2, count) * (bound + 1)).long()  # 0..10^k with k in 1..places
+    a, b = of_any_length(2, count)
     if sampling == "hard":
-        powers = 10 ** torch.arange(places, device=device)
-        digits = a[:, None] // powers % 10  # (N, places), the last digit first
-        ends = integers(places + 1, 2, count)
+        powers = 10 ** torch.arange(places + 1, device=device)
+        a, b = torch.where(random(2, count) < 1 / 32, powers[integers(places + 1, 2, count)], torch.stack((a, b)))
+        digits = a[:, None] // powers[:-1] % 10  # (N, places), the last digit first
         # In a quarter of the runs the run reaches the last place, in a quarter the first, in a sixteenth both.
+        ends = integers(places + 1, 2, count)
         start = torch.where(random(count) < 0.25, 0, ends.amin(dim=0))
         stop = torch.where(random(count) < 0.25, places, ends.amax(dim=0))
         place = torch.arange(places, device=device)
         inside = (place >= start[:, None]) & (place < stop[:, None])
         # Digits that add up to 9 hand a carry on; equal ones hand a borrow on, and do not decide which is larger.
         passing = torch.where((random(count) < 0.5)[:, None], 9 - digits, digits)
-        other = torch.where(inside, passing, b[:, None] // powers % 10)
-        b = torch.where(random(count) < 0.5, (other * powers).sum(dim=1), b)
+        run = (torch.where(inside, passing, b[:, None] // powers[:-1] % 10) * powers[:-1]).sum(dim=1)
+        difference = torch.where(random(count) < 0.5, -1, 1) * of_any_length(count)
+        near = (a + difference).abs().clamp(max=form.limit)
+        kind = random(count)
+        b = torch.where(kind < 0.25, run, torch.where(kind < 0.5, near, b))
     if form.signed:
         a = torch.where(random(count) < 0.5, -a, a)
     return a, b, plus
