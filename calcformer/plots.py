@@ -1,9 +1,27 @@
-"""Pictures of a run, where matplotlib is installed."""
+"""Pictures of runs, where matplotlib is installed."""
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["save_curve"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Line", "save_curve", "save_heads", "save_panels"]
+
+
+def _figure(width: float, height: float) -> "Figure | None":
+    """An empty figure, in inches, which no window shows; None where matplotlib is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def save_curve(entries: list[dict[str, Any]], path: Path) -> bool:
@@ -12,13 +30,9 @@ def save_curve(entries: list[dict[str, Any]], path: Path) -> bool:
     Args:
         entries: the lines of metrics.jsonl.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure = _figure(10, 4)
+    if figure is None:
         return False
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = {"loss": ("loss", "valid_loss"),
               "accuracy": ("token_accuracy", "valid_token_accuracy", "exact_match")}
     for axes, (title, names) in zip(figure.subplots(1, 2), panels.items()):
@@ -29,5 +43,91 @@ def save_curve(entries: list[dict[str, Any]], path: Path) -> bool:
         axes.set(title=title, xlabel="epoch", yscale="log" if title == "loss" else "linear")
         axes.grid(alpha=0.3)
         axes.legend()
+    figure.savefig(path, dpi=120)
+    return True
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points (x, y, spread around y) to draw; `reported` are another's figures, not ours."""
+
+    label: str
+    points: Sequence[tuple[float, float, float]]
+    color: str
+    reported: bool = False
+
+
+def save_panels(panels: dict[str, list[Line]], xlabel: str, title: str, path: Path, log_x: bool = False) -> bool:
+    """Draw a panel for each figure of merit to a PNG; returns False where matplotlib is not installed.
+
+    Args:
+        panels: the lines of each panel by its title. A loss gets a logarithmic axis; anything else lies in 0..1.
+    """
+    columns = 2
+    rows = math.ceil(len(panels) / columns)
+    figure = _figure(11, 0.8 + 3.4 * rows)
+    if figure is None:
+        return False
+    from matplotlib.ticker import LogLocator
+
+    figure.suptitle(title)
+    handles: dict[str, Any] = {}
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    for axes, (name, lines) in zip(grid.flat, panels.items()):
+        for line in filter(lambda line: line.points, lines):
+            x, y, spread = zip(*line.points)
+            style: dict[str, Any] = {"marker": "." if len(x) < 20 else None}
+            if line.reported:
+                style = {"marker": "x", "markersize": 8, "markeredgewidth": 2, "linestyle": "--", "zorder": 3}
+            handles[line.label], = axes.plot(x, y, color=line.color, **style)
+            if any(spread):
+                low, high = ([value + sign * width for value, width in zip(y, spread)] for sign in (-1, 1))
+                axes.fill_between(x, low, high, color=handles[line.label].get_color(), alpha=0.2, linewidth=0)
+        axes.set(title=name, xlabel=xlabel, xscale="log" if log_x else "linear")
+        axes.tick_params(labelbottom=True)
+        if "loss" in name:
+            axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}" if high < 5 * low else "")
+            axes.grid(alpha=0.15, which="minor", axis="y")
+        else:
+            axes.set_ylim(-0.03, 1.03)
+        axes.grid(alpha=0.3)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def save_heads(weights: list[list[list[float]]], queries: Sequence[str], keys: Sequence[str], title: str, path: Path
+               ) -> bool:
+    """Draw the attention weights of a layer to a PNG, a panel a head; returns False where matplotlib is not installed.
+
+    Args:
+        weights: H matrices, a row for each of the L queries and a column for each of the S keys; rows sum to 1.
+        queries, keys: what stands at the rows and at the columns.
+    """
+    columns = min(len(weights), 4)
+    rows = math.ceil(len(weights) / columns)
+    # A cell has room for a digit, the axes for their longest word, which keys have upright.
+    cell, word = 0.32, 0.085
+    panel_width = max(cell * len(keys), 1.6) + word * max(map(len, queries)) + 0.3
+    panel_height = max(cell * len(queries), 1.2) + word * max(map(len, keys)) + 0.6
+    figure = _figure(panel_width * columns + 0.9, panel_height * rows + 0.5)
+    if figure is None:
+        return False
+    figure.suptitle(title)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for number, (axes, head) in enumerate(zip(panels, weights), start=1):
+        image = axes.imshow(head, vmin=0, vmax=1, cmap="Blues")
+        axes.set_title(f"head {number}", fontsize="medium")
+        axes.set_xticks(range(len(keys)), keys)
+        for label in axes.get_xticklabels():
+            label.set_rotation(90 if len(label.get_text()) > 1 else 0)
+        axes.set_yticks(range(len(queries)), queries)
+    for axes in panels[len(weights):]:
+        axes.set_axis_off()
+    figure.colorbar(image, ax=panels, label="attention weight", fraction=0.05, aspect=30)
     figure.savefig(path, dpi=120)
     return True

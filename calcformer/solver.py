@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from calcformer.decoding import greedy_decode
+from calcformer.decoding import BATCH, decode
 from calcformer.errors import InputError
 from calcformer.training import load_run, pick_device
 
@@ -28,28 +28,27 @@ class Solver:
     """The model of a run folder, in evaluation mode, with its settings and its task."""
 
     def __init__(self, run: str | PathLike[str], device: str = "auto") -> None:
+        self.folder = Path(run)
         self.device = pick_device(device)
-        self.config, self.task, self.model, self.epoch = load_run(Path(run), self.device)
+        self.config, self.task, self.model, self.epoch = load_run(self.folder, self.device)
 
-    def solve(self, questions: Sequence[str], batch_size: int = 1_000) -> list[str]:
+    def solve(self, questions: Sequence[str], batch_size: int = BATCH, beam: int = 1) -> list[str]:
         """The model's answers, in order; they can be wrong.
 
         Args:
             questions: such as "649+864", or "NEGATIVE 30 subtract NEGATIVE 34" for a run on expressions.
+            batch_size: beginnings of answers followed at once.
+            beam: how many beginnings of an answer are followed; 1 decodes greedily.
 
         Raises:
-            InputError: a question is not one that the run was trained for.
+            InputError: a question is not one that the run was trained for, or `beam` is below 1.
         """
         if isinstance(questions, str):
             raise TypeError(f"questions must be a list of strings, got the string {questions!r}")
         encoded = [self.task.encode_question(question) for question in questions]
-        vocabulary, answers = self.task.vocabulary, []
-        for start in range(0, len(encoded), batch_size):
-            rows = encoded[start:start + batch_size]
-            length = max(map(len, rows))
-            if vocabulary.pad_id is not None:
-                rows = [row + [vocabulary.pad_id] * (length - len(row)) for row in rows]
-            said = greedy_decode(self.model, torch.tensor(rows, device=self.device), self.task.target_length - 1,
-                                 vocabulary)
-            answers += [self.task.decode_answer(row) for row in said.tolist()]
-        return answers
+        vocabulary, longest = self.task.vocabulary, max(map(len, encoded), default=0)
+        if vocabulary.pad_id is not None:
+            encoded = [ids + [vocabulary.pad_id] * (longest - len(ids)) for ids in encoded]
+        source = torch.tensor(encoded, dtype=torch.long, device=self.device).view(len(encoded), longest)
+        said = decode(self.model, source, self.task.target_length - 1, vocabulary, beam, batch_size)
+        return [self.task.decode_answer(ids) for ids in said.tolist()]

@@ -1,44 +1,29 @@
-"""The transformer: against torch.nn.Transformer with the same weights, and the properties a right model has."""
+"""The transformer: against torch.nn.Transformer with the same weights, and the properties a right model has.
+
+Those of its position encodings are in test_positions.py.
+"""
 
 import pytest
 import torch
 from torch import nn
 
 import kernels.nn
-from calcformer.model import EncoderDecoder, MultiHeadAttention
+from calcformer.model import CrossAttention, EncoderDecoder, SelfAttention
 from calcformer.model.dropout import Dropout
 from calcformer.model.layers import ACTIVATIONS
-from calcformer.model.positions import LearnedPositions, SinusoidPositions, sinusoid
+from calcformer.model.positions import sinusoid
 from calcformer.model.rows import Rows
-
-PAD = 12
-SIZES = {"width": 20, "heads": 5, "encoder_layers": 2, "decoder_layers": 3, "hidden": 23}
+from tests.model_problem import NORMS, PAD, POSITIONS, SIZES, make, padded_problems, problems
 
 
 @pytest.fixture(autouse=True)
-def seeded_as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels as users on a CPU have them, not in Triton's interpreter: they have tests of their own."""
     monkeypatch.setattr("kernels.backend.INTERPRETED", False)
-    torch.manual_seed(0)
 
 
-def make(pad_id: int | None = PAD, **settings: object) -> EncoderDecoder:
-    """A small model in evaluation mode; biases and norms are made random, since fresh ones hide mistakes."""
-    model = EncoderDecoder(13, 7, 5, pad_id=pad_id, **{**SIZES, **settings})  # type: ignore[arg-type]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def problems(rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sources of 7 and targets of 5 tokens, without padding."""
-    return torch.randint(0, PAD, (rows, 7)), torch.randint(0, PAD, (rows, 5))
-
-
-def copy_attention(ours: MultiHeadAttention, theirs: nn.MultiheadAttention) -> None:
-    parts = [ours.query, ours.key_value] if ours.cross else [ours.query_key_value]
+def copy_attention(ours: SelfAttention | CrossAttention, theirs: nn.MultiheadAttention) -> None:
+    parts = [ours.query_key_value] if isinstance(ours, SelfAttention) else [ours.query, ours.key_value]
     theirs.in_proj_weight.copy_(torch.cat([part.weight for part in parts]))
     theirs.in_proj_bias.copy_(torch.cat([part.bias for part in parts]))
     theirs.out_proj.load_state_dict(ours.output.state_dict())
@@ -85,37 +70,29 @@ def test_equals_torch_transformer_with_the_same_weights(norm: str, activation: s
     torch.testing.assert_close(model(source, target), model.prediction(expected))
 
 
-@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("positions", POSITIONS)
 @torch.no_grad()
-def test_extra_padding_changes_nothing(norm: str) -> None:
-    model = make(norm=norm)
-    source, target = problems()
-    longer_source = torch.cat((source, torch.full((3, 4), PAD)), dim=1)
-    longer_target = torch.cat((target, torch.full((3, 2), PAD)), dim=1)
-    torch.testing.assert_close(model(longer_source, longer_target)[:, :5], model(source, target))
+def test_extra_padding_changes_nothing(positions: str, norm: str) -> None:
+    longer_source, longer_target = problems()
+    source, target = longer_source[:, :4], longer_target[:, :3]
+    longer_source[:, 4:], longer_target[:, 3:] = PAD, PAD
+    model = make(norm=norm, positions=positions)
+    torch.testing.assert_close(model(longer_source, longer_target)[:, :3], model(source, target))
     blind = make(pad_id=None, norm=norm)  # a model without the mask must fail this, or the test shows nothing
-    assert (blind(longer_source, longer_target)[:, :5] - blind(source, target)).abs().max() > 1e-3
+    assert (blind(longer_source, longer_target)[:, :3] - blind(source, target)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("positions", POSITIONS)
 @torch.no_grad()
-def test_later_target_tokens_do_not_change_earlier_outputs() -> None:
-    model = make()
+def test_later_target_tokens_do_not_change_earlier_outputs(positions: str) -> None:
+    model = make(positions=positions)
     source, target = problems()
     changed = target.clone()
     changed[:, 3] = (changed[:, 3] + 1) % PAD
     before, after = model(source, target), model(source, changed)
     torch.testing.assert_close(after[:, :3], before[:, :3], rtol=0, atol=1e-6)
     assert (after[:, 3:] - before[:, 3:]).abs().amax(dim=(0, 2)).min() > 1e-3
-
-
-@pytest.mark.parametrize("positions", ["none", "sinusoid", "learned"])
-@torch.no_grad()
-def test_order_of_the_source_counts_only_with_positions(positions: str) -> None:
-    model = make(positions=positions)
-    source, target = problems()
-    for order in torch.arange(7).flip(0), torch.randperm(7):
-        difference = (model(source[:, order], target) - model(source, target)).abs().max()
-        assert difference < 1e-5 if positions == "none" else difference > 1e-3
 
 
 @pytest.mark.parametrize(("embeddings", "matrices"), [("separate", 3), ("shared", 2), ("tied", 1)])
@@ -126,15 +103,17 @@ def test_embeddings_are_shared_as_asked(embeddings: str, matrices: int) -> None:
     assert model(*problems()).shape == (3, 5, 13)
 
 
-def test_every_parameter_gets_a_gradient() -> None:
-    model = make(positions="learned", dropout=0.05).train()
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("positions", ["learned", "relative"])
+def test_every_parameter_gets_a_gradient(positions: str, norm: str) -> None:
+    model = make(positions=positions, norm=norm, dropout=0.05).train()
     logits = model(*problems())
     logits.backward(torch.randn_like(logits))
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
 def test_initial_weights_have_the_spread_of_torch() -> None:
-    attention, cross = MultiHeadAttention(64, 4), MultiHeadAttention(64, 4, cross=True)
+    attention, cross = SelfAttention(64, 4), CrossAttention(64, 4)
     theirs = nn.MultiheadAttention(64, 4)
     for weight in attention.query_key_value.weight, cross.query.weight, cross.key_value.weight:
         assert weight.std().item() == pytest.approx(theirs.in_proj_weight.std().item(), rel=0.05)
@@ -144,25 +123,12 @@ def test_initial_weights_have_the_spread_of_torch() -> None:
 def test_wrong_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="width 20 and 3 heads"):
         make(heads=3)
-    with pytest.raises(ValueError, match="needs the memory"):
-        MultiHeadAttention(8, 2, cross=True)(torch.zeros(3, 8), Rows(torch.zeros(1, 3), None))
-    with pytest.raises(ValueError, match="reach 5 tokens, got a sequence of 6"):
-        LearnedPositions(5, 8)(torch.zeros(6, 8), Rows(torch.zeros(1, 6), None))
-    with pytest.raises(ValueError, match="got 'sine'"):
-        make(positions="sine")
 
 
-def test_sinusoid_by_hand() -> None:
-    table = sinusoid(3, 4)
-    expected = [[0.0, 1.0, 0.0, 1.0], [0.841471, 0.540302, 0.01, 0.99995], [0.909297, -0.416147, 0.019999, 0.9998]]
-    torch.testing.assert_close(table, torch.tensor(expected), rtol=0, atol=1e-6)
-    assert sinusoid(4, 7).shape == (4, 7)
-
-
-def test_positions_grow() -> None:
-    positions = SinusoidPositions(3, 8)
-    added = positions(torch.zeros(10, 8), Rows(torch.zeros(2, 5), None))
-    torch.testing.assert_close(added, sinusoid(5, 8).repeat(2, 1))
+def test_an_empty_batch_has_empty_scores() -> None:
+    for pad_id in PAD, None:
+        source, target = problems(0)
+        assert make(pad_id)(source, target).shape == (0, 5, 13)
 
 
 # Rows
@@ -218,11 +184,12 @@ def test_heads_are_split_and_joined_as_by_views(pad_id: int | None, parts: int, 
     torch.testing.assert_close(mine, theirs)
 
 
-@pytest.mark.parametrize("norm", ["post", "pre"])
-def test_leaving_padding_out_changes_no_score_and_no_gradient(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make(norm=norm)
-    source, target = problems(4)
-    source[1, 4:], source[2, 6:], target[0, 3:], target[3, 1:] = PAD, PAD, PAD, PAD
+@pytest.mark.parametrize(("norm", "positions"), [*((norm, "sinusoid") for norm in NORMS), ("post", "relative"),
+                                                 ("post", "rotary")])
+def test_leaving_padding_out_changes_no_score_and_no_gradient(norm: str, positions: str,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(norm=norm, positions=positions)
+    source, target = padded_problems()
     real = target != PAD
     upstream = torch.randn(int(real.sum()), 13)
     results = []

@@ -144,10 +144,10 @@ class ExpressionTask:
         """Training and held-out examples; InputError where more is asked for than there are expressions."""
         if self.fresh:
             generator = torch.Generator().manual_seed(self.seed)
-            valid = generate_expressions(self.valid_size, generator, True, self.held_out, self.seed)
-            return self.draw(generator), valid
-        train, valid = self._split_index()
-        return encode_expressions(train), encode_expressions(valid)
+            train = self.draw(generator)
+            return train, generate_expressions(self.valid_size, generator, True, self.held_out, self.seed)
+        chosen, held_out = self._split_index()
+        return encode_expressions(chosen), encode_expressions(held_out)
 
     def encode_question(self, text: str) -> list[int]:
         """The ids of a typed expression, with or without BOS and EOS; InputError where it is not one."""

@@ -154,7 +154,7 @@ def draw_operands(form: FormulaForm, count: int, generator: torch.Generator, sam
     Args:
         sampling: "uniform", all formulas alike; "digits", all lengths of each operand alike; "hard", half of them so, a
             quarter with a run of places through which a carry, a borrow or an undecided comparison passes, a quarter
-            with a difference of any length, and one operand in 32 a power of ten.
+            with a difference of any length, zeros within half of them; and one operand in 32 a power of ten.
     """
     device, places = generator.device, form.complexity
 
@@ -175,18 +175,21 @@ def draw_operands(form: FormulaForm, count: int, generator: torch.Generator, sam
     if sampling == "hard":
         powers = 10 ** torch.arange(places + 1, device=device)
         a, b = torch.where(random(2, count) < 1 / 32, powers[integers(places + 1, 2, count)], torch.stack((a, b)))
-        digits = a[:, None] // powers[:-1] % 10  # (N, places), the last digit first
+        digits = a[:, None] // powers % 10  # (N, places + 1), the last digit first
         # In a quarter of the runs the run reaches the last place, in a quarter the first, in a sixteenth both.
         ends = integers(places + 1, 2, count)
         start = torch.where(random(count) < 0.25, 0, ends.amin(dim=0))
         stop = torch.where(random(count) < 0.25, places, ends.amax(dim=0))
-        place = torch.arange(places, device=device)
+        place = torch.arange(places + 1, device=device)
         inside = (place >= start[:, None]) & (place < stop[:, None])
         # Digits that add up to 9 hand a carry on; equal ones hand a borrow on, and do not decide which is larger.
         passing = torch.where((random(count) < 0.5)[:, None], 9 - digits, digits)
-        run = (torch.where(inside, passing, b[:, None] // powers[:-1] % 10) * powers[:-1]).sum(dim=1)
-        difference = torch.where(random(count) < 0.5, -1, 1) * of_any_length(count)
-        near = (a + difference).abs().clamp(max=form.limit)
+        run = (torch.where(inside, passing, b[:, None] // powers % 10) * powers).sum(dim=1).clamp(max=form.limit)
+        # Zeros within a difference: has it ended there?
+        difference = of_any_length(count)
+        hollow = (torch.where(inside, 0, difference[:, None] // powers % 10) * powers).sum(dim=1)
+        difference = torch.where(random(count) < 0.5, difference, hollow)
+        near = torch.where(random(count) < 0.5, a + difference, a - difference).abs().clamp(max=form.limit)
         kind = random(count)
         b = torch.where(kind < 0.25, run, torch.where(kind < 0.5, near, b))
     if form.signed:

@@ -1,9 +1,10 @@
 """The layers of an encoder-decoder transformer.
 
-Shapes: R rows, one a token (see `Rows`), H heads, E head size, D = H * E model width. Source: Vaswani et al. 2017,
-section 3.
+Shapes: R rows, one a token (see `Rows`), B sequences, H heads, T tokens of a sequence, S those of the memory, E head
+size, D = H * E model width. Source: Vaswani et al. 2017, section 3.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,10 +14,13 @@ from torch.nn import functional as F
 
 import kernels
 import kernels.nn
+from calcformer.model.cache import KeyValue, LayerCache
 from calcformer.model.dropout import Dropout
+from calcformer.model.positions import Positions
 from calcformer.model.rows import Rows
 
-__all__ = ["DecoderLayer", "EncoderLayer", "FeedForward", "Memory", "MultiHeadAttention"]
+__all__ = ["CrossAttention", "DecoderLayer", "EncoderLayer", "FeedForward", "Memory", "ScaledDotProductAttention",
+           "SelfAttention"]
 
 # In place: what a linear layer gives is nobody else's.
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": torch.relu_, "gelu": F.gelu}
@@ -29,31 +33,39 @@ class Memory(NamedTuple):
     rows: Rows
 
 
+class ScaledDotProductAttention(nn.Module):
+    """`kernels.scaled_dot_product_attention` as a module: its hooks see all that becomes attention weights.
+
+    Args:
+        dropout: probability with which a weight is dropped in training.
+    """
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+                is_causal: bool) -> torch.Tensor:
+        """query (B, H, L, E), key and value (B, H, S, E), mask broadcastable to (B, H, L, S): (B, H, L, E)."""
+        return kernels.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal,
+                                                    dropout_p=self.dropout if self.training else 0.0)
+
+
 class MultiHeadAttention(nn.Module):
-    """Attention of H heads. Self attention makes q, k and v in one product, cross attention k and v in one.
+    """What self and cross attention share.
 
     Args:
         width: D, a multiple of `heads`.
         heads: H.
         dropout: probability with which an attention weight is dropped in training.
-        cross: True attends to a second sequence, False to the sequence itself.
     """
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0, cross: bool = False) -> None:
+    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"width must be a multiple of heads, got width {width} and {heads} heads")
         self.heads = heads
-        self.head_size = width // heads
-        self.dropout = dropout
-        self.cross = cross
-        if cross:
-            self.query = nn.Linear(width, width)
-            self.key_value = nn.Linear(width, 2 * width)
-        else:
-            self.query_key_value = nn.Linear(width, 3 * width)
-        self.output = nn.Linear(width, width)
-        self.reset_parameters()
+        self.scaled_dot_product = ScaledDotProductAttention(dropout)
 
     def reset_parameters(self) -> None:
         """Initialise as torch.nn.MultiheadAttention does: Xavier on the joint (3D, D) matrix, zero biases.
@@ -69,21 +81,57 @@ class MultiHeadAttention(nn.Module):
                 bound = (6 / (4 * parameter.shape[1])) ** 0.5
                 nn.init.uniform_(parameter, -bound, bound)
 
-    def forward(self, x: torch.Tensor, rows: Rows, memory: Memory | None = None, is_causal: bool = False
+
+class SelfAttention(MultiHeadAttention):
+    """Attention of a sequence to itself; q, k and v in one product.
+
+    Args:
+        width, heads, dropout: as for MultiHeadAttention.
+        is_causal: whether a token attends to none after it.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0, is_causal: bool = False) -> None:
+        super().__init__(width, heads, dropout)
+        self.is_causal = is_causal
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.output = nn.Linear(width, width)
+        self.reset_parameters()
+
+    def forward(self, x: torch.Tensor, rows: Rows, positions: Positions, cache: LayerCache | None = None
                 ) -> torch.Tensor:
-        """Attend from x (R, D), which stands in `rows`, to `memory`, or to x itself where that is None: (R, D)."""
-        if self.cross:
-            if memory is None:
-                raise ValueError("cross attention needs the memory to attend to")
-            query, = rows.split(self.query(x), 1, self.heads)
-            key, value = memory.rows.split(self.key_value(memory.states), 2, self.heads)
-            mask = memory.rows.mask
-        else:
-            query, key, value = rows.split(self.query_key_value(x), 3, self.heads)
-            mask = None if is_causal else rows.mask  # padding ends a sequence: the causal mask keeps it from all others
-        mixed = kernels.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal,
-                                                     dropout_p=self.dropout if self.training else 0.0)
+        """x (R, D), which stands in `rows`, after the tokens that are in the cache, if any; returns (R, D)."""
+        query, key, value = rows.split(self.query_key_value(x), 3, self.heads)
+        query, key = positions.turn(query, rows), positions.turn(key, rows)
+        if cache is not None:
+            key, value = cache.extend(key, value)
+        mask = None if self.is_causal else rows.mask  # padding ends a sequence: a causal mask keeps it from all others
+        bias = positions.bias(rows)
+        if bias is not None:
+            mask = bias if mask is None else torch.where(mask, bias, -math.inf)
+        is_causal = self.is_causal and cache is None  # no key stands after the one query that a cache is read with
+        mixed = self.scaled_dot_product(query, key, value, mask, is_causal)
         return self.output(rows.join(mixed))
+
+
+class CrossAttention(MultiHeadAttention):
+    """Attention to a memory; k and v in one product. Arguments as for MultiHeadAttention."""
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__(width, heads, dropout)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.output = nn.Linear(width, width)
+        self.reset_parameters()
+
+    def read(self, memory: Memory) -> KeyValue:
+        """The keys and values of a memory."""
+        key, value = memory.rows.split(self.key_value(memory.states), 2, self.heads)
+        return KeyValue(key, value, memory.rows.mask)
+
+    def forward(self, x: torch.Tensor, rows: Rows, memory: KeyValue) -> torch.Tensor:
+        """x (R, D), which stands in `rows`; returns (R, D)."""
+        query, = rows.split(self.query(x), 1, self.heads)
+        return self.output(rows.join(self.scaled_dot_product(query, *memory, False)))
 
 
 class FeedForward(nn.Module):
@@ -102,57 +150,70 @@ class FeedForward(nn.Module):
         return self.contract(self.dropout(self.activation(self.expand(x))))
 
 
-class EncoderLayer(nn.Module):
-    """Self attention and feed-forward, each with dropout, residual and layer norm.
+class Layer(nn.Module):
+    """What encoder and decoder layers share: each sublayer f has dropout, residual and layer norm.
 
     Args:
-        norm: "post" computes norm(x + f(x)) as the paper does, "pre" x + f(norm(x)) (Xiong et al. 2020).
+        norm: "post" computes norm(x + dropout(f(x))) as the paper does, "pre" x + dropout(f(norm(x))) (Xiong et al.
+            2020), "course" dropout(norm(x + f(x))) as the expression report does.
+        dropout: the probability, in training.
     """
+
+    def __init__(self, norm: str, dropout: float) -> None:
+        super().__init__()
+        self.norm = norm
+        self.dropout = Dropout(dropout)
+
+    def add(self, x: torch.Tensor, branch: torch.Tensor, norm: kernels.nn.LayerNorm) -> torch.Tensor:
+        """x and what a sublayer makes of it, (R, D) each, as the next sublayer takes it; not for "pre"."""
+        if self.norm == "course":
+            return self.dropout(norm(branch, x))
+        return norm(branch, x, dropout_p=self.dropout.now)
+
+
+class EncoderLayer(Layer):
+    """Self attention and feed-forward. `norm` as in Layer."""
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float = 0.0, norm: str = "post",
                  activation: str = "relu") -> None:
-        super().__init__()
-        self.pre_norm = norm == "pre"
-        self.attention = MultiHeadAttention(width, heads, dropout)
+        super().__init__(norm, dropout)
+        self.attention = SelfAttention(width, heads, dropout)
         self.feed_forward = FeedForward(width, hidden, dropout, activation)
         self.attention_norm = kernels.nn.LayerNorm(width)
         self.feed_forward_norm = kernels.nn.LayerNorm(width)
-        self.dropout = Dropout(dropout)
 
-    def forward(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rows: Rows, positions: Positions) -> torch.Tensor:
         """x (R, D), which stands in `rows`; returns (R, D)."""
-        p = self.dropout.now
-        if self.pre_norm:
-            y = self.attention(self.attention_norm(x), rows)
-            y, x = self.feed_forward_norm(y, x, dropout_p=p, prenorm=True)
+        if self.norm == "pre":
+            y = self.attention(self.attention_norm(x), rows, positions)
+            y, x = self.feed_forward_norm(y, x, dropout_p=self.dropout.now, prenorm=True)
             return self.dropout.add(x, self.feed_forward(y))
-        x = self.attention_norm(self.attention(x, rows), x, dropout_p=p)
-        return self.feed_forward_norm(self.feed_forward(x), x, dropout_p=p)
+        x = self.add(x, self.attention(x, rows, positions), self.attention_norm)
+        return self.add(x, self.feed_forward(x), self.feed_forward_norm)
 
 
-class DecoderLayer(nn.Module):
-    """Causal self attention, attention to the encoder's output, and feed-forward. `norm` as in EncoderLayer."""
+class DecoderLayer(Layer):
+    """Causal self attention, attention to the encoder's output, and feed-forward. `norm` as in Layer."""
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float = 0.0, norm: str = "post",
                  activation: str = "relu") -> None:
-        super().__init__()
-        self.pre_norm = norm == "pre"
-        self.attention = MultiHeadAttention(width, heads, dropout)
-        self.cross_attention = MultiHeadAttention(width, heads, dropout, cross=True)
+        super().__init__(norm, dropout)
+        self.attention = SelfAttention(width, heads, dropout, is_causal=True)
+        self.cross_attention = CrossAttention(width, heads, dropout)
         self.feed_forward = FeedForward(width, hidden, dropout, activation)
         self.attention_norm = kernels.nn.LayerNorm(width)
         self.cross_attention_norm = kernels.nn.LayerNorm(width)
         self.feed_forward_norm = kernels.nn.LayerNorm(width)
-        self.dropout = Dropout(dropout)
 
-    def forward(self, x: torch.Tensor, rows: Rows, memory: Memory) -> torch.Tensor:
-        """x (R, D), which stands in `rows`; returns (R, D)."""
-        p = self.dropout.now
-        if self.pre_norm:
-            y = self.attention(self.attention_norm(x), rows, is_causal=True)
+    def forward(self, x: torch.Tensor, rows: Rows, positions: Positions, memory: KeyValue,
+                cache: LayerCache | None = None) -> torch.Tensor:
+        """x (R, D), which stands in `rows`, after the tokens in the cache, if any; `memory` as read; returns (R, D)."""
+        if self.norm == "pre":
+            p = self.dropout.now
+            y = self.attention(self.attention_norm(x), rows, positions, cache)
             y, x = self.cross_attention_norm(y, x, dropout_p=p, prenorm=True)
             y, x = self.feed_forward_norm(self.cross_attention(y, rows, memory), x, dropout_p=p, prenorm=True)
             return self.dropout.add(x, self.feed_forward(y))
-        x = self.attention_norm(self.attention(x, rows, is_causal=True), x, dropout_p=p)
-        x = self.cross_attention_norm(self.cross_attention(x, rows, memory), x, dropout_p=p)
-        return self.feed_forward_norm(self.feed_forward(x), x, dropout_p=p)
+        x = self.add(x, self.attention(x, rows, positions, cache), self.attention_norm)
+        x = self.add(x, self.cross_attention(x, rows, memory), self.cross_attention_norm)
+        return self.add(x, self.feed_forward(x), self.feed_forward_norm)

@@ -44,12 +44,15 @@ class Rows:
     Args:
         ids: (B, T) int64.
         pad_id: the token that fills short sequences, None where there is none.
+        start: how many tokens of each sequence came before these.
     """
 
-    def __init__(self, ids: torch.Tensor, pad_id: int | None) -> None:
+    def __init__(self, ids: torch.Tensor, pad_id: int | None, start: int = 0) -> None:
         self.batch, self.length = ids.shape
+        self.start, self.end = start, start + self.length
         real = None if pad_id is None else ids != pad_id
-        self.compact = ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        # Sequences of one token, as a decoder with a cache has them, are split and joined by views.
+        self.compact = self.length > 1 and ids.device.type == "cpu" and not torch.compiler.is_compiling()
         self.count = ids.numel()
         if self.compact:
             places = torch.arange(self.count)
@@ -72,7 +75,7 @@ class Rows:
     def positions(self) -> torch.Tensor:
         """(R,) int64, how many tokens stand before each in its sequence."""
         places = self._places if self.compact else torch.arange(self.batch * self.length, device=self.ids.device)
-        return places % self.length
+        return places % self.length + self.start
 
     def _move(self, parts: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The indices that take (R, parts, H) to (parts, B, H, T), and back; made once a batch."""
@@ -86,23 +89,24 @@ class Rows:
 
     def split(self, x: torch.Tensor, parts: int, heads: int) -> tuple[torch.Tensor, ...]:
         """x (R, parts * H * E) as `parts` tensors (B, H, T, E)."""
+        size = x.shape[1] // (parts * heads)
         if self.compact:
-            x = Gather.apply(x.reshape(x.shape[0] * parts * heads, -1), *self._move(parts, heads))
-            return x.view(parts, self.batch, heads, self.length, -1).unbind(0)
-        x = x.view(self.batch, self.length, parts, heads, -1)
+            x = Gather.apply(x.reshape(-1, size), *self._move(parts, heads))
+            return x.view(parts, self.batch, heads, self.length, size).unbind(0)
+        x = x.view(self.batch, self.length, parts, heads, size)
         return tuple(part.transpose(1, 2) for part in x.unbind(2))
 
     def join(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, H, T, E) as (R, H * E)."""
-        heads = x.shape[1]
+        heads, size = x.shape[1], x.shape[3]
         if self.compact:
             to, back = self._move(1, heads)
-            return Gather.apply(x.reshape(-1, x.shape[3]), back, to).view(-1, heads * x.shape[3])
-        return x.transpose(1, 2).reshape(self.batch * self.length, -1)
+            return Gather.apply(x.reshape(-1, size), back, to).view(-1, heads * size)
+        return x.transpose(1, 2).reshape(-1, heads * size)
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """x (R, V) as (B, T, V), with zeros where there is padding."""
         if self.compact and self.count < self.batch * self.length:
             places = self._places[:self.count]
             x = x.new_zeros(self.batch * self.length, x.shape[1]).index_copy(0, places, x[:self.count])
-        return x.view(self.batch, self.length, -1)
+        return x.view(self.batch, self.length, x.shape[1])

@@ -21,7 +21,8 @@ from calcformer.model import EncoderDecoder
 from calcformer.training.files import write_atomically
 from calcformer.training.optimizer import trained_parameters
 
-__all__ = ["RunError", "finished_epochs", "load_resume_state", "load_run", "read_config", "save_checkpoint"]
+__all__ = ["RunError", "finished_epochs", "load_resume_state", "load_run", "read_config", "save_checkpoint",
+           "save_weights"]
 
 CONFIG, MODEL, RESUME, METRICS = "config.json", "model.safetensors", "resume.safetensors", "metrics.jsonl"
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -38,14 +39,17 @@ def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
     """Write the state after `epoch` finished epochs."""
-    metadata = {"epoch": str(epoch)}
-    weights = _weights(model)
-    state = {f"model.{name}": value for name, value in weights.items()}
+    state = {f"model.{name}": value for name, value in _weights(model).items()}
     for index, parameter in enumerate(trained_parameters(optimizer)):
         for key, value in optimizer.state.get(parameter, {}).items():
             state[f"{key}.{index}"] = value.detach().cpu()
-    write_atomically(folder / RESUME, save(state, metadata))
-    write_atomically(folder / MODEL, save(weights, metadata))
+    write_atomically(folder / RESUME, save(state, {"epoch": str(epoch)}))
+    save_weights(folder, model, epoch)
+
+
+def save_weights(folder: Path, model: nn.Module, epoch: int) -> None:
+    """Write the weights after `epoch` finished epochs, for those who use the model."""
+    write_atomically(folder / MODEL, save(_weights(model), {"epoch": str(epoch)}))
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], int]:
@@ -85,7 +89,8 @@ def read_config(folder: Path) -> RunConfig:
     try:
         return RunConfig.from_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RunError(f"{path} cannot be used: {error}") from None
+        reason = str(error).removesuffix("; train the run again")
+        raise RunError(f"{path} cannot be used ({reason}); train the run again or give another one") from None
 
 
 def load_run(folder: Path, device: torch.device | str = "cpu"
@@ -114,8 +119,14 @@ def load_resume_state(folder: Path, model: nn.Module, optimizer: torch.optim.Opt
     tensors, epoch = _read_tensors(path)
     prefix = "model."
     _fill(model, {name[len(prefix):]: value for name, value in tensors.items() if name.startswith(prefix)}, path)
+    if epoch == 0:  # Adam makes its state in its first step
+        return 0
     for index, parameter in enumerate(trained_parameters(optimizer)):
-        state = {key: tensors[f"{key}.{index}"] for key in ADAM_STATE if f"{key}.{index}" in tensors}
-        if state:
-            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+        state = {key: tensors.get(f"{key}.{index}") for key in ADAM_STATE}
+        for key, value in state.items():
+            if value is None or value.shape != (() if key == "step" else parameter.shape):
+                raise RunError(f"{path} does not fit the settings of its {CONFIG} (first difference: {key}.{index}); "
+                               "train the run again or give another one")
+        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()
+                                      if value is not None}
     return epoch

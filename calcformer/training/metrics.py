@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from calcformer.data import Examples, Task
-from calcformer.decoding import greedy_decode
+from calcformer.decoding import BATCH, decode
 from calcformer.model import EncoderDecoder
 from calcformer.training.team import Team
 
@@ -80,16 +80,15 @@ def evaluate(model: EncoderDecoder, examples: Examples, pad_id: int | None, batc
 
 
 @torch.no_grad()
-def exact_match(model: EncoderDecoder, examples: Examples, task: Task, batch_size: int = 1_000,
+def exact_match(model: EncoderDecoder, examples: Examples, task: Task, batch_size: int = BATCH,
                 team: Team | None = None) -> float:
     """The share of problems whose whole answer, end token included, is right when the model answers by itself."""
     team = team or Team()
     was_training = model.training
     model.eval()
-    right = torch.zeros(1, device=examples.source.device)
-    for batch in examples.part(team.rank, team.size).batches(batch_size):
-        said = greedy_decode(model, batch.source, batch.labels.shape[1], task.vocabulary)
-        right += (said == batch.labels).all(dim=1).sum()
+    part = examples.part(team.rank, team.size)
+    said = decode(model, part.source, part.labels.shape[1], task.vocabulary, batch_size=batch_size)
     model.train(was_training)
+    right = (said == part.labels).all(dim=1).sum(dtype=torch.float32).reshape(1)
     team.sum_(right)
     return right.item() / len(examples)

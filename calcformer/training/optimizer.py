@@ -8,7 +8,7 @@ from torch import nn
 
 from calcformer.config import TrainingConfig
 
-__all__ = ["build_optimizer", "flatten", "learning_rate", "trained_parameters"]
+__all__ = ["Gradient", "build_optimizer", "flatten", "learning_rate", "trained_parameters"]
 
 
 def learning_rate(step: int, steps: int, config: TrainingConfig) -> float:
@@ -21,32 +21,46 @@ def learning_rate(step: int, steps: int, config: TrainingConfig) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def flatten(groups: Sequence[Sequence[nn.Parameter]]) -> tuple[list[nn.Parameter], torch.Tensor]:
-    """One parameter for each group, which holds all parameters of the group, and the gradient of all groups, (N,).
+class Gradient:
+    """The gradient of all that an optimiser trains, as one vector.
 
-    The parameters given become views of those, as their gradients do of the gradient. An optimiser then has a few long
-    vectors to work on, where seventy short ones would cost it a millisecond a step, and clipping and summing over
-    processes have one gradient. Gradients must be zeroed in place: set to None, they would no longer be views.
+    Args:
+        parameters: of the model, in the order of the vector.
+        vector: (N,), whose parts are the gradients of the optimiser's own parameters.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], vector: torch.Tensor) -> None:
+        self.parameters, self.vector = parameters, vector
+
+    def fill(self, loss: torch.Tensor) -> None:
+        """Write the gradient of the loss (), in one pass over it: none is zeroed before, and none added up."""
+        grads = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+        torch.cat([grad.flatten() for grad in grads], out=self.vector)
+
+
+def flatten(groups: Sequence[Sequence[nn.Parameter]]) -> tuple[list[nn.Parameter], Gradient]:
+    """One parameter for each group, which holds all parameters of the group, and the gradient of all groups.
+
+    The parameters given become views of those. An optimiser then has a few long vectors to work on, where seventy short
+    ones would cost it a millisecond a step, and clipping and summing over processes have one gradient.
     """
     parameters = [parameter for group in groups for parameter in group]
     data = torch.cat([parameter.detach().flatten() for parameter in parameters])
     gradient = torch.zeros_like(data)
-    sizes = [parameter.numel() for parameter in parameters]
-    for parameter, values, grad in zip(parameters, data.split(sizes), gradient.split(sizes)):
+    for parameter, values in zip(parameters, data.split([parameter.numel() for parameter in parameters])):
         parameter.data = values.view_as(parameter)
-        parameter.grad = grad.view_as(parameter)
     lengths = [sum(parameter.numel() for parameter in group) for group in groups]
     flat = [nn.Parameter(values) for values in data.split(lengths)]
     for parameter, grad in zip(flat, gradient.split(lengths)):
         parameter.grad = grad
-    return flat, gradient
+    return flat, Gradient(parameters, gradient)
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> tuple[torch.optim.Optimizer, torch.Tensor]:
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> tuple[torch.optim.Optimizer, Gradient]:
     """Adam whose weight decay, if any, is decoupled (Loshchilov and Hutter 2019) and spares biases and norms.
 
     Returns:
-        The optimiser, and the gradient (N,) of all it trains. The model's parameters become views, see `flatten`.
+        The optimiser, and the gradient of all it trains. The model's parameters become views, see `flatten`.
     """
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]

@@ -21,7 +21,7 @@ import torch
 
 from calcformer.errors import InputError
 
-__all__ = ["Team", "TeamLost", "join_team", "start_team"]
+__all__ = ["Team", "TeamLost", "join_team", "name_lost", "start_team"]
 
 PATIENCE = 0.005  # seconds
 
@@ -38,6 +38,20 @@ class Team:
 
     def sum_(self, tensor: torch.Tensor) -> None:
         """Replace a float32 vector by its sum over all processes, which all call this; TeamLost where one has ended."""
+
+    def meet(self) -> None:
+        """Wait until every process is here; TeamLost where one has ended."""
+        self.sum_(torch.zeros(1))
+
+
+@contextmanager
+def name_lost(folder: Path) -> Iterator[None]:
+    """Say in words for users that a process of the team that trains `folder` has ended."""
+    try:
+        yield
+    except TeamLost:
+        raise InputError("a training process ended before its time (killed, or out of memory?); "
+                         f"continue with: calcformer train --resume {folder}") from None
 
 
 def wait_for(other: socket.socket) -> bool:
@@ -75,7 +89,7 @@ class SharedMemoryTeam(Team):
         self._turn = 0
 
     def meet(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process is here; TeamLost where one has ended."""
         if self.rank == 0 and not all(map(wait_for, self._sockets)):
             raise TeamLost
         try:
@@ -131,12 +145,9 @@ def start_team(folder: Path, size: int, length: int) -> Iterator[Team]:
             stack.callback(worker.wait)
             stack.callback(worker.kill)
         team = SharedMemoryTeam(0, _map_memory(file.fileno(), size), sockets)
-        try:
+        with name_lost(folder):
             team.meet()  # all have read the checkpoint
             yield team
-        except TeamLost:
-            raise InputError("a training process ended before its time (killed, or out of memory?); "
-                             f"continue with: calcformer train --resume {folder}") from None
 
 
 def join_team(rank: int, size: int, socket_descriptor: int, memory_descriptor: int) -> SharedMemoryTeam:

@@ -1,0 +1,111 @@
+"""What every head of a trained run attends to while it answers a problem, as pictures and for BertViz."""
+
+import json
+import re
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calcformer.decoding import greedy_decode
+from calcformer.errors import InputError
+from calcformer.model import attention_weights
+from calcformer.plots import save_heads
+from calcformer.solver import Solver
+from calcformer.training.files import write_atomically
+
+__all__ = ["AttentionMaps", "attention_maps", "folder_name", "head_view", "save_head_view", "save_maps"]
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """The attention weights of one problem and the model's own greedy answer to it.
+
+    Args:
+        source: the S tokens of the problem.
+        target: the T tokens the decoder reads: the begin token and the answer.
+        said: the T tokens it says at those places: the answer and the end token.
+        encoder, decoder, cross: by layer, (1, H, S, S), (1, H, T, T) and (1, H, T, S) on the CPU; rows sum to 1.
+    """
+
+    source: list[str]
+    target: list[str]
+    said: list[str]
+    encoder: list[torch.Tensor]
+    decoder: list[torch.Tensor]
+    cross: list[torch.Tensor]
+
+
+@torch.no_grad()
+def attention_maps(solver: Solver, question: str) -> AttentionMaps:
+    """Answer one problem and look at the attention weights; InputError where the run was not trained for it."""
+    vocabulary = solver.task.vocabulary
+    source = solver.task.encode_question(question)
+    ids = torch.tensor([source], device=solver.device)
+    said = greedy_decode(solver.model, ids, solver.task.target_length - 1, vocabulary)[0].tolist()
+    if vocabulary.eos_id in said:
+        said = said[:said.index(vocabulary.eos_id) + 1]
+    target = [vocabulary.bos_id, *said[:-1]]
+    weights = attention_weights(solver.model, ids, torch.tensor([target], device=solver.device))
+    encoder, decoder, cross = ([layer.float().cpu() for layer in layers]
+                               for layers in (weights.encoder, weights.decoder, weights.cross))
+    tokens = vocabulary.decode
+    return AttentionMaps(tokens(source), tokens(target), tokens(said), encoder, decoder, cross)
+
+
+def save_maps(maps: AttentionMaps, folder: Path) -> list[Path]:
+    """Draw every layer and kind of attention to a PNG of its own, with a panel for each head; returns their names.
+
+    A row of the decoder is named after the token it reads and the one it says: `<bos> → 1`.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    steps = [f"{token} → {next_token}" for token, next_token in zip(maps.target, maps.said)]
+    kinds = (("encoder-self", maps.encoder, maps.source, maps.source),
+             ("decoder-self", maps.decoder, steps, maps.target), ("decoder-cross", maps.cross, steps, maps.source))
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for kind, layers, queries, keys in kinds:
+        for number, weights in enumerate(layers, start=1):
+            path = folder / f"{kind}-{number}.png"
+            if not save_heads(weights[0].tolist(), queries, keys, f"{kind.replace('-', ' ')} attention, layer {number}",
+                              path):
+                raise InputError("pictures need matplotlib; install it with: pip install matplotlib")
+            paths.append(path)
+    return paths
+
+
+def folder_name(question: str) -> str:
+    """A problem as the name of a folder."""
+    return re.sub(r"[^\w+-]+", "_", question.strip())
+
+
+def head_view(run: str | PathLike[str], question: str, device: str = "auto") -> dict[str, Any]:
+    """The arguments of BertViz's head_view and model_view: bertviz.head_view(**head_view("runs/formula-1", "12+7")).
+
+    Args:
+        run: the folder that training wrote.
+        question: such as "649+864".
+        device: auto, cpu, cuda or cuda:N.
+
+    Returns:
+        encoder_attention, decoder_attention, cross_attention: lists over layers of (1, H, L, S) float32;
+        encoder_tokens, decoder_tokens: lists of tokens, the decoder's as it reads them.
+    """
+    return head_view_arguments(attention_maps(Solver(run, device), question))
+
+
+def head_view_arguments(maps: AttentionMaps) -> dict[str, Any]:
+    """See `head_view`."""
+    return {"encoder_attention": maps.encoder, "decoder_attention": maps.decoder, "cross_attention": maps.cross,
+            "encoder_tokens": maps.source, "decoder_tokens": maps.target}
+
+
+def save_head_view(maps: AttentionMaps, path: Path) -> None:
+    """Write the arguments of `head_view` as JSON: each layer as nested lists, to be made a tensor again."""
+    content = {name: [item.tolist() if isinstance(item, torch.Tensor) else item for item in items]
+               for name, items in head_view_arguments(maps).items()}
+    write_atomically(path, json.dumps(content).encode())

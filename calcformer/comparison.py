@@ -1,0 +1,142 @@
+"""The runs of a sweep side by side: as numbers, as a table and as a picture."""
+
+import itertools
+import statistics
+from pathlib import Path
+from typing import Any
+
+from calcformer.plots import Line, save_panels
+from calcformer.solver import Solver
+from calcformer.studies import STUDIES, Member, Sweep
+from calcformer.training import evaluate, exact_match
+from calcformer.training.checkpoint import METRICS
+from calcformer.training.run_log import RunLog
+
+__all__ = ["draw", "make_table", "summarize"]
+
+FIGURES = {"loss": "training loss", "valid_loss": "validation loss", "valid_token_accuracy": "token accuracy",
+           "exact_match": "exact match", "seconds": "seconds"}
+
+
+def measure(folder: Path, member: Member, study: str | None) -> dict[str, Any]:
+    """The last figures of a finished run, and its answers to the questions of the study."""
+    entries = RunLog(folder / member.name / METRICS).read()
+    figures = {**entries[-1], "seconds": sum(entry["seconds"] for entry in entries)}
+    answers: dict[str, str] = {}
+    if study is not None:
+        solver = Solver(folder / member.name, member.config.training.device)
+        questions = STUDIES[study].questions
+        answers = dict(zip(questions, solver.solve(questions)))
+        if STUDIES[study].measure_training:
+            examples = solver.task.split()[0].to(solver.device)
+            score = evaluate(solver.model, examples, solver.task.vocabulary.pad_id)
+            figures |= {"valid_loss": score.loss, "valid_token_accuracy": score.token_accuracy,
+                        "exact_match": exact_match(solver.model, examples, solver.task)}
+    return {"figures": {name: figures[name] for name in FIGURES}, "answers": answers}
+
+
+def summarize(folder: Path, sweep: Sweep, failed: dict[str, str]) -> dict[str, Any]:
+    """What results.json holds."""
+    reports = [] if sweep.study is None else STUDIES[sweep.study].reported
+    rows = []
+    for values, members in itertools.groupby(sweep.members(), key=lambda member: member.values):
+        runs: list[dict[str, Any]] = [
+            {"run": member.name, "failed": failed[member.name]} if member.name in failed
+            else {"run": member.name, **measure(folder, member, sweep.study)} for member in members]
+        figures = [run["figures"] for run in runs if "figures" in run]
+        mean, spread = ({name: function([each[name] for each in figures]) for name in FIGURES}
+                        if len(figures) >= least else {}
+                        for function, least in ((statistics.fmean, 1), (statistics.stdev, 2)))
+        reported = next((theirs for place, theirs in reports if place.items() <= values.items()), {})
+        rows.append({"values": values, "mean": mean, "spread": spread, "reported": reported, "runs": runs})
+    return {"study": sweep.study, "vary": sweep.vary, "seeds": sweep.seeds, "rows": rows}
+
+
+def _report(results: dict[str, Any]) -> str:
+    """The report that a study is of, such as S0."""
+    return (results["study"] or "").split("-")[0].upper()
+
+
+def _measures_training(results: dict[str, Any]) -> bool:
+    return results["study"] is not None and STUDIES[results["study"]].measure_training
+
+
+def make_table(results: dict[str, Any]) -> str:
+    """The results as a Markdown table that reads well unrendered too, and notes below it."""
+    rows, report = results["rows"], _report(results)
+    reported = [name for name in FIGURES if any(name in row["reported"] for row in rows)]
+    questions = STUDIES[results["study"]].questions if results["study"] else ()
+    lines = [[*(name.replace("_", " ") for name in results["vary"]), *FIGURES.values(),
+              *(f"{report} {FIGURES[name]}" for name in reported), *questions]]
+    for row in rows:
+        cells = [str(value) for value in row["values"].values()]
+        for name in FIGURES:
+            digits = 1 if name == "seconds" else 4
+            text = f"{row['mean'][name]:.{digits}f}" if row["mean"] else "failed"
+            cells.append(f"{text} ± {row['spread'][name]:.{digits}f}" if row["spread"] else text)
+        cells += [str(row["reported"].get(name, "")) for name in reported]
+        cells += [", ".join(run["answers"][question] for run in row["runs"] if "answers" in run)
+                  for question in questions]
+        lines.append(cells)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
+    notes = ["Token accuracy counts single tokens, the end token too, given the right ones before."]
+    if results["seeds"] > 1:
+        notes.append(f"Mean and standard deviation of {results['seeds']} training seeds.")
+    if _measures_training(results):
+        notes.append("Validated on the problems trained on.")
+    notes += [f"{run['run']} failed: {run['failed']}" for row in rows for run in row["runs"] if "failed" in run]
+    table = [f"| {' | '.join(cell.rjust(width) for cell, width in zip(line, widths))} |" for line in lines]
+    return "\n".join([*table, "", *(f"- {note}" for note in notes), ""])
+
+
+def _by_setting(axis: str, name: str, results: dict[str, Any]) -> list[Line]:
+    """A figure by the values of one setting: a line for each combination of the others, and one for the report."""
+    series: dict[str, list[dict[str, Any]]] = {}
+    rows = sorted(results["rows"], key=lambda row: row["values"][axis])
+    for row in rows:
+        series.setdefault(_label({key: value for key, value in row["values"].items() if key != axis}), []).append(row)
+    lines = [Line(label or "ours", [(row["values"][axis], row["mean"][name], row["spread"].get(name, 0.0))
+                                    for row in members if row["mean"]], f"C{number}")
+             for number, (label, members) in enumerate(series.items())]
+    reported = {row["values"][axis]: row["reported"][name] for row in rows if name in row["reported"]}
+    return [*lines, Line(_report(results), [(x, y, 0.0) for x, y in reported.items()], "black", reported=True)]
+
+
+def _by_epoch(folder: Path, name: str, results: dict[str, Any]) -> list[Line]:
+    """A figure by epoch: a line for each row of the table, and the report's figure at the end of it."""
+    lines = []
+    for number, row in enumerate(results["rows"]):
+        logs = [RunLog(folder / run["run"] / METRICS).read() for run in row["runs"] if "figures" in run]
+        points = []
+        for entries in zip(*logs):  # one epoch, of all seeds
+            values = [entry[name] for entry in entries if name in entry]
+            if values:
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                points.append((entries[0]["epoch"], statistics.fmean(values), spread))
+        if points and _measures_training(results) and name != "loss":  # which the log does not
+            points = [(points[-1][0], row["mean"][name], row["spread"].get(name, 0.0))]
+        label = _label(row["values"])
+        lines.append(Line(label or "ours", points, f"C{number}"))
+        if points and name in row["reported"]:
+            lines.append(Line(f"{_report(results)} {label}".strip(), [(points[-1][0], row["reported"][name], 0.0)],
+                              f"C{number}", reported=True))
+    return lines
+
+
+def _label(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
+
+
+def draw(results: dict[str, Any], folder: Path, path: Path) -> bool:
+    """The results as a picture; returns False where matplotlib is not installed."""
+    axis = next((name for name, values in results["vary"].items()
+                 if len(values) > 1 and all(type(value) in (int, float) for value in values)), None)
+    title = results["study"] or folder.resolve().name
+    figures = {name: panel for name, panel in FIGURES.items() if name != "seconds"}
+    if axis is None:
+        return save_panels({panel: _by_epoch(folder, name, results) for name, panel in figures.items()},
+                           "epoch", title, path)
+    low, *_, high = sorted(results["vary"][axis])
+    return save_panels({panel: _by_setting(axis, name, results) for name, panel in figures.items()},
+                       axis.replace("_", " "), title, path, log_x=0 < 100 * low <= high)

@@ -1,0 +1,128 @@
+"""Every problem that a run was not trained on, answered by several processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from calcformer.errors import InputError
+from calcformer.evaluation import Mistake, Tally, answer, find_mistakes, is_right, share
+from calcformer.solver import Solver
+from calcformer.training.files import write_atomically
+
+__all__ = ["MISTAKES", "evaluate_all"]
+
+MISTAKES = "mistakes.txt"
+MOST_PROBLEMS = 100_000_000
+MOST_LISTED = 10_000  # mistakes
+CHUNK = 1 << 14  # problems made, answered and counted at once
+
+Chunk = tuple[Tally, list[int], list[list[int]]]  # counts, the numbers of problems answered wrong, the answers to them
+
+
+def answer_chunk(solver: Solver, numbers: range, beam: int) -> Chunk:
+    """Answer those of the problems with these numbers that the run was not trained on."""
+    task, tally = solver.task, Tally()
+    index = torch.arange(numbers.start, numbers.stop, device=solver.device)
+    index = index[~task.trained_on(index)]
+    if len(index) == 0:
+        return tally, [], []
+    examples = task.encode(index)
+    said = answer(solver, examples, beam)
+    right = is_right(said, examples)
+    tally.add(task.operands(index), right)
+    wrong = (~right).nonzero().squeeze(1)[:MOST_LISTED + 1]
+    return tally, index[wrong].tolist(), said[wrong].tolist()
+
+
+class Worker:
+    """What a process of the pool keeps between chunks."""
+
+    solver: Solver
+    beam: int
+
+    @classmethod
+    def start(cls, run: Path, beam: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once and without a word
+        torch.set_num_threads(1)
+        cls.solver, cls.beam = Solver(run, "cpu"), beam
+
+    @classmethod
+    def answer_chunk(cls, numbers: range) -> Chunk:
+        return answer_chunk(cls.solver, numbers, cls.beam)
+
+
+@contextmanager
+def answered_chunks(solver: Solver, beam: int, processes: int) -> Iterator[Iterator[Chunk]]:
+    """The chunks in order, as they are finished."""
+    size = solver.task.size
+    chunks = [range(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK)]
+    processes = min(processes, len(chunks))
+    if processes == 1 or solver.device.type != "cpu":
+        yield (answer_chunk(solver, numbers, beam) for numbers in chunks)
+        return
+    # Spawned: a fork would copy the threads of PyTorch's pools in whatever state they are.
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), Worker.start, (solver.folder, beam))
+    try:
+        yield pool.map(Worker.answer_chunk, chunks)
+    except BrokenProcessPool:
+        raise InputError("a process that answered problems ended before its time (killed, or out of memory?); "
+                         "try fewer --processes") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def list_mistakes(solver: Solver, numbers: list[int], said: list[list[int]]) -> list[Mistake]:
+    """The mistakes `said` in answer to the problems with those numbers."""
+    index = torch.tensor(numbers, dtype=torch.long, device=solver.device)
+    examples = solver.task.encode(index)
+    answers = torch.tensor(said, dtype=torch.long, device=solver.device).view_as(examples.labels)
+    return list(find_mistakes(solver, solver.task.operands(index), examples, answers))
+
+
+def evaluate_all(solver: Solver, beam: int = 1, processes: int = 1) -> dict[str, Any]:
+    """Exact match on all problems there are but those the run may have been trained on, and a list of its mistakes.
+
+    Args:
+        beam: width of the search for answers; 1 decodes greedily.
+        processes: that share the work on a CPU.
+
+    Returns:
+        n, wrong, exact_match, groups, and mistakes_file, which lists up to 10,000 mistakes or says that there are more.
+
+    Raises:
+        InputError: there are too many problems, or none that were not trained on.
+    """
+    task = solver.task
+    if task.size > MOST_PROBLEMS:
+        raise InputError(f"--exhaustive answers up to {MOST_PROBLEMS:,} problems, this run has {task.size:,}; "
+                         "leave it out")
+    tally = Tally()
+    numbers: list[int] = []
+    answers: list[list[int]] = []
+    with (answered_chunks(solver, beam, processes) as chunks,
+          tqdm(total=task.size, unit="ex", unit_scale=True, dynamic_ncols=True, disable=None) as bar):
+        for counts, wrong, said in chunks:
+            tally.merge(counts)
+            if len(numbers) <= MOST_LISTED:
+                numbers += wrong
+                answers += said
+            bar.update(min(CHUNK, task.size - bar.n))
+    if tally.n == 0:
+        raise InputError("this run was trained on every problem there is; leave out --exhaustive")
+    if len(numbers) <= MOST_LISTED:
+        lines = [str(mistake) for mistake in list_mistakes(solver, numbers, answers)]
+    else:
+        lines = [f"{tally.n - tally.right} of {tally.n} answers are wrong, too many to list"]
+    path = solver.folder / MISTAKES
+    write_atomically(path, "".join(line + "\n" for line in lines).encode())
+    return {**share(tally.right, tally.n, False), "groups": tally.groups(False), "mistakes_file": str(path)}

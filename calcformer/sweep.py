@@ -1,0 +1,210 @@
+"""Many runs that differ in a few settings: trained side by side, continued after a kill, compared in one table.
+
+sweep.json     what is compared (calcformer/studies.py)
+NAME=VALUE/    the run folder of each member
+results.json   figures of every run, their mean and spread over the seeds, a report's own figures
+table.md       the same, to be read
+sweep.png      the same, to be seen: by a setting that is a number, else by epoch
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from tqdm import tqdm
+
+from calcformer.comparison import draw, make_table, summarize
+from calcformer.errors import InputError
+from calcformer.studies import Member, Sweep
+from calcformer.training import finished_epochs, pick_device, resume, train
+from calcformer.training.checkpoint import METRICS
+from calcformer.training.files import write_atomically
+from calcformer.training.run_log import RunLog
+
+__all__ = ["finished_runs", "read_sweep", "run_sweep"]
+
+SWEEP, RESULTS, TABLE, PICTURE = "sweep.json", "results.json", "table.md", "sweep.png"
+POLL_SECONDS = 0.1
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """What the sweep in `folder` compares; InputError where there is none."""
+    return Sweep.read(folder / SWEEP)
+
+
+class Worker:
+    """A process that trains members, one after the other: to import PyTorch takes longer than a small run.
+
+    It ends when this process does, even if that is killed: its input then closes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.errors = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "calcformer.sweep", str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self.errors, start_new_session=True)  # its own session: Ctrl-C is for this process alone
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.input, self.output = self.process.stdin.fileno(), self.process.stdout.fileno()
+        os.set_blocking(self.output, False)
+
+    def give(self, member: Member) -> None:
+        self.member = member
+        os.write(self.input, f"{member.name}\n".encode())
+
+    def outcome(self) -> str | None:
+        """None while the member is trained, then "" or, in one line, why it failed."""
+        try:
+            reply = os.read(self.output, 1 << 16)
+        except BlockingIOError:
+            return None
+        if reply:
+            return str(json.loads(reply))
+        code = self.process.wait()
+        if code < 0:
+            return f"its process was ended by {signal.Signals(-code).name} (killed, or out of memory?)"
+        self.errors.seek(0)
+        lines = self.errors.read().decode(errors="replace").splitlines()
+        return next(filter(None, reversed(lines)), f"its process ended with exit code {code}")
+
+    def close(self) -> None:
+        self.process.kill()
+        with self.process, self.errors:
+            pass
+
+
+def train_members(folder: Path, members: list[Member], jobs: int, bar: bool | None) -> dict[str, str]:
+    """Train what is not finished, `jobs` at a time; returns, for each member that failed, why."""
+    failed: dict[str, str] = {}
+    waiting = [member for member in members if not is_finished(folder, member)]
+    epochs = {member.name: 0 if member in waiting else member.config.training.epochs for member in members}
+    working: list[Worker] = []
+    free: list[Worker] = []
+    with tqdm(total=sum(member.config.training.epochs for member in members), unit="epoch", dynamic_ncols=True,
+              disable=None if bar is None else not bar) as progress:
+        try:
+            while waiting or working:
+                while waiting and len(working) < jobs:
+                    working.append(free.pop() if free else Worker(folder))
+                    working[-1].give(waiting.pop(0))
+                time.sleep(POLL_SECONDS)
+                for worker in list(working):
+                    name, outcome = worker.member.name, worker.outcome()
+                    if outcome is None:
+                        if not progress.disable:
+                            epochs[name] = len(RunLog(folder / name / METRICS).read())
+                        continue
+                    working.remove(worker)
+                    if worker.process.poll() is None:
+                        free.append(worker)
+                    else:
+                        worker.close()
+                    epochs[name] = worker.member.config.training.epochs
+                    if outcome:
+                        failed[name] = outcome
+                    if outcome or progress.disable:
+                        progress.write(f"{name}: {outcome or 'finished'}", file=sys.stderr)
+                progress.set_description(f"{len(members) - len(waiting) - len(working)}/{len(members)} runs", False)
+                progress.update(sum(epochs.values()) - progress.n)
+        finally:
+            for worker in working + free:
+                worker.close()
+    return failed
+
+
+def train_member(folder: Path, name: str) -> str:
+    """Start or continue one member of the sweep in `folder`, in a worker; returns what `Worker.outcome` does."""
+    member = next(member for member in read_sweep(folder).members() if member.name == name)
+    try:
+        if finished_epochs(folder / name) is None:
+            shutil.rmtree(folder / name, ignore_errors=True)  # a kill came before the first checkpoint
+            train(member.config, folder / name, bar=False)
+        else:
+            resume(folder / name, bar=False)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def work(folder: Path) -> None:
+    """Train the members whose names come in, until the input closes; then stop at once, also in the middle of one."""
+    names: SimpleQueue[str] = SimpleQueue()
+    replies = os.dup(1)
+    os.dup2(2, 1)  # what a library prints is no reply
+
+    def listen() -> None:
+        for line in os.fdopen(os.dup(0)):
+            names.put(line.rstrip("\n"))
+        os._exit(1)
+
+    threading.Thread(target=listen, daemon=True).start()
+    while True:
+        os.write(replies, json.dumps(train_member(folder, names.get())).encode())
+
+
+def is_finished(folder: Path, member: Member) -> bool:
+    return finished_epochs(folder / member.name) == member.config.training.epochs
+
+
+def finished_runs(folder: Path, sweep: Sweep) -> int:
+    """How many runs of the sweep in `folder` are finished."""
+    return sum(is_finished(folder, member) for member in sweep.members())
+
+
+def claim(folder: Path, sweep: Sweep) -> None:
+    """Make `folder` the folder of this sweep; InputError where it holds something else."""
+    if (folder / SWEEP).exists():
+        if read_sweep(folder) != sweep:
+            raise InputError(f"{folder} holds another sweep; give --out another name, or continue that one with "
+                             f"--resume {folder}")
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} already exists and is not a sweep; give --out another name")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / SWEEP, sweep.to_json().encode())
+
+
+def run_sweep(sweep: Sweep, folder: Path | str, jobs: int = 0, bar: bool | None = None) -> dict[str, Any]:
+    """Train every run of a sweep and compare them. A folder that holds part of this sweep is continued.
+
+    Args:
+        folder: where the runs, results.json, table.md and sweep.png go.
+        jobs: runs at a time, 0 for as many as there are CPU cores.
+        bar: True draws a progress bar, False does not, None draws one on a terminal.
+
+    Returns:
+        What results.json holds: under "rows" the varied values, the mean and the spread over the seeds, the report's
+        own figures, and every run. A run that failed has the reason under "failed" and does not stop the others.
+
+    Raises:
+        InputError: a setting that cannot be used, or a folder with something else in it, and nothing is written; or
+            not one run could be finished.
+    """
+    folder = Path(folder)
+    if jobs < 0:
+        raise InputError(f"jobs must be 0 or more, got {jobs}")
+    members = sweep.members()
+    for device in dict.fromkeys(member.config.training.device for member in members):
+        pick_device(device)
+    claim(folder, sweep)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    failed = train_members(folder, members, jobs or max(1, cores // sweep.base.training.processes), bar)
+    results = summarize(folder, sweep, failed)
+    write_atomically(folder / RESULTS, (json.dumps(results, indent=2) + "\n").encode())
+    write_atomically(folder / TABLE, make_table(results).encode())
+    draw(results, folder, folder / PICTURE)
+    if len(failed) == len(members):
+        raise InputError(f"no run of {folder} could be finished; the first one: {failed[members[0].name]}")
+    return results
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))

@@ -1,0 +1,42 @@
+"""Which device a process trains on, and how many processes train."""
+
+import os
+
+import torch
+
+from calcformer.config import TrainingConfig
+from calcformer.errors import InputError
+from calcformer.training.torchrun import torchrun_place
+
+__all__ = ["count_processes", "pick_device"]
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; InputError where there is none. Each process of torchrun has a GPU of its own."""
+    place = torchrun_place()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and place is not None:
+        name = f"cuda:{place.local_rank}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {name} is not here ({torch.cuda.device_count()} GPUs found); use --device cpu"
+                         f"{', or fewer processes' if place is not None else ''}")
+    return device
+
+
+def count_processes(config: TrainingConfig, device: torch.device) -> int:
+    """How many processes train: as many as torchrun started, else one on a GPU, else as many as the settings say."""
+    place = torchrun_place()
+    if place is not None:
+        return place.size
+    if device.type == "cuda":
+        return 1
+    if config.processes > 1 and os.name != "posix":
+        raise InputError("several processes share memory as Linux and macOS do it; use --processes 1")
+    return config.processes

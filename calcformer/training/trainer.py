@@ -1,0 +1,210 @@
+"""The epochs of a run."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from calcformer.build import build_model, build_task
+from calcformer.config import RunConfig
+from calcformer.data import Examples
+from calcformer.errors import InputError
+from calcformer.plots import save_curve
+from calcformer.training.board import Board
+from calcformer.training.checkpoint import CONFIG, METRICS, load_resume_state, save_checkpoint, save_weights
+from calcformer.training.cuda_graph import CudaRecorder, GraphedSteps
+from calcformer.training.device import pick_device
+from calcformer.training.files import write_atomically
+from calcformer.training.interrupt import interruptible
+from calcformer.training.metrics import Totals, count_labels, evaluate, exact_match, token_loss
+from calcformer.training.optimizer import build_optimizer, learning_rate, trained_parameters
+from calcformer.training.run_log import RunLog
+from calcformer.training.team import Team, start_team
+from calcformer.training.torchrun import lead_torchrun, torchrun_place
+
+__all__ = ["Trainer", "epoch_seed"]
+
+QUIET_SECONDS = 5.0  # between lines where there is no terminal to draw a bar on
+BAR_SECONDS = 0.2  # between updates of the bar, which wait for the device
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """The seed of one epoch's order and dropout: a resumed run needs no generator state, only the epoch's number."""
+    return (seed * 1_000_003 + epoch) % 2**63
+
+
+class Trainer:
+    """The state of one training run."""
+
+    def __init__(self, config: RunConfig, folder: Path, bar: bool | None, team: Team | None = None) -> None:
+        self.config = config
+        self.team = team or Team()
+        self.folder = folder
+        self.device = pick_device(config.training.device)
+        self.task = build_task(config.data)
+        train, valid = self.task.split()
+        self.train_examples, self.valid_examples = train.to(self.device), valid.to(self.device)
+        torch.manual_seed(config.training.seed)
+        self.model = build_model(config.model, self.task).to(self.device)
+        # Only the steps are compiled: those who measure and save the model know it by its own names.
+        self.forward = torch.compile(self.model, fullgraph=True) if config.training.compile else self.model
+        self.optimizer, self.gradient = build_optimizer(self.model, config.training)
+        self.totals = Totals(self.task.vocabulary.pad_id, self.device)
+        self.steps_per_epoch = math.ceil(len(train) / config.training.batch_size)
+        self.log = RunLog(folder / METRICS)
+        self.want_bar = bar
+        self.bar = tqdm(disable=True)
+        self.last_shown = 0.0
+        self.check_interrupt: Callable[[], None] = lambda: None
+        self.board: Board | None = None
+
+    def begin(self) -> int:
+        """Write the run folder as it is before the first epoch; returns 0, the epochs finished."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / CONFIG, self.config.to_json().encode())
+        save_checkpoint(self.folder, self.model, self.optimizer, 0)
+        return 0
+
+    def load(self) -> int:
+        """Go back to the last checkpoint; returns the epochs finished."""
+        finished = load_resume_state(self.folder, self.model, self.optimizer)
+        save_weights(self.folder, self.model, finished)  # a kill may have come between the two files of a checkpoint
+        return finished
+
+    def start_team(self) -> AbstractContextManager[Team]:
+        """The other processes of a run whose folder is written."""
+        if torchrun_place() is not None and self.config.training.processes > 1:
+            return lead_torchrun(self.folder)
+        return start_team(self.folder, self.config.training.processes, len(self.gradient.vector))
+
+    def step(self, batch: Examples, rate: float | torch.Tensor) -> None:
+        """One step of the optimiser on one batch; the totals hear of this process's part of it.
+
+        On a GPU it waits for no value, so that it can be a part of a CUDA graph.
+        """
+        training, pad_id = self.config.training, self.task.vocabulary.pad_id
+        count = count_labels(batch.labels, pad_id)
+        part = batch.part(self.team.rank, self.team.size)
+        if len(part):
+            if self.device.type == "cpu" and not training.compile:  # compiled code is made for one shape
+                part = part.trim(pad_id)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=training.precision == "bfloat16"):
+                logits = self.forward(part.source, part.decoder_input).float()
+            loss = token_loss(logits, part.labels, pad_id, training.label_smoothing)
+            self.gradient.fill(loss / count)
+            self.totals.add(loss, logits, part.labels)
+        else:
+            self.gradient.vector.zero_()
+        self.team.sum_(self.gradient.vector)
+        if training.clip_norm:
+            torch.nn.utils.clip_grad_norm_(trained_parameters(self.optimizer), training.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+
+    @cached_property
+    def take_steps(self) -> Callable[[Examples, Sequence[float]], Iterator[int]]:
+        """Trains on an epoch's examples, in their order, with a learning rate a step; yields how many at a time."""
+        if self.device.type == "cuda" and self.team.size == 1 and not self.config.training.compile:
+            return GraphedSteps(self.step, self.config.training.batch_size, CudaRecorder(self.device, self.optimizer))
+        return self.step_by_step
+
+    def step_by_step(self, examples: Examples, rates: Sequence[float]) -> Iterator[int]:
+        """`take_steps` by calls of `step`, a batch each."""
+        for batch, rate in zip(examples.batches(self.config.training.batch_size), rates):
+            self.step(batch, rate)
+            yield len(batch)
+
+    def epoch(self, epoch: int) -> dict[str, Any]:
+        """Train one epoch, numbered from 1, and validate; returns its line of the log."""
+        training, pad_id = self.config.training, self.task.vocabulary.pad_id
+        started = time.perf_counter()
+        torch.manual_seed(epoch_seed(training.seed, epoch))
+        if self.task.fresh:
+            generator = torch.Generator(self.device).manual_seed(epoch_seed(training.seed, epoch))
+            self.train_examples = self.task.draw(generator)
+        order = torch.randperm(len(self.train_examples)).to(self.device)
+        if self.team.rank:  # the same order for all, but dropout of one's own
+            torch.manual_seed(epoch_seed(training.seed, epoch) + self.team.rank * 0x9E3779B97F4A7C15 % 2**62)
+        first, steps = (epoch - 1) * self.steps_per_epoch, training.epochs * self.steps_per_epoch
+        rates = [learning_rate(first + step, steps, training) for step in range(self.steps_per_epoch)]
+        self.totals.sums.zero_()
+        self.model.train()
+        self.bar.set_description(f"epoch {epoch}/{training.epochs}", refresh=False)
+        for count in self.take_steps(self.train_examples.select(order), rates):
+            self._show(count)
+            self.check_interrupt()
+        self.team.sum_(self.totals.sums)
+        loss, accuracy = self.totals.result()
+        if not math.isfinite(loss):
+            raise InputError(f"the loss became {loss} in epoch {epoch}; lower --learning-rate or set --clip-norm")
+        seconds = time.perf_counter() - started
+        entry = {"epoch": epoch, "loss": loss, "token_accuracy": accuracy, "learning_rate": rates[-1]}
+        last = epoch == training.epochs
+        if last or epoch % training.valid_every == 0:
+            score = evaluate(self.model, self.valid_examples, pad_id, team=self.team)
+            entry |= {"valid_loss": score.loss, "valid_token_accuracy": score.token_accuracy}
+        if last or (training.exact_match_every and epoch % training.exact_match_every == 0):
+            entry["exact_match"] = exact_match(self.model, self.valid_examples, self.task, team=self.team)
+        return entry | {"seconds": round(seconds, 4), "examples_per_second": round(len(order) / seconds, 1)}
+
+    def _show(self, count: int) -> None:
+        if self.bar.disable:
+            return
+        if time.perf_counter() - self.last_shown > BAR_SECONDS:
+            self.last_shown = time.perf_counter()
+            loss, accuracy = self.totals.result()
+            self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.4f}", refresh=False)
+        self.bar.update(count)
+
+    def _say(self, entry: dict[str, Any]) -> None:
+        """A line to stderr now and then, where there is no bar."""
+        last = entry["epoch"] == self.config.training.epochs
+        if self.bar.disable and (last or time.perf_counter() - self.last_shown > QUIET_SECONDS):
+            self.last_shown = time.perf_counter()
+            numbers = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in entry.items()
+                                if isinstance(value, float) and name not in ("seconds", "learning_rate"))
+            print(f"epoch {entry['epoch']}/{self.config.training.epochs}: {numbers}", file=sys.stderr, flush=True)
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        """Save an epoch. The log first: on resume a line whose epoch was never saved is dropped, a missing one is lost.
+        """
+        try:
+            self.log.append(entry)
+            if self.board is not None:
+                self.board.add(entry)
+            save_checkpoint(self.folder, self.model, self.optimizer, entry["epoch"])
+        except OSError as error:
+            raise InputError(f"{error.filename or self.folder}: {error.strerror or error}; the epoch before is saved: "
+                             f"make room, then continue with: calcformer train --resume {self.folder}") from None
+
+    def run(self, finished: int) -> dict[str, Any]:
+        """Train the epochs after `finished`; returns the last line of the log."""
+        self.log.rewind(finished)
+        size = len(self.train_examples)
+        self.bar = tqdm(total=self.config.training.epochs * size, initial=finished * size, unit="ex", unit_scale=True,
+                        dynamic_ncols=True, disable=None if self.want_bar is None else not self.want_bar)
+        self.last_shown = 0.0 if not self.bar.disable else time.perf_counter()
+        self.board = Board(self.folder, finished) if self.config.training.tensorboard else None
+        try:
+            with interruptible() as self.check_interrupt:
+                for epoch in range(finished + 1, self.config.training.epochs + 1):
+                    entry = self.epoch(epoch)
+                    self._write(entry)
+                    self._say(entry)
+        finally:
+            self.bar.close()
+            if self.board is not None:
+                self.board.close()
+        entries = self.log.read()
+        if not entries or entries[-1]["epoch"] != self.config.training.epochs:
+            raise InputError(f"{self.log.path} is damaged: it does not reach the last epoch; train the run again")
+        save_curve(entries, self.folder / "curve.png")
+        return entries[-1]

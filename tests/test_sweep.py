@@ -1,0 +1,300 @@
+"""Sweeps: grids and studies, runs side by side, and what is made of them."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import calcformer
+from calcformer import sweep as sweeps
+from calcformer.build import build_task
+from calcformer.cli import main
+from calcformer.comparison import make_table
+from calcformer.config import PRESETS
+from calcformer.errors import InputError
+from calcformer.studies import STUDIES, Sweep, parse_vary
+from calcformer.sweep import Worker, read_sweep, run_sweep
+from calcformer.training import load_run
+from tests.pictures import is_picture
+
+TINY: dict[str, Any] = {"train_size": 50, "valid_size": 20, "width": 8, "heads": 2, "hidden": 8, "encoder_layers": 1,
+                        "decoder_layers": 1, "epochs": 2, "batch_size": 25, "device": "cpu"}
+
+
+def flags(**settings: Any) -> list[str]:
+    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The kernels as users on a CPU have them, in the workers too, and an empty working folder."""
+    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(Path(calcformer.__file__).parents[1]))
+    monkeypatch.chdir(tmp_path)
+
+
+def without_times(content: Any) -> Any:
+    """Results without what differs from run to run."""
+    if isinstance(content, dict):
+        return {name: without_times(value) for name, value in content.items() if name != "seconds"}
+    return [without_times(value) for value in content] if isinstance(content, list) else content
+
+
+# Grids
+
+
+def test_values_as_typed() -> None:
+    words = ["learning-rate=1e-2,1e-3", "norm=pre,post", "truncate=true,false", "heads=1,2", "device=cpu"]
+    assert parse_vary(words) == {"learning_rate": [0.01, 0.001], "norm": ["pre", "post"], "truncate": [True, False],
+                                 "heads": [1, 2], "device": ["cpu"]}
+
+
+@pytest.mark.parametrize(("words", "match"), [
+    (["learning-rate"], "not of the form SETTING=VALUE"), (["wings=2"], "no setting 'wings'"),
+    (["heads=two"], "heads must be of type int, got 'two'"), (["heads="], "not of the form"),
+    (["truncate=yes"], "truncate must be true or false, got 'yes'"), (["heads=1", "heads=2"], "heads stands twice"),
+])
+def test_wrong_values_are_one_line(words: list[str], match: str) -> None:
+    with pytest.raises(InputError, match=match) as caught:
+        parse_vary(words)
+    assert "\n" not in str(caught.value)
+
+
+def test_members_are_the_grid_times_the_seeds() -> None:
+    sweep = Sweep.of({"seed": 3, "epochs": 7}, {"norm": ["pre", "post"], "learning_rate": [0.5]}, seeds=2)
+    members = sweep.members()
+    assert [member.name for member in members] == [
+        f"norm={norm},learning-rate=0.5,seed={seed}" for norm in ("pre", "post") for seed in (3, 4)]
+    assert members[3].values == {"norm": "post", "learning_rate": 0.5}
+    config = members[3].config
+    assert (config.model.norm, config.training.learning_rate, config.training.seed) == ("post", 0.5, 4)
+    assert (config.training.epochs, config.training.processes) == (7, 1)
+    assert [member.name for member in Sweep.of({}, {}).members()] == ["run"]
+
+
+def test_sweep_survives_its_file(tmp_path: Path) -> None:
+    sweep = Sweep.of(TINY, {"learning_rate": [1e-9], "truncate": [True, False]}, 3, "formula-report")
+    (tmp_path / "sweep.json").write_text(sweep.to_json())
+    assert read_sweep(tmp_path) == sweep
+
+
+@pytest.mark.parametrize(("text", "match"), [
+    (None, "not a sweep folder"), ("{", "cannot be used"), ("[]", "cannot be used"),
+    ('{"format": 2}', "not of format 1"), ('{"format": 1, "base": {"format": 1}}', "section 'data'"),
+])
+def test_damaged_sweeps_are_one_line(text: str | None, match: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(InputError, match=match) as caught:
+        read_sweep(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_studies_are_the_reports() -> None:
+    members = Sweep.of({}, {}, study="s0-learning-rate").members()
+    assert [member.config.training.learning_rate for member in members] == [10.0**-power for power in range(2, 10)]
+    config, model = members[1].config, members[1].config.model
+    assert (model.encoder_layers, model.decoder_layers, model.heads) == (4, 4, 4)
+    assert (model.width, model.hidden, model.dropout, model.norm) == (32, 32, 0.2, "course")
+    assert (config.training.batch_size, config.training.epochs, config.training.schedule) == (256, 10, "constant")
+    train, valid = build_task(config.data).split()
+    assert (len(train), len(valid)) == (4_000, 1_000)
+    reported = STUDIES["s0-learning-rate"].reported
+    assert reported[1] == ({"learning_rate": 1e-3}, {"loss": 0.0228, "valid_loss": 0.0088, "valid_token_accuracy": 1.0})
+    overfit = Sweep.of({}, {}, study="s0-overfit").members()[0].config
+    assert len(build_task(overfit.data).split()[0]) == overfit.training.batch_size == 4
+    formula = Sweep.of({}, {}, study="s1-positions").members()
+    assert [member.config.model.positions for member in formula] == ["sinusoid", "none"]
+    assert formula[0].config.data.truncate and formula[0].config.training.learning_rate == 1e-3
+
+
+def test_study_can_be_changed() -> None:
+    sweep = Sweep.of({"epochs": 1}, {"learning_rate": [1e-3], "norm": ["pre", "post"]}, study="s0-learning-rate")
+    assert [member.values for member in sweep.members()] == [
+        {"learning_rate": 1e-3, "norm": "pre"}, {"learning_rate": 1e-3, "norm": "post"}]
+    assert Sweep.of({}, {"epochs": [1, 2]}, study="s0-overfit").members()[1].config.training.epochs == 2
+
+
+def test_expressions_of_the_report_can_be_asked() -> None:
+    task = build_task(PRESETS["expression-report"].data)
+    ids = task.encode_question("BOS POSITIVE 04 add NEGATIVE 11 EOS")
+    assert " ".join(task.vocabulary.decode(ids)) == "BOS POSITIVE 0 4 add NEGATIVE 1 1 EOS"
+
+
+@pytest.mark.parametrize(("words", "match"), [
+    (["--vary", "heads=3"], "width 64 and 3 heads"), (["--vary", "heads=2,2"], "heads names a value twice"),
+    (["--vary", "heads=2", "--heads", "4"], "heads is varied; leave out --heads"),
+    (["--seeds", "0"], "seeds must be 1 or more"),
+    (["--seeds", "2", "--vary", "seed=1,2"], "leave it out or --vary seed"),
+    (["--jobs", "-1"], "jobs must be 0 or more"), (["--study", "s9"], "invalid choice: 's9'"),
+    (["--study", "s1-positions", "--preset", "formula"], "leave out --preset"),
+    (["--vary", "device=cpu,cuda:99"], "cuda:99 is not here"), (["--resume", "nowhere"], "not a sweep folder"),
+    (["--resume", "nowhere", "--epochs", "2"], "leave out --epochs"),
+    (["--resume", "nowhere", "--vary", "heads=2"], "leave out --vary"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_wrong_input_is_one_line_and_writes_nothing(words: list[str], match: str, tmp_path: Path,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["sweep", *words])
+    captured = capsys.readouterr()
+    assert caught.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1
+    assert match in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A sweep of three learning rates, one of them too high, and two seeds."""
+    folder = tmp_path_factory.mktemp("sweeps") / "rates"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        patch.setenv("PYTHONPATH", str(Path(calcformer.__file__).parents[1]))
+        run_sweep(Sweep.of({**TINY, "complexity": 1}, {"learning_rate": [1e30, 1e-2, 1e-4]}, 2), folder, 2, bar=False)
+    yield folder
+
+
+def test_failed_member_does_not_stop_the_others(swept: Path) -> None:
+    results = json.loads((swept / "results.json").read_text())
+    failed, *rows = results["rows"]
+    assert failed["mean"] == {} and all("the loss became" in run["failed"] for run in failed["runs"])
+    for row in rows:
+        first, second = (run["figures"] for run in row["runs"])
+        assert row["mean"]["loss"] == pytest.approx((first["loss"] + second["loss"]) / 2)
+        assert row["spread"]["loss"] == pytest.approx(abs(first["loss"] - second["loss"]) / 2**0.5)
+        assert 0 <= row["mean"]["exact_match"] <= 1 and row["mean"]["seconds"] > 0
+    table = (swept / "table.md").read_text()
+    assert table == make_table(results)
+    lines = table.splitlines()
+    assert "| learning rate | training loss | validation loss | token accuracy |" in " ".join(lines[0].split())
+    assert len(set(map(len, lines[:5]))) == 1 and lines[3].count(" ± ") == 5 and "failed" in lines[2]
+    assert "learning-rate=1e+30,seed=1 failed: the loss became" in table
+    assert is_picture(swept / "sweep.png")
+
+
+def test_members_are_runs(swept: Path) -> None:
+    config, _, _, epoch = load_run(swept / "learning-rate=0.01,seed=1")
+    assert epoch == 2 and config.training.seed == 1 and config.preset == "formula"
+
+
+def test_finished_members_are_not_run_again(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = {path: path.stat().st_mtime_ns for path in swept.glob("learning-rate=0*/model.safetensors")}
+    before = json.loads((swept / "results.json").read_text())
+    assert len(weights) == 4 and main(["sweep", "--resume", str(swept)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in weights} == weights
+    assert json.loads((swept / "results.json").read_text()) == before
+    assert make_table(before) in capsys.readouterr().out
+
+
+def test_folders_in_use_are_refused(swept: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds another sweep.*--resume"):
+        run_sweep(Sweep.of({**TINY, "complexity": 1}, {"learning_rate": [1e-2]}, 2), swept)
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(InputError, match="already exists and is not a sweep"):
+        run_sweep(Sweep.of(TINY, {}), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.slow
+def test_nothing_finished_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run").write_text("in the way")
+    sweep = Sweep.of(TINY, {})
+    (tmp_path / "out" / "sweep.json").write_text(sweep.to_json())
+    with pytest.raises(InputError, match="no run of .* could be finished; the first one: .*run already exists"):
+        run_sweep(sweep, tmp_path / "out", bar=True)
+    assert "run: " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_sweep_continues_to_the_same_results(tmp_path: Path) -> None:
+    words = ["sweep", *flags(**TINY | {"epochs": 30}), "--vary", "learning-rate=1e-2,1e-3", "--jobs", "1"]
+    with subprocess.Popen([sys.executable, "-m", "calcformer", *words, "--out", "killed"]) as process:
+        log = tmp_path / "killed" / "learning-rate=0.01" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "killed" / "results.json").exists()
+    assert main([*words, "--out", "killed"]) == 0 and main([*words, "--out", "whole"]) == 0
+    killed, whole = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("killed", "whole"))
+    assert without_times(killed) == without_times(whole)
+    lines = [(tmp_path / name / "learning-rate=0.01" / "metrics.jsonl").read_text().splitlines()
+             for name in ("killed", "whole")]
+    assert [len(each) for each in lines] == [30, 30]
+
+
+@pytest.mark.slow
+def test_worker_ends_with_its_input_and_its_end_is_noticed(tmp_path: Path) -> None:
+    sweep = Sweep.of(TINY | {"epochs": 100_000}, {"seed": [1, 2]})
+    (tmp_path / "sweep.json").write_text(sweep.to_json())
+    for member, end in zip(sweep.members(), ("input", "kill")):
+        worker = Worker(tmp_path)
+        worker.give(member)
+        while not (tmp_path / member.name / "metrics.jsonl").exists():
+            assert worker.outcome() is None
+            time.sleep(0.01)
+        if end == "input":
+            assert worker.process.stdin is not None
+            worker.process.stdin.close()
+        else:
+            worker.process.kill()
+        worker.process.wait(30)
+        expected = "its process ended with exit code 1" if end == "input" else "its process was ended by SIGKILL"
+        outcome = worker.outcome()
+        assert outcome is not None and expected in outcome
+        worker.close()
+
+
+@pytest.mark.slow
+def test_control_c_says_how_to_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
+    first = tmp_path / "out" / "seed=0" / "model.safetensors"
+
+    class Time:
+        @staticmethod
+        def sleep(seconds: float) -> None:
+            time.sleep(seconds)
+            if (tmp_path / "out" / "seed=1").exists():
+                raise KeyboardInterrupt
+
+    words = ["sweep", *flags(**TINY), "--seeds", "2", "--jobs", "1", "--out", "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeps, "time", Time)
+        assert main(words) == 130
+    assert first.exists() and not (tmp_path / "out" / "results.json").exists()
+    assert "of 2 runs finished; continue with: calcformer sweep --resume out" in capsys.readouterr().err
+    assert main(["sweep", "--resume", "out"]) == 0
+    assert "Mean and standard deviation of 2 training seeds" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_study_of_positions_asks_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "--study", "s1-positions", *flags(**TINY)]) == 0
+    folder = tmp_path / "runs" / "s1-positions-1"
+    heading, _, *rows = (line.split("|") for line in capsys.readouterr().out.splitlines()[:4])
+    assert [cell.strip() for cell in heading[-6:-1]] == [
+        "S1 training loss", "S1 validation loss", "S1 token accuracy", "123+123", "321+321"]
+    assert [cell.strip() for cell in rows[0][-6:-3]] == ["0.126", "0.117", "0.963"]
+    answers = json.loads((folder / "results.json").read_text())["rows"][1]["runs"][0]["answers"]
+    assert list(answers.values()) == [cell.strip() for cell in rows[1][-3:-1]]
+    assert is_picture(folder / "sweep.png")
+
+
+@pytest.mark.slow
+def test_study_of_overfitting_measures_what_was_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "--study", "s0-overfit", "--device", "cpu", "--out", "out"]) == 0
+    row, = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert row["mean"]["valid_token_accuracy"] == row["mean"]["exact_match"] == 1.0
+    assert row["reported"] == {"valid_loss": 0.0070, "valid_token_accuracy": 1.0}
+    assert "Validated on the problems trained on." in capsys.readouterr().out
+    assert is_picture(tmp_path / "out" / "sweep.png")

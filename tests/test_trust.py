@@ -1,0 +1,236 @@
+"""What happens to a run when its process is killed, its disk is full or its files are damaged."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calcformer.cli import main
+from calcformer.config import PRESETS, RunConfig
+from calcformer.training import finished_epochs, load_run, resume, train, trainer
+from calcformer.training.run_log import RunLog
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes as POSIX has them")
+
+SMALL = {"complexity": 1, "train_size": 90, "valid_size": 20, "width": 8, "heads": 2, "hidden": 8, "dropout": 0.1,
+         "encoder_layers": 1, "decoder_layers": 1, "batch_size": 15, "epochs": 4, "device": "cpu"}
+FRESH: dict[str, Any] = {"fresh": True, "held_out": 0.5}
+KINDS: dict[str, dict[str, Any]] = {
+    "one process": {}, "fresh problems": FRESH, "two processes": {"processes": 2},
+    "two processes, fresh problems": {"processes": 2, **FRESH}}
+KILLS = 3  # of each run, before it is left in peace
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels as users on a CPU have them, not in Triton's interpreter, in the processes that help too."""
+    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def small(**changes: Any) -> RunConfig:
+    return PRESETS["formula"].with_settings({**SMALL, "processes": 1, **changes})
+
+
+def start(work: Callable[[], object]) -> int:
+    """Do the work in another process, which is a copy of this one; returns its id."""
+    child = os.fork()
+    if child == 0:
+        sys.stderr = sys.stdout = open(os.devnull, "w")
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return child
+
+
+def continue_or_begin(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """What a user does after a kill: go on where a checkpoint is, else begin anew."""
+    if finished_epochs(folder) is not None:
+        return resume(folder, bar=False)
+    shutil.rmtree(folder, ignore_errors=True)
+    return train(config, folder, bar=False)
+
+
+def assert_same_run(folder: Path, whole: Path) -> None:
+    for name in "model.safetensors", "resume.safetensors":
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+    losses, expected = ([entry["loss"] for entry in RunLog(path / "metrics.jsonl").read()] for path in (folder, whole))
+    assert losses == expected
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], tuple[Path, float]]]:
+    """The run of a kind that nobody disturbed, and how many seconds it took."""
+    runs: dict[str, tuple[Path, float]] = {}
+
+    def train_whole(kind: str) -> tuple[Path, float]:
+        if kind not in runs:
+            folder, started = tmp_path_factory.mktemp("whole") / "run", time.monotonic()
+            train(small(**KINDS[kind]), folder, bar=False)
+            runs[kind] = folder, time.monotonic() - started
+        return runs[kind]
+
+    yield train_whole
+
+
+# Kills
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kills_at_any_moment_change_nothing(kind: str, tmp_path: Path, whole: Callable[[str], tuple[Path, float]]
+                                            ) -> None:
+    expected, seconds = whole(kind)
+    config, folder = small(**KINDS[kind]), tmp_path / "run"
+    moments = random.Random(kind)
+    for _ in range(KILLS):
+        child = start(lambda: continue_or_begin(config, folder))
+        time.sleep(moments.uniform(0, seconds))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if (folder / "model.safetensors").exists():
+            load_run(folder)  # what is there can be used at any time
+    continue_or_begin(config, folder)
+    assert_same_run(folder, expected)
+
+
+@pytest.mark.parametrize("name", ["resume.safetensors", "model.safetensors"])
+@pytest.mark.parametrize("moment", ["half written", "not renamed"])
+@pytest.mark.parametrize("epoch", [2, 4])
+def test_kill_within_a_checkpoint(name: str, moment: str, epoch: int, tmp_path: Path,
+                                  whole: Callable[[str], tuple[Path, float]], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = whole("one process")
+    folder, rename, left = tmp_path / "run", os.replace, epoch
+
+    def die(source: Path, target: Path) -> None:
+        nonlocal left
+        if Path(target).name == name:
+            left -= 1
+            if left < 0:  # the checkpoint before the first epoch counts too
+                if moment == "half written":
+                    os.truncate(source, os.path.getsize(source) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", die)
+        child = start(lambda: train(small(), folder, bar=False))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    saved = epoch if name == "model.safetensors" else epoch - 1
+    assert (finished_epochs(folder), load_run(folder)[3]) == (saved, epoch - 1)
+    resume(folder, bar=False)
+    assert_same_run(folder, expected)
+
+
+# Full disks
+
+
+def fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Run a command that must fail; returns its one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main([str(word) for word in words])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert error.startswith("calcformer: error: ") and error.count("\n") == 1
+    return error
+
+
+def flags() -> list[str]:
+    return [word for name, value in {**SMALL, "processes": 1}.items()
+            for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+@pytest.mark.parametrize("name", ["resume.safetensors", "model.safetensors", "metrics.jsonl"])
+def test_full_disk_is_one_line_and_leaves_the_last_checkpoint(
+        name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+        whole: Callable[[str], tuple[Path, float]]) -> None:
+    folder, whole_epoch, full = tmp_path / "run", trainer.Trainer.epoch, False
+    opened = Path.open
+
+    def epoch(self: trainer.Trainer, number: int) -> dict[str, Any]:
+        nonlocal full
+        full = number == 3
+        return whole_epoch(self, number)
+
+    def open_file(self: Path, *arguments: Any, **options: Any) -> Any:
+        if full and name in self.name:
+            return opened(Path("/dev/full"), *arguments, **options)
+        return opened(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "epoch", epoch)
+        patch.setattr(Path, "open", open_file)
+        patch.setattr(os, "fsync", lambda descriptor: None)  # a device has nothing to write through
+        error = fails(capsys, "train", "--out", folder, *flags())
+    assert os.strerror(errno.ENOSPC) in error
+    assert f"make room, then continue with: calcformer train --resume {folder}" in error
+    assert finished_epochs(folder) == (3 if name == "model.safetensors" else 2) and load_run(folder)[3] == 2
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert_same_run(folder, whole("one process")[0])
+
+
+def test_disk_that_is_full_at_once_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # config.json fits, the first checkpoint does not
+        error = fails(capsys, "train", "--out", tmp_path / "run", *flags())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"{tmp_path / 'run' / 'resume.safetensors'}: {os.strerror(errno.EFBIG)}" in error
+
+
+# Damaged files
+
+
+def changed(section: str, **values: Any) -> Callable[[bytes], bytes]:
+    """Changes what config.json says; an empty section is the whole of it."""
+    def change(content: bytes) -> bytes:
+        config = json.loads(content)
+        (config[section] if section else config).update(values)
+        return json.dumps(config).encode()
+    return change
+
+
+DAMAGES = [
+    ("model.safetensors", "evaluate", lambda content: random.Random(0).randbytes(len(content)), "is damaged"),
+    ("model.safetensors", "evaluate", lambda content: content[:len(content) // 2], "is damaged"),
+    ("resume.safetensors", "resume", lambda content: random.Random(0).randbytes(len(content)), "is damaged"),
+    ("resume.safetensors", "resume", lambda content: content[:-1], "is damaged"),
+    ("resume.safetensors", "resume", lambda content: b"", "is damaged"),
+    ("resume.safetensors", "resume", None, "is missing"),
+    ("config.json", "resume", lambda content: b"", "cannot be used"),
+    ("config.json", "evaluate", lambda content: content[:-9], "cannot be used"),
+    ("config.json", "evaluate", changed("", format=2), "not of format 1"),
+    ("config.json", "resume", changed("model", flux=1), "from another version of calcformer"),
+    ("config.json", "resume", changed("training", weight_decay=0.5), "does not fit the settings of its config.json"),
+]
+
+
+@pytest.mark.parametrize(("name", "command", "damage", "match"), DAMAGES)
+def test_damaged_files_are_one_line_that_names_file_and_remedy(
+        name: str, command: str, damage: Callable[[bytes], bytes] | None, match: str, tmp_path: Path,
+        whole: Callable[[str], tuple[Path, float]], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole("one process")[0], folder)
+    path = folder / name
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    error = fails(capsys, *(["train", "--resume", folder] if command == "resume" else [command, folder]))
+    assert name in error and match in error and "train the run again" in error
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
