@@ -61,7 +61,8 @@ def test_config_survives_json(preset: str) -> None:
     ({"norm": "mid"}, "norm must be one of .*post.*, got 'mid'"), ({"epochs": 2.5}, "epochs must be of type int"),
     ({"signed": 1}, "signed must be of type bool"), ({"task": "expression"}, "complexity is a setting of formulas"),
     ({"learning_rat": 1.0}, "no setting 'learning_rat'"),
-    ({"sampling": "hard"}, "sampling hard is for fresh problems"), ({"truncate": True, "zero_pad": True}, "takes no zero"),
+    ({"sampling": "hard"}, "sampling hard is for fresh problems"),
+    ({"truncate": True, "zero_pad": True}, "takes no zero_pad"),
     ({"fresh": True, "leaky_split": True}, "held apart by construction"),
 ])
 def test_wrong_settings_are_refused_in_one_line(changes: dict[str, Any], match: str) -> None:
