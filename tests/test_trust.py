@@ -19,7 +19,8 @@ from calcformer.config import PRESETS, RunConfig
 from calcformer.training import finished_epochs, load_run, resume, train, trainer
 from calcformer.training.run_log import RunLog
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes as POSIX has them")
+pytestmark = [pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes as POSIX has them"),
+              pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")]  # of threads, which take no lock here
 
 SMALL = {"complexity": 1, "train_size": 90, "valid_size": 20, "width": 8, "heads": 2, "hidden": 8, "dropout": 0.1,
          "encoder_layers": 1, "decoder_layers": 1, "batch_size": 15, "epochs": 4, "device": "cpu"}
@@ -28,6 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "one process": {}, "fresh problems": FRESH, "two processes": {"processes": 2},
     "two processes, fresh problems": {"processes": 2, **FRESH}}
 KILLS = 3  # of each run, before it is left in peace
+LIMIT = 300  # seconds, after which a process ends by itself
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +47,7 @@ def start(work: Callable[[], object]) -> int:
     """Do the work in another process, which is a copy of this one; returns its id."""
     child = os.fork()
     if child == 0:
+        signal.alarm(LIMIT)
         sys.stderr = sys.stdout = open(os.devnull, "w")
         try:
             work()
@@ -87,6 +90,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
 # Kills
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_kills_at_any_moment_change_nothing(kind: str, tmp_path: Path, whole: Callable[[str], tuple[Path, float]]
                                             ) -> None:

@@ -111,7 +111,10 @@ class Trainer:
 
     @cached_property
     def take_steps(self) -> Callable[[Examples, Sequence[float]], Iterator[int]]:
-        """Trains on an epoch's examples, in their order, with a learning rate a step; yields how many at a time."""
+        """Trains on an epoch's examples, in their order, with a learning rate a step; yields how many at a time.
+
+        By CUDA graphs on a GPU, unless the model is compiled, or the sum over several GPUs would have to be captured.
+        """
         if self.device.type == "cuda" and self.team.size == 1 and not self.config.training.compile:
             return GraphedSteps(self.step, self.config.training.batch_size, CudaRecorder(self.device, self.optimizer))
         return self.step_by_step
