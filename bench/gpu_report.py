@@ -41,6 +41,7 @@ PARTS = {
     "layer-norm": Part((*PYTEST, "bench/bench_layer_norm.py"), 240, True),
     "host": Part((*PYTEST, "bench/bench_host.py"), 60, True),
     "no-loop": Part((*PYTEST, "bench/bench_no_loop.py"), 60, True),
+    "decoding": Part((*PYTEST, "bench/bench_decoding.py"), 60, True),
     "training": Part((*PYTEST, "bench/bench_training.py"), 120, True),
 }
 

@@ -82,6 +82,8 @@ def build_parser() -> Parser:
     evaluate = commands.add_parser("evaluate", help="measure a run on its held-out problems", allow_abbrev=False)
     evaluate.add_argument("run", type=Path, metavar="RUN", help="run folder")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate.add_argument("--problems", type=positive, metavar="N",
+                          help="held-out problems to draw (as many as the run was validated with)")
     evaluate.add_argument("--exhaustive", action="store_true",
                           help="also answer all problems that were not trained on; mistakes go to RUN/mistakes.txt")
     evaluate.add_argument("--processes", type=positive, metavar="N",
@@ -193,7 +195,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     solver = Solver(arguments.run, arguments.device)
     training = solver.config.training
     torch.set_num_threads(training.threads or 1)
-    result = evaluate_run(solver, arguments.beam)
+    result = evaluate_run(solver, arguments.beam, arguments.problems)
     if arguments.exhaustive:
         result["exhaustive"] = evaluate_all(solver, arguments.beam, arguments.processes or training.processes)
     print(json.dumps(result) if arguments.json else report(solver, result))

@@ -183,16 +183,17 @@ def measure_hard(solver: Solver, beam: int = 1) -> dict[str, dict[str, Any]]:
     return found
 
 
-def evaluate_run(solver: Solver, beam: int = 1) -> dict[str, Any]:
+def evaluate_run(solver: Solver, beam: int = 1, problems: int | None = None) -> dict[str, Any]:
     """Everything measured on the held-out problems of a run, and on hard ones, ready for JSON.
 
     Args:
         beam: width of the search for answers; 1 decodes greedily.
+        problems: held-out problems drawn; None for as many as the run was validated with.
 
     Returns:
         n, wrong, exact_match, interval, token_accuracy, loss; groups, hard, mistakes; epoch, preset, checkpoint, beam.
     """
-    task = solver.task
+    task = solver.task if problems is None else replace(solver.task, valid_size=problems)
     examples, operands = task.split()[1].to(solver.device), held_out_operands(task)
     score = evaluate(solver.model, examples, task.vocabulary.pad_id)
     with tqdm(total=len(examples), unit="ex", unit_scale=True, disable=None, delay=2, leave=False) as bar:

@@ -227,6 +227,15 @@ def test_the_command_with_all_it_can_measure(run: Path, capsys: pytest.CaptureFi
     assert {label for label in labels if any(line.startswith(f"{label:<28}".rstrip()) for line in lines)} == labels
 
 
+def test_more_or_fewer_problems_than_in_validation(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for problems in 7, 90:
+        assert main(["evaluate", str(run), "--problems", str(problems), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["n"] == problems
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(run), "--problems", "900"])
+    assert "900 cannot be held out" in capsys.readouterr().err
+
+
 def test_expressions_have_no_hard_sets(capsys: pytest.CaptureFixture[str]) -> None:
     settings: dict[str, Any] = {**TINY, "norm": "pre", "fresh": True, "held_out": 0.01}
     del settings["complexity"]

@@ -152,9 +152,9 @@ def draw_operands(form: FormulaForm, count: int, generator: torch.Generator, sam
     """Draw formulas on the generator's device, with replacement.
 
     Args:
-        sampling: "uniform", all formulas alike; "digits", all lengths of each operand alike; "hard", half of them so, a
-            quarter with a run of places through which a carry, a borrow or an undecided comparison passes, a quarter
-            with a difference of any length, zeros within half of them; and one operand in 32 a power of ten.
+        sampling: "uniform", all formulas alike; "digits", all lengths of each operand alike; "hard", a quarter of them so,
+            a quarter with a run of places through which a carry, a borrow or an undecided comparison passes, half
+            with a difference of any length, zeros within many of these; and one operand in 32 a power of ten.
     """
     device, places = generator.device, form.complexity
 
@@ -164,37 +164,39 @@ def draw_operands(form: FormulaForm, count: int, generator: torch.Generator, sam
     def integers(high: int, *shape: int) -> torch.Tensor:
         return torch.randint(high, shape, generator=generator, device=device)
 
-    def of_any_length(*shape: int) -> torch.Tensor:
-        """0..10^k with k in 1..places."""
-        return (random(*shape) * (10.0 ** (integers(places, *shape) + 1).double() + 1)).long()
+    def of_any_length(longest: torch.Tensor) -> torch.Tensor:
+        """0..10^k with k in 1..longest, all k alike."""
+        length = (random(*longest.shape) * longest).long() + 1
+        return (random(*longest.shape) * (10.0 ** length.double() + 1)).long()
 
-    plus = integers(2, count).bool()
+    apart = integers(2, count).bool()  # the magnitudes are subtracted
     if sampling == "uniform" or places == 0:
-        return integers(form.limit - form.lowest + 1, count) + form.lowest, integers(form.limit + 1, count), plus
-    a, b = of_any_length(2, count)
+        return integers(form.limit - form.lowest + 1, count) + form.lowest, integers(form.limit + 1, count), ~apart
+    a, b = of_any_length(torch.full((2, count), places, device=device))
     if sampling == "hard":
         powers = 10 ** torch.arange(places + 1, device=device)
         a, b = torch.where(random(2, count) < 1 / 32, powers[integers(places + 1, 2, count)], torch.stack((a, b)))
-        digits = a[:, None] // powers % 10  # (N, places + 1), the last digit first
+        kind = random(count)
+        near = kind < 0.5
+        apart = apart | near
+        place = torch.arange(places + 1, device=device)
         # In a quarter of the runs the run reaches the last place, in a quarter the first, in a sixteenth both.
         ends = integers(places + 1, 2, count)
         start = torch.where(random(count) < 0.25, 0, ends.amin(dim=0))
         stop = torch.where(random(count) < 0.25, places, ends.amax(dim=0))
-        place = torch.arange(places + 1, device=device)
         inside = (place >= start[:, None]) & (place < stop[:, None])
         # Digits that add up to 9 hand a carry on; equal ones hand a borrow on, and do not decide which is larger.
-        passing = torch.where((random(count) < 0.5)[:, None], 9 - digits, digits)
-        run = (torch.where(inside, passing, b[:, None] // powers % 10) * powers).sum(dim=1).clamp(max=form.limit)
-        # Zeros within a difference: has it ended there?
-        difference = of_any_length(count)
+        digits = a[:, None] // powers % 10  # (N, places + 1), the last digit first
+        passing = torch.where(apart[:, None], digits, 9 - digits)
+        run = (torch.where(inside, passing, b[:, None] // powers % 10) * powers).sum(dim=1)
+        # A difference no longer than the number. Zeros within it: has it ended there?
+        difference = of_any_length((a[:, None] >= powers[1:]).sum(dim=1).clamp(max=places - 1) + 1)
         hollow = (torch.where(inside, 0, difference[:, None] // powers % 10) * powers).sum(dim=1)
-        difference = torch.where(random(count) < 0.5, difference, hollow)
-        near = torch.where(random(count) < 0.5, a + difference, a - difference).abs().clamp(max=form.limit)
-        kind = random(count)
-        b = torch.where(kind < 0.25, run, torch.where(kind < 0.5, near, b))
-    if form.signed:
-        a = torch.where(random(count) < 0.5, -a, a)
-    return a, b, plus
+        difference = torch.where((random(count) < 0.5) & (hollow > 0), hollow, difference)
+        neighbour = torch.where(random(count) < 0.5, a + difference, (a - difference).abs())
+        b = torch.where(near, neighbour, torch.where(kind < 0.75, run, b)).clamp(max=form.limit)
+    negative = random(count) < 0.5 if form.signed else torch.zeros_like(apart)
+    return torch.where(negative, -a, a), b, apart == negative
 
 
 def generate_formulas(form: FormulaForm, count: int, generator: torch.Generator, sampling: str = "uniform",
