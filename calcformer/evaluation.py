@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from calcformer.build import build_task
 from calcformer.data import Examples, ExpressionTask, FormulaForm, FormulaTask, Task
 from calcformer.data.expressions import expression_text
 from calcformer.decoding import BATCH, decode, log_probability
@@ -193,7 +194,7 @@ def evaluate_run(solver: Solver, beam: int = 1, problems: int | None = None) -> 
     Returns:
         n, wrong, exact_match, interval, token_accuracy, loss; groups, hard, mistakes; epoch, preset, checkpoint, beam.
     """
-    task = solver.task if problems is None else replace(solver.task, valid_size=problems)
+    task = solver.task if problems is None else build_task(replace(solver.config.data, valid_size=problems))
     examples, operands = task.split()[1].to(solver.device), held_out_operands(task)
     score = evaluate(solver.model, examples, task.vocabulary.pad_id)
     with tqdm(total=len(examples), unit="ex", unit_scale=True, disable=None, delay=2, leave=False) as bar:

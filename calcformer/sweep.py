@@ -27,7 +27,7 @@ from calcformer.errors import InputError
 from calcformer.studies import Member, Sweep
 from calcformer.training import finished_epochs, pick_device, resume, train
 from calcformer.training.checkpoint import METRICS
-from calcformer.training.files import write_atomically
+from calcformer.training.files import hold, write_atomically
 from calcformer.training.run_log import RunLog
 
 __all__ = ["finished_runs", "read_sweep", "run_sweep"]
@@ -196,11 +196,12 @@ def run_sweep(sweep: Sweep, folder: Path | str, jobs: int = 0, bar: bool | None 
         pick_device(device)
     claim(folder, sweep)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    failed = train_members(folder, members, jobs or max(1, cores // sweep.base.training.processes), bar)
-    results = summarize(folder, sweep, failed)
-    write_atomically(folder / RESULTS, (json.dumps(results, indent=2) + "\n").encode())
-    write_atomically(folder / TABLE, make_table(results).encode())
-    draw(results, folder, folder / PICTURE)
+    with hold(folder):
+        failed = train_members(folder, members, jobs or max(1, cores // sweep.base.training.processes), bar)
+        results = summarize(folder, sweep, failed)
+        write_atomically(folder / RESULTS, (json.dumps(results, indent=2) + "\n").encode())
+        write_atomically(folder / TABLE, make_table(results).encode())
+        draw(results, folder, folder / PICTURE)
     if len(failed) == len(members):
         raise InputError(f"no run of {folder} could be finished; the first one: {failed[members[0].name]}")
     return results

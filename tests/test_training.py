@@ -6,8 +6,10 @@ import json
 import math
 import os
 import re
+import shutil
+import sys
 from pathlib import Path
-from subprocess import Popen
+from subprocess import PIPE, Popen
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from calcformer.config import PRESETS, DataConfig, RunConfig, TrainingConfig
 from calcformer.plots import save_curve
 from calcformer.training import (RunError, checkpoint, evaluate, exact_match, load_run, loop, optimizer, resume, team,
                                  train, trainer)
-from calcformer.training.files import write_atomically
+from calcformer.training.files import hold, write_atomically
 from calcformer.training.metrics import Totals, token_loss
 from calcformer.training.run_log import RunLog
 
@@ -259,31 +261,6 @@ def test_processes_train_as_one_would(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="processes share memory as Linux and macOS do it")
-def test_killed_run_of_two_processes_continues_to_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-                                                                   ) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    whole_save = trainer.save_checkpoint
-    train(small(processes=2), tmp_path / "whole", bar=False)
-
-    def save(folder: Path, model: Any, optimizer: Any, epoch: int) -> None:
-        if epoch == 3:
-            raise KeyboardInterrupt
-        whole_save(folder, model, optimizer, epoch)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer, "save_checkpoint", save)
-        train(small(processes=2), tmp_path / "killed", bar=False)
-    resume(tmp_path / "killed", bar=False)
-    assert log_without_times(tmp_path / "killed") == log_without_times(tmp_path / "whole")
-    for name in "model.safetensors", "resume.safetensors":
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    entries = log_without_times(tmp_path / "whole")
-    train(small(), tmp_path / "alone", bar=False)  # dropout is another one, so the numbers are not those of one process
-    assert entries[0]["loss"] != log_without_times(tmp_path / "alone")[0]["loss"]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="processes share memory as Linux and macOS do it")
 def test_lost_process_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     whole_epoch, started = loop.Trainer.epoch, []
@@ -359,6 +336,27 @@ def test_finished_run_without_its_log_is_refused(trained: Path, tmp_path: Path) 
 
 
 # Files
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are held as POSIX has it")
+def test_one_process_writes_a_run_at_a_time(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("calcformer.training.files.PATIENCE", 0.1)
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with hold(folder), pytest.raises(ValueError, match=f"{folder} is being written by another process; wait for it"):
+        resume(folder, bar=False)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    resume(folder, bar=False)
+    holder = Popen([sys.executable, "-c", "import sys; from calcformer.training.files import hold\n"
+                    "with hold(sys.argv[1]): print('held', flush=True); sys.stdin.read()", str(folder)],
+                   stdin=PIPE, stdout=PIPE)
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    with pytest.raises(ValueError, match="is being written"):
+        resume(folder, bar=False)
+    holder.kill()
+    holder.communicate()
+    resume(folder, bar=False)
 
 
 def test_atomic_write_keeps_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,7 @@ def test_missing_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
 def trainer_for(folder: Path, graphed: Callable[[Trainer], Recorder] | None = None, **changes: Any) -> Trainer:
     """A trainer that takes its steps one by one, or as graphs of this recorder."""
     made = Trainer(small(**changes), folder, bar=False)
+    folder.mkdir()
     made.begin()
     if graphed is not None:
         made.take_steps = GraphedSteps(made.step, BATCH, graphed(made))
@@ -137,7 +138,7 @@ def test_graph_trains_as_eager_steps_do(fresh: bool, precision: str, tmp_path: P
 
 @pytest.mark.gpu
 def test_gpu_run_takes_graphs_and_waits_nowhere_in_a_step(tmp_path: Path) -> None:
-    made = Trainer(small(device="cuda"), tmp_path / "run", bar=False)
+    made = Trainer(small(device="cuda"), tmp_path, bar=False)
     made.begin()
     assert isinstance(made.take_steps, GraphedSteps)
     made.epoch(1)  # warms up, captures

@@ -152,8 +152,8 @@ def draw_operands(form: FormulaForm, count: int, generator: torch.Generator, sam
     """Draw formulas on the generator's device, with replacement.
 
     Args:
-        sampling: "uniform", all formulas alike; "digits", all lengths of each operand alike; "hard", a quarter of them so,
-            a quarter with a run of places through which a carry, a borrow or an undecided comparison passes, half
+        sampling: "uniform", all formulas alike; "digits", all lengths of each operand alike; "hard", a quarter of them
+            so, a quarter with a run of places through which a carry, a borrow or an undecided comparison passes, half
             with a difference of any length, zeros within many of these; and one operand in 32 a power of ten.
     """
     device, places = generator.device, form.complexity

@@ -12,6 +12,7 @@ from calcformer.errors import InputError
 from calcformer.training.board import require_tensorboard
 from calcformer.training.checkpoint import load_resume_state, read_config
 from calcformer.training.device import count_processes, pick_device
+from calcformer.training.files import hold
 from calcformer.training.team import Team, TeamLost
 from calcformer.training.torchrun import find_folder, join_torchrun, torchrun_place
 from calcformer.training.trainer import Trainer
@@ -69,9 +70,11 @@ def _run(config: RunConfig, folder: Path, bar: bool | None, continued: bool) -> 
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             trainer = Trainer(config, folder, bar)
-            finished = trainer.load() if continued else trainer.begin()
-            with _name_compiler(config.training.compile), trainer.start_team() as trainer.team:
-                return trainer.run(finished)
+            folder.mkdir(parents=True, exist_ok=True)
+            with hold(folder), _name_compiler(config.training.compile):
+                finished = trainer.load() if continued else trainer.begin()
+                with trainer.start_team() as trainer.team:
+                    return trainer.run(finished)
     finally:
         torch.set_num_threads(threads)
 

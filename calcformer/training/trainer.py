@@ -67,7 +67,6 @@ class Trainer:
 
     def begin(self) -> int:
         """Write the run folder as it is before the first epoch; returns 0, the epochs finished."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / CONFIG, self.config.to_json().encode())
         save_checkpoint(self.folder, self.model, self.optimizer, 0)
         return 0
