@@ -152,21 +152,30 @@ def attention_cases(on_gpu: bool) -> list[AttentionCase]:
         for is_causal in (True, False)
         for length in (128, 512, 1_024, 2_048, 4_096, 8_192, 16_384)
     ]
-    cases += [
-        AttentionCase(8_192, 4, length, head_size, is_causal)
-        for length, is_causal in ((5, True), (9, False), (16, False), (16, True), (32, False), (32, True))
-        for head_size in (16, 32)
-    ]
     return cases + [
         AttentionCase(4, 16, 4_096, 128, True, fp16),
         AttentionCase(4, 16, 1_024, 64, True, fp32),
         AttentionCase(1, 64, 4_096, 128, True, kv_heads=8),
         AttentionCase(1, 64, 8_192, 128, True, kv_heads=8),
         AttentionCase(8, 16, 2_048, 128, mask="padding"),
-        AttentionCase(8_192, 4, 9, 16, mask="padding"),
         AttentionCase(8, 16, 1_024, 64, mask="bias"),
         AttentionCase(4, 16, 2_048, 128, mask="bias"),
         AttentionCase(8, 16, 2_048, 128, True, dropout=0.1),
+    ]
+
+
+def short_cases(on_gpu: bool) -> list[AttentionCase]:
+    """Short sequences, the full set for a GPU: 32,768 heads, then from 4,096 to 262,144 of them."""
+    if not on_gpu:
+        return [AttentionCase(125, 4, 9, 16, dtype=torch.float32)]
+    lengths = ((5, True), (9, False), (16, False), (32, True), (64, False))
+    cases = [AttentionCase(8_192, 4, n, size, is_causal) for size in (16, 32, 64) for n, is_causal in lengths]
+    cases += [AttentionCase(batch, 4, n, 32, n == 5) for n in (5, 16) for batch in (1_024, 16_384, 65_536)]
+    return cases + [
+        AttentionCase(8_192, 4, 9, 16, mask="padding"),
+        AttentionCase(8_192, 4, 9, 16, dropout=0.1),
+        AttentionCase(8_192, 4, 9, 16, dtype=torch.float32),
+        AttentionCase(2_048, 16, 16, 64, kv_heads=4),
     ]
 
 

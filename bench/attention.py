@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,7 +16,8 @@ from torch.nn.functional import scaled_dot_product_attention
 import kernels
 from bench.accounting import AttentionCase
 from bench.check import WrongResult, require_right
-from kernels.attention.explanation import TRITON, Explanation
+from kernels.attention import ops
+from kernels.attention.explanation import HOPPER, SHORT, TRITON, Explanation
 
 BACKENDS = {
     "torch flash": SDPBackend.FLASH_ATTENTION,
@@ -22,7 +25,8 @@ BACKENDS = {
     "torch efficient": SDPBackend.EFFICIENT_ATTENTION,
     "torch math": SDPBackend.MATH,
 }
-PROVIDERS = ["kernels", *BACKENDS, "FlexAttention compiled"]
+GENERAL = "kernels, made general"  # ours by the kernel for any shape, where another one would run
+PROVIDERS = ["kernels", GENERAL, *BACKENDS, "FlexAttention compiled"]
 MATH_LENGTH = 4_096  # the longest sequence whose scores the math backend is asked to store
 
 
@@ -74,7 +78,8 @@ def label(provider: str, case: AttentionCase, inputs: Inputs) -> str:
 
 def name_of(explanation: Explanation) -> str:
     """Ours, by the kernel that runs."""
-    return f"kernels ({'general' if explanation.kernel == TRITON else 'torch path'})"
+    names = {TRITON: "general", SHORT: "short", HOPPER: "hopper"}
+    return f"kernels ({names.get(explanation.kernel, 'torch path')})"
 
 
 @functools.lru_cache(maxsize=2)  # the check and the timing share what is compiled
@@ -84,11 +89,35 @@ def build(provider: str, case: AttentionCase) -> Attention:
         return lambda x: kernels.scaled_dot_product_attention(
             x.query, x.key, x.value, x.mask, case.dropout, case.is_causal, enable_gqa=case.groups > 1
         )
+    if provider == GENERAL:
+        return functools.partial(_general, case)
     if provider in BACKENDS:
         if provider == "torch math" and case.length > MATH_LENGTH:
             raise ValueError(f"stores the scores; not asked for more than {MATH_LENGTH} keys")
         return functools.partial(_torch, case, BACKENDS[provider])
     return _flex(case)
+
+
+def _general(case: AttentionCase, x: Inputs) -> torch.Tensor:
+    """Ours by the kernel for any shape; ValueError where that is what runs anyway."""
+    if label("kernels", case, x) not in ("kernels (short)", "kernels (hopper)"):
+        raise ValueError("runs the same as ours")
+    with running(GENERAL):
+        return build("kernels", case)(x)
+
+
+@contextmanager
+def running(provider: str) -> Iterator[None]:
+    """Around a call of the provider, or its backward pass: GENERAL leaves the kernels for special shapes out."""
+    if provider != GENERAL:
+        yield
+        return
+
+    def asked(*_: object, **__: object) -> str:
+        return "the kernel for any shape was asked for"
+
+    with mock.patch.object(ops, "why_not_short", asked), mock.patch.object(ops, "why_not_hopper", asked):
+        yield
 
 
 def _torch(case: AttentionCase, backend: SDPBackend, x: Inputs) -> torch.Tensor:
@@ -178,7 +207,8 @@ def check(provider: str, case: AttentionCase, inputs: Inputs, backward: bool) ->
     output = function(inputs)
     found = [output]
     if backward:
-        found = list(torch.autograd.grad(output, inputs.differentiable(), inputs.grad_output))
+        with running(provider):
+            found = list(torch.autograd.grad(output, inputs.differentiable(), inputs.grad_output))
     require_right(provider, take(case, inputs, found), exact(case, inputs, backward), backward)
     if case.dropout:
         rows = build(provider, case)(inputs._replace(value=torch.ones_like(inputs.value))).detach()[..., 0].float()

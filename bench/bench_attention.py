@@ -30,8 +30,7 @@ def first_inputs(
     return inputs
 
 
-@pytest.mark.parametrize("case, provider", ROWS)
-def test_forward(benchmark: BenchmarkFixture, case: AttentionCase, provider: str, device: torch.device) -> None:
+def time_forward(benchmark: BenchmarkFixture, case: AttentionCase, provider: str, device: torch.device) -> None:
     """Without gradients, as in inference."""
     work = case.work("forward")
     inputs = [first_inputs(benchmark, case, provider, "forward", device)]
@@ -42,8 +41,7 @@ def test_forward(benchmark: BenchmarkFixture, case: AttentionCase, provider: str
         time_row(benchmark, calls, work, device)
 
 
-@pytest.mark.parametrize("case, provider", ROWS)
-def test_backward(benchmark: BenchmarkFixture, case: AttentionCase, provider: str, device: torch.device) -> None:
+def time_backward(benchmark: BenchmarkFixture, case: AttentionCase, provider: str, device: torch.device) -> None:
     """torch.autograd.grad alone, on a graph that was made before and is kept; a learned bias gets its gradient too."""
     work = case.work("backward")
     inputs = [first_inputs(benchmark, case, provider, "backward", device)]
@@ -53,7 +51,22 @@ def test_backward(benchmark: BenchmarkFixture, case: AttentionCase, provider: st
 
     def backward(x: Inputs) -> Call:
         output = function(x)
-        return lambda: torch.autograd.grad(output, x.differentiable(), x.grad_output, retain_graph=True)
+
+        def call() -> object:
+            with attention.running(provider):
+                return torch.autograd.grad(output, x.differentiable(), x.grad_output, retain_graph=True)
+
+        return call
 
     # PyTorch keeps a dropout seed that was drawn outside a graph where a backward pass inside one cannot read it.
     time_row(benchmark, [backward(x) for x in inputs], work, device, graph=not case.dropout)
+
+
+@pytest.mark.parametrize("case, provider", ROWS)
+def test_forward(benchmark: BenchmarkFixture, case: AttentionCase, provider: str, device: torch.device) -> None:
+    time_forward(benchmark, case, provider, device)
+
+
+@pytest.mark.parametrize("case, provider", ROWS)
+def test_backward(benchmark: BenchmarkFixture, case: AttentionCase, provider: str, device: torch.device) -> None:
+    time_backward(benchmark, case, provider, device)

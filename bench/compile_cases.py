@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kernels.attention.choice import why_not_short
 from kernels.attention.rules import Extras, Rules
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -43,7 +44,7 @@ class Feature(NamedTuple):
     """A kind of attention call: which optional tensors it has, by name, its rules, and what it is compiled for.
 
     Each tile is compiled for every dtype and head size by the features that choose it; for the others, two head sizes
-    of bfloat16 stand for all.
+    of bfloat16 stand for all. length: queries; keys too for short sequences. kernel: "general", "short" or "hopper".
     """
 
     tensors: tuple[str, ...] = ()
@@ -51,6 +52,7 @@ class Feature(NamedTuple):
     length: int = LENGTH
     dtypes: tuple[str, ...] = ("bf16",)
     sizes: tuple[int, ...] = (64, 128)
+    kernel: str = "general"
 
 
 EVERY: dict[str, Any] = {"dtypes": tuple(DTYPES), "sizes": HEAD_SIZES}
@@ -68,6 +70,19 @@ FEATURES = {
     "all": Feature(("seed", "mask", "lengths", "slopes", "sinks"), {**EVERY_RULE, "dropout_p": 0.1}, **EVERY),
     "few": Feature(("seed", "mask"), {"right": 0, "dropout_p": 0.1}, length=1, **EVERY),
     "tf32": Feature((), {"right": 0}, dtypes=("fp32",), sizes=HEAD_SIZES),
+}
+SHORT_LENGTHS = (5, 12, 32, 64)  # sharing tiles, and alone in tiles of 16, 32 and 64
+SHORT: dict[str, Any] = {"dtypes": ("bf16", "fp32"), "sizes": (16, 32, 64, 128), "kernel": "short"}
+SHORT_RULES = {"softcap": 30.0, "left": 5, "right": 2, "bottom_right": True, "dropout_p": 0.1}
+FEATURES |= {f"short {n}": Feature((), {"right": 0}, n, **SHORT) for n in SHORT_LENGTHS}
+FEATURES |= {f"short {n} all": Feature(("seed", "mask", "lengths", "slopes"), SHORT_RULES, n, **SHORT)
+             for n in SHORT_LENGTHS}  # fmt: skip
+HOPPER: dict[str, Any] = {"sizes": (64, 128, 256), "kernel": "hopper"}
+FEATURES |= {
+    "hopper": Feature((), {}, dtypes=("bf16", "fp16"), **HOPPER),
+    "hopper causal": Feature((), {"right": 0}, **HOPPER),
+    "hopper lengths": Feature(("lengths",), {}, **HOPPER),
+    "hopper all": Feature(("lengths",), EVERY_RULE, **HOPPER),
 }
 
 
@@ -100,8 +115,9 @@ NORMS = {
     "all output norm": Norm(True, "same", True, True, True, every=True),
     "all wide norm": Norm(True, "fp32", True, True),
 }
-QUICK_FEATURES = ("plain", "causal", "all")
-TILE_FEATURES = ("plain", "causal", "all", "few")  # between them, every tile that can be chosen
+QUICK_FEATURES = ("plain", "causal", "all", "short 5", "short 32", "hopper causal")
+# Between them, every tile that can be chosen.
+TILE_FEATURES = ("plain", "causal", "all", "few", *(f"short {n}" for n in SHORT_LENGTHS))
 
 
 def all_cases(archs: list[int], quick: bool, tiles: bool = False) -> Iterator[Case]:
@@ -111,6 +127,10 @@ def all_cases(archs: list[int], quick: bool, tiles: bool = False) -> Iterator[Ca
         for feature, size in itertools.product(FEATURES, HEAD_SIZES):
             if (quick or arch == 120) and (feature not in QUICK_FEATURES or size not in (64, 128)):
                 continue  # 120 takes the tiles of 80
+            if FEATURES[feature].kernel == "hopper" and arch != 90:
+                continue
+            if FEATURES[feature].kernel == "short" and not may_be_short(arch, dtype, size, FEATURES[feature].length):
+                continue
             if tiles and feature not in TILE_FEATURES:
                 continue
             if dtype in FEATURES[feature].dtypes and size in FEATURES[feature].sizes:
@@ -125,6 +145,12 @@ def all_cases(archs: list[int], quick: bool, tiles: bool = False) -> Iterator[Ca
                 yield Case(arch, dtype, size, feature)
 
 
+def may_be_short(arch: int, dtype: str, size: int, length: int) -> bool:
+    """Whether the kernels for short sequences take such calls."""
+    q = empty(1, 1, length, size, dtype=DTYPES[dtype])
+    return not why_not_short(q, q, q, Extras(), "", arch)
+
+
 def launch(case: Case) -> None:
     """Call the launchers of a case, which must have been patched to compile only."""
     (launch_norm if case.is_norm else launch_attention)(case)
@@ -136,17 +162,15 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def launch_attention(case: Case) -> None:
     """Forward and backward of four heads in two batch entries."""
-    from kernels.attention.general import launch_forward
-    from kernels.attention.general_backward import launch_backward, launch_delta
-
     torch.set_float32_matmul_precision("high" if case.feature == "tf32" else "highest")
     feature, dtype = FEATURES[case.feature], DTYPES[case.dtype]
     packed = "starts" in feature.tensors
     q = empty(1 if packed else 2, feature.length, 4, case.size, dtype=dtype).transpose(1, 2)
-    k, v = (empty(1 if packed else 2, LENGTH, 4, case.size, dtype=dtype).transpose(1, 2) for _ in range(2))
+    n_keys = feature.length if feature.kernel == "short" else LENGTH
+    k, v = (empty(1 if packed else 2, n_keys, 4, case.size, dtype=dtype).transpose(1, 2) for _ in range(2))
     some = {
-        "attn_mask": {"mask": empty(1, 4, feature.length, LENGTH, dtype=dtype),
-                      "bool mask": empty(2, 1, 1, LENGTH, dtype=torch.bool)},
+        "attn_mask": {"mask": empty(1, 4, feature.length, n_keys, dtype=dtype),
+                      "bool mask": empty(2, 1, 1, n_keys, dtype=torch.bool)},
         "key_lengths": {"lengths": empty(2, dtype=torch.int32)},
         "alibi_slopes": {"slopes": empty(1, 4)},
         "sinks": {"sinks": empty(1, 4)},
@@ -159,6 +183,25 @@ def launch_attention(case: Case) -> None:
     seed = empty(1, dtype=torch.int64) if "seed" in feature.tensors else None
     rules = Rules(0.125, **feature.rules)
     output, row_max = torch.empty_like(q), empty(*q.shape[:3])
+    if feature.kernel == "short":
+        from kernels.attention.short import launch_short_forward
+        from kernels.attention.short_backward import launch_short_backward
+
+        launch_short_forward(q, k, v, seed, extras, rules, output)
+        launch_short_backward(output, q, k, v, seed, extras, rules, q, k, v)
+        return
+    if feature.kernel == "hopper":
+        from kernels.attention.hopper_forward import launch_hopper_forward
+
+        launch_hopper_forward(q, k, v, extras, rules, output, row_max, row_max)
+        if case.size <= 128:
+            from kernels.attention.hopper_backward import launch_hopper_backward
+
+            launch_hopper_backward(output, q, k, v, extras, rules, row_max, row_max, row_max, q, k, v)
+        return
+    from kernels.attention.general import launch_forward
+    from kernels.attention.general_backward import launch_backward, launch_delta
+
     launch_forward(q, k, v, seed, extras, rules, output, row_max, row_max)
     launch_delta(output, output, row_max)
     has_gradient = extras.attn_mask is not None and extras.attn_mask.is_floating_point()

@@ -1,11 +1,11 @@
 """Compile every kernel for real GPUs on a machine without one, and read registers and spills from the machine code.
 
-    python -m bench.compile_check [--arch 80 90 100 120] [--tiles] [--quick] [--jobs 2] [--spills-allowed]
+    python -m bench.compile_check [--arch 80 90 100 120] [--tiles] [--quick] [--only WORD] [--jobs 2] [--spills-allowed]
 
 Prints one line a kernel: tile, registers a thread, bytes of spills, shared memory, kind of matrix instruction. Exits
 with 1 if a kernel does not compile or needs more shared memory than the chip has, if a norm kernel or a 16-bit
-attention kernel with heads of at most 128 spills, or if an attention kernel whose tile allows warp-group matrix
-instructions on sm_90 has none.
+attention kernel with heads of at most 128 spills, if an attention kernel whose tile allows warp-group matrix
+instructions on sm_90 has none, or if a Hopper kernel waits for every product at once.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -27,6 +28,14 @@ from bench.compile_cases import Case, all_cases, launch
 # Bytes of shared memory a program can have (CUDA programming guide, table of compute capabilities). For 80 the smaller
 # limit of its consumer relatives 86 and 89 is kept to, which run the same tiles.
 SHARED_MEMORY = {80: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+# Bytes that may be spilled, by kernel and whether all features come together: forward, outside of its loops; backward,
+# numbers that the threads share, of which each step loads some ten.
+SPILLS = {
+    ("hopper_forward_kernel", True): 32,
+    ("hopper_backward_kernel", False): 256,
+    ("hopper_backward_kernel", True): 640,
+}
+IN_FLIGHT = "WARPGROUP.DEPBAR.LE gsb0, 0x1"  # in the machine code: a wait that leaves one product running
 MATRIX_INSTRUCTIONS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}  # name: in PTX
 
 
@@ -66,8 +75,7 @@ def compile_case(case: Case) -> list[Result]:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    from kernels.attention import general
-    backward = importlib.import_module("kernels.layer_norm.backward")
+    norm_backward = importlib.import_module("kernels.layer_norm.backward")
 
     results: list[Result] = []
     run = JITFunction.run
@@ -82,11 +90,14 @@ def compile_case(case: Case) -> list[Result]:
             results.append(judge(case, self.fn.__name__, options, compiled))
 
     driver.set_active(PretendedDriver(case.arch))
-    with (
-        mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(general, "capability", lambda _: case.arch),
-        mock.patch.object(backward, "multiprocessors", lambda _: 132),
-    ):
+    names = ["general", "short", *(["hopper_forward", "hopper_backward"] if case.arch == 90 else [])]
+    attention = [importlib.import_module(f"kernels.attention.{name}") for name in names]
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
+        for module in (*attention, norm_backward):
+            for name, value in ("capability", case.arch), ("multiprocessors", 132):
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, lambda _, value=value: value))
         launch(case)
     return results
 
@@ -96,32 +107,46 @@ def judge(case: Case, kernel: str, options: dict[str, Any], compiled: Any) -> Re
     registers, spills = read_resources(compiled.asm["cubin"])
     matrix = next((name for name, ptx in MATRIX_INSTRUCTIONS.items() if ptx in compiled.asm["ptx"]), "-")
     shared = compiled.metadata.shared
-    norm, wide = case.is_norm, case.size > 256
-    sides = ("ROWS", "BLOCK_N") if norm else ("BLOCK_Q", "BLOCK_K")
+    norm, wide, is_hopper = case.is_norm, case.size > 256, kernel.startswith("hopper")
+    sides = ("ROWS", "BLOCK_N") if norm else ("HEADS", "PACK", "BLOCK_L", "BLOCK_S", "BLOCK_Q", "BLOCK_K")
     rows = options.get("BLOCK_K" if kernel == "key_value_kernel" else "BLOCK_Q", 0)
     must_have_wgmma = case.arch == 90 and case.dtype != "fp32" and rows >= 64 and kernel != "delta_kernel" and not wide
+    must_have_wgmma |= is_hopper
     fault = ""
     if shared > SHARED_MEMORY[case.arch]:
         fault = f"needs {shared} bytes of shared memory, has {SHARED_MEMORY[case.arch]}"
-    elif spills and (norm or (case.dtype != "fp32" and case.size <= 128)):
+    elif spills > SPILLS.get((kernel, case.feature == "hopper all"), 0) and (
+        norm or is_hopper or kernel.startswith("short") or (case.dtype != "fp32" and case.size <= 128)
+    ):
         fault = f"spills {spills} bytes"
     elif must_have_wgmma and matrix != "wgmma":
         fault = f"no warp-group matrix instruction, found {matrix}"
+    elif is_hopper and IN_FLIGHT not in disassemble(compiled.asm["cubin"]):
+        fault = "waits for every product at once"
     tile = "x".join(str(options[side]) for side in sides if side in options)
     return Result(kernel, tile, compiled.metadata.num_warps, registers, spills, shared, matrix, fault)
 
 
-def read_resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes of its stack (spills) of a compiled kernel."""
+def ask(tool: str, flag: str, cubin: bytes) -> str:
+    """What one of the tools that come with Triton says of machine code."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", text)[0]
+        return subprocess.run([path, flag, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def read_resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and bytes of its stack (spills) of a compiled kernel."""
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", ask("cuobjdump", "-res-usage", cubin))[0]
     return int(registers), int(stack)
+
+
+def disassemble(cubin: bytes) -> str:
+    """The machine code as text."""
+    return ask("nvdisasm", "-c", cubin)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,6 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SHARED_MEMORY), default=sorted(SHARED_MEMORY))
     parser.add_argument("--quick", action="store_true", help="two dtypes, two head sizes, three features, three widths")
     parser.add_argument("--tiles", action="store_true", help="only the features that decide on a tile")
+    parser.add_argument("--only", default="", metavar="WORD", help="only the features with this word in their name")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--spills-allowed", action="store_true", help="print spills, but do not fail for them")
     options = parser.parse_args(argv)
@@ -138,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 asks; earlier ones fuse anyway
     import triton
 
-    cases = list(all_cases(options.arch, options.quick, options.tiles))
+    cases = [case for case in all_cases(options.arch, options.quick, options.tiles) if options.only in case.feature]
     print(f"triton {triton.__version__}, {len(cases)} calls")
     print(" sm  kernel                  case                            tile  warps  regs spills shared matrix")
     total = faults = 0

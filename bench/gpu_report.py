@@ -34,10 +34,12 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "tests": Part((*PYTEST, "tests", "-m", "gpu", "-q"), 450),
+    "tests": Part((*PYTEST, "tests", "-m", "gpu", "-q", "--ignore=tests/test_hopper.py"), 450),
+    "hopper": Part((*PYTEST, "tests/test_hopper.py", "-m", "gpu", "-q"), 150),  # by itself: what hangs ends it
     "ceilings": Part((sys.executable, "-m", "bench.ceilings"), 60),
     "attention-forward": Part((*PYTEST, "bench/bench_attention.py", "-k", "forward"), 420, True),
     "attention-backward": Part((*PYTEST, "bench/bench_attention.py", "-k", "backward"), 420, True),
+    "attention-short": Part((*PYTEST, "bench/bench_short.py"), 240, True),
     "layer-norm": Part((*PYTEST, "bench/bench_layer_norm.py"), 240, True),
     "host": Part((*PYTEST, "bench/bench_host.py"), 60, True),
     "no-loop": Part((*PYTEST, "bench/bench_no_loop.py"), 60, True),
@@ -66,7 +68,7 @@ def build_command(name: str, out: Path, commit: str, seconds: float) -> list[str
 
 def run(command: list[str], seconds: float, log: Path) -> int:
     """The exit code of a command whose output goes to the terminal and to `log`; 124 where it had to be stopped."""
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1", "KERNELS_HOPPER": "1"}
     with log.open("wb") as file:
         process = subprocess.Popen(command, cwd=machine.ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
         try:

@@ -33,7 +33,19 @@ def time_row(
         return
     samples = measure(calls, device, graph=graph)
     benchmark.extra_info.update(figures(samples, work, device), input_sets=len(calls))
+    if device.type == "cuda":
+        benchmark.extra_info["peak_bytes"] = peak_bytes(calls[0], device)
     play_samples(benchmark, samples.seconds)
+
+
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """Memory that a call takes at most, its result included, beyond what was there before."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def figures(samples: Samples, work: Work, device: torch.device) -> dict[str, float | str]:

@@ -7,6 +7,8 @@ import functools
 
 import torch
 
+INTERPRETED_MULTIPROCESSORS = 2  # on a CPU: enough for more than one program
+
 
 @functools.cache
 def capability(device: torch.device) -> int:
@@ -15,6 +17,14 @@ def capability(device: torch.device) -> int:
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; a small number for the interpreter on a CPU."""
+    if device.type != "cuda":
+        return INTERPRETED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch_on(device: torch.device) -> contextlib.AbstractContextManager:

@@ -26,11 +26,16 @@ def set_tile(monkeypatch: pytest.MonkeyPatch, block_q: int, block_k: int) -> Non
         monkeypatch.setattr(f"kernels.attention.{module}.choose_tile", lambda *_: tile)
 
 
-@pytest.fixture(autouse=True)
-def tiny_tiles(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """In the interpreter, the smallest tiles, of two sides; on a GPU, those of the launcher."""
-    if device == "cpu":
-        set_tile(monkeypatch, 16, 32)
+@pytest.fixture(autouse=True, params=["general", "short"])
+def kernel(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, device: str) -> None:
+    """The kernel for any shape alone, or that for short sequences where it takes the call.
+
+    The former in the interpreter with the smallest tiles, of two sides; on a GPU with those of the launcher.
+    """
+    if request.param == "general":
+        monkeypatch.setattr("kernels.attention.ops.why_not_short", lambda *_: "tested elsewhere")
+        if device == "cpu":
+            set_tile(monkeypatch, 16, 32)
 
 
 def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:

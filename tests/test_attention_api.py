@@ -112,7 +112,10 @@ def test_triton_that_cannot_run_raises_with_the_reason(on_pytorch: None) -> None
 
 def test_explain_says_which_kernel_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = inputs(1, 1, 5, 8)
-    assert str(kernels.explain(q, k, v)) == "The Triton kernel for any shape runs this call."
+    assert str(kernels.explain(q, k, v)) == "The Triton kernel for short sequences runs this call."
+    first, *rest = str(kernels.explain(*inputs(1, 1, 65, 8))).split("\n")
+    assert first == "The Triton kernel for any shape runs this call." and len(rest) == 2
+    assert rest[0].startswith("The Triton kernel for short sequences does not: they take up to 32 queries")
     assert "asked for" in str(kernels.explain(q, k, v, backend="torch"))
     assert kernels.explain(q.double(), k.double(), v.double()).kernel == "PyTorch's scaled_dot_product_attention"
     monkeypatch.setattr("kernels.backend.INTERPRETED", False)
@@ -291,8 +294,8 @@ def test_registered_operations_keep_their_promises(layout: str, features: str) -
         starts = torch.tensor([0, 2, 5], dtype=torch.int32)
         rules, extras = Rules(0.3, max_queries=3, max_keys=3), Extras(query_starts=starts, key_starts=starts)
     forward = (q, k, v, None, *extras)
-    torch.library.opcheck(torch.ops.kernels.attention_forward, (*forward, *rules))
-    outputs = torch.ops.kernels.attention_forward(*forward, *rules)
+    torch.library.opcheck(torch.ops.kernels.attention_forward, (*forward, *rules, True))
+    outputs = torch.ops.kernels.attention_forward(*forward, *rules, True)
     upstream = torch.randn_like(outputs[0]), torch.randn_like(outputs[1])
     every = [True, True, True, extras.attn_mask is not None, extras.sinks is not None]
     for output_mask in (every, [False, True, False, False, False]):
@@ -303,7 +306,7 @@ def test_registered_operations_keep_their_promises(layout: str, features: str) -
 def test_operations_without_triton_say_so(on_pytorch: None) -> None:
     q, k, v = inputs(1, 1, 5, 8)
     with pytest.raises(NotImplementedError, match="call the public function"):
-        torch.ops.kernels.attention_forward(q, k, v, None, *Extras(), *Rules(1.0))
+        torch.ops.kernels.attention_forward(q, k, v, None, *Extras(), *Rules(1.0), False)
 
 
 def test_flops_are_counted() -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kernels.attention import eager
+from kernels.attention.choice import needs_statistics
 from kernels.attention.checks import check, check_rules, leads_of
 from kernels.attention.composed import alibi, composed_attention
 from kernels.attention.ops import Attention
@@ -87,7 +88,7 @@ def scaled_dot_product_attention(
         need_weights: return the weights too. They are computed anew, and are the only L x S matrix ever stored.
         return_lse: return the log-sum-exp of each row too.
         deterministic: True wants bitwise equal results from run to run, None what
-            `torch.are_deterministic_algorithms_enabled` says. The kernels there are so far always give them.
+            `torch.are_deterministic_algorithms_enabled` says. All kernels give them but the backward for Hopper chips.
         backend: "triton" for this package's kernels, "torch" for PyTorch's own, "auto" for the former where they can
             run; `kernels.explain` tells which.
 
@@ -159,7 +160,7 @@ def prepare(
     check_rules(
         query, lead, causal_alignment, window, softcap, alibi_slopes, sinks, key_lengths, deterministic, k.shape[2]
     )
-    rules = make_rules(q, dropout_p, is_causal, scale, causal_alignment, window, softcap)
+    rules = make_rules(q, dropout_p, is_causal, scale, causal_alignment, window, softcap, deterministic)
     return lead, q, k, v, rules, make_extras(lead, mask, key_lengths, alibi_slopes, sinks)
 
 
@@ -171,6 +172,7 @@ def make_rules(
     causal_alignment: str,
     window: tuple[int | None, int | None] | None,
     softcap: float | None,
+    deterministic: bool | None = None,
 ) -> Rules:
     """The numbers of a checked call."""
     left, right = window or (None, None)
@@ -181,6 +183,7 @@ def make_rules(
         left=left,
         right=0 if is_causal else right,
         bottom_right=causal_alignment == "bottom_right",
+        deterministic=torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
     )
 
 
@@ -218,7 +221,8 @@ def triton_attention(
     if torch.compiler.is_compiling():  # Dynamo refuses an autograd.Function that is given one tensor twice
         k, v = k.view_as(k), v.view_as(v)
     seed = torch.randint(2**63 - 1, (1,), device=q.device) if rules.dropout_p > 0.0 else None
-    output, lse, *_ = Attention.apply(q, k, v, seed, *extras, *rules, return_lse)
+    keep_statistics = bool(needs_statistics(extras, return_lse, wants_gradient(extras.attn_mask)))
+    output, lse, *_ = Attention.apply(q, k, v, seed, *extras, *rules, keep_statistics, return_lse)
     return output, lse
 
 

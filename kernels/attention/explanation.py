@@ -9,10 +9,15 @@ import torch
 from kernels.attention import eager
 from kernels.attention.api import choose_backend, prepare
 from kernels.attention.checks import check
+from kernels.attention.choice import needs_statistics, why_not_hopper, why_not_short
+from kernels.backend import wants_gradient
+from kernels.launch import capability
 
 __all__ = ["Explanation", "explain"]
 
 TRITON = "the Triton kernel for any shape"
+SHORT = "the Triton kernel for short sequences"
+HOPPER = "the Gluon kernel for Hopper chips"
 FUSED = "PyTorch's scaled_dot_product_attention"
 FORMULA = "the formula in plain PyTorch, which stores the L x S weights"
 
@@ -50,11 +55,17 @@ def explain(
     """
     check(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
     choice = choose_backend(query, value, backend)
-    _, q, k, _, numbers, extras = prepare(
+    _, q, k, v, numbers, extras = prepare(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **rules
     )  # fmt: skip
     if choice.backend == "triton":
-        return Explanation(TRITON, {})
+        learned = wants_gradient(extras.attn_mask, extras.alibi_slopes)  # slopes that learn become a mask
+        reason = why_not_short(q, k, v, extras, needs_statistics(extras, return_lse, learned), capability(q.device))
+        if not reason:
+            return Explanation(SHORT, {})
+        why_not = {SHORT: reason}
+        reason = why_not_hopper(q, k, v, extras, numbers, capability(q.device))
+        return Explanation(TRITON, {**why_not, HOPPER: reason}) if reason else Explanation(HOPPER, why_not)
     reason = eager.why_not_fused(q, numbers, extras, return_lse, need_weights)
     if reason:
         return Explanation(FORMULA, {TRITON: choice.reason, FUSED: reason})

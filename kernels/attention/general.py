@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.attention.choice import is_wide
 from kernels.attention.pieces import (
     BOOL_MASK, BOTH_BANDS, FLOAT_MASK, LOG2_E, NO_BAND, NO_MASK, UPPER_BAND, batch_bounds, bend, dot, kept, key_range,
     load_rows, product_of_rows, restrict, store_rows, zero_nonfinite,
@@ -215,11 +216,6 @@ def tile_arguments(
     """What `choose_tile` asks about a call."""
     head_size = max(query.shape[-1], value.shape[-1])
     return head_size, query.element_size(), n_queries, capability(query.device), seed is not None
-
-
-def is_wide(*tensors: torch.Tensor | None) -> bool:
-    """Whether offsets inside a tile (at most 128 by 256) could pass 2^31 with the strides of these tensors' rows."""
-    return any(max(x.stride()[-2:]) >= 1 << 22 for x in tensors if x is not None)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -20,9 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.attention.choice import is_wide
 from kernels.attention.general import (
-    batch_strides, flags, head_stride, is_wide, lengths, mask_kind, mask_strides, numbers, pointers,
-    tile_arguments,
+    batch_strides, flags, head_stride, lengths, mask_kind, mask_strides, numbers, pointers, tile_arguments,
 )  # fmt: skip
 from kernels.attention.mask_gradient import mask_grid, mask_kernel, summed_axes
 from kernels.attention.pieces import (

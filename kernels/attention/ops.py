@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels.attention.choice import why_not_hopper, why_not_short
 from kernels.attention.composed import composed_gradients
 from kernels.attention.rules import Extras, Rules
 from kernels.backend import why_not_triton
+from kernels.launch import capability
 
 LOG2_E = 1 / math.log(2)
 
@@ -26,16 +28,18 @@ INPUTS = (
 )
 RULES = (
     "float scale, float dropout_p, float softcap, SymInt? left, SymInt? right, bool bottom_right, "
-    "SymInt max_queries, SymInt max_keys"
+    "SymInt max_queries, SymInt max_keys, bool deterministic"
 )
 N_EXTRAS, N_RULES = len(Extras._fields), len(Rules._fields)
+KEPT = ("", "the caller")  # who needs the statistics of the rows, by whether they are kept
+SHORT_MASK = (True, True, True, False, False)  # the gradients that the kernel for short sequences makes, all at once
 library.define(
-    f"attention_forward({INPUTS}, {RULES}) -> (Tensor output, Tensor row_max, Tensor row_sum)",
+    f"attention_forward({INPUTS}, {RULES}, bool keep_statistics) -> (Tensor output, Tensor row_max, Tensor row_sum)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 library.define(
-    f"attention_backward(Tensor grad_output, Tensor? grad_lse, {INPUTS}, Tensor output, Tensor row_max, "
-    f"Tensor row_sum, {RULES}, bool[5] output_mask) "
+    f"attention_backward(Tensor grad_output, Tensor? grad_lse, {INPUTS}, Tensor? output, Tensor? row_max, "
+    f"Tensor? row_sum, {RULES}, bool[5] output_mask) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask, Tensor grad_sinks)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -52,9 +56,11 @@ def empty_rows(like: torch.Tensor, last: int) -> torch.Tensor:
     return like.new_empty((b, h, n, last))
 
 
-def new_outputs(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Empty output (B, Hq, L, Ev) and statistics row_max, row_sum (B, Hq, L) float32."""
-    row_max = query.new_empty(query.shape[:3], dtype=torch.float32)
+def new_outputs(
+    query: torch.Tensor, value: torch.Tensor, is_short: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Empty output (B, Hq, L, Ev) and statistics row_max, row_sum (B, Hq, L) float32; (0,) where nobody keeps them."""
+    row_max = query.new_empty((0,) if is_short else query.shape[:3], dtype=torch.float32)
     return empty_rows(query, value.shape[-1]), row_max, torch.empty_like(row_max)
 
 
@@ -83,11 +89,21 @@ def _forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seed: torch.Tensor | None, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _require_triton(query)
-    from kernels.attention.general import launch_forward
+    extras, rules = Extras(*rest[:N_EXTRAS]), Rules(*rest[N_EXTRAS:-1])
+    is_short = not why_not_short(query, key, value, extras, KEPT[rest[-1]], capability(query.device))
+    outputs = new_outputs(query, value, is_short)
+    if is_short:
+        from kernels.attention.short import launch_short_forward
 
-    extras, rules = Extras(*rest[:N_EXTRAS]), Rules(*rest[N_EXTRAS:])
-    outputs = new_outputs(query, value)
-    launch_forward(query, key, value, seed, extras, rules, *outputs)
+        launch_short_forward(query, key, value, seed, extras, rules, outputs[0])
+    elif not why_not_hopper(query, key, value, extras, rules, capability(query.device)):
+        from kernels.attention.hopper_forward import launch_hopper_forward
+
+        launch_hopper_forward(query, key, value, extras, rules, *outputs)
+    else:
+        from kernels.attention.general import launch_forward
+
+        launch_forward(query, key, value, seed, extras, rules, *outputs)
     return outputs
 
 
@@ -101,10 +117,16 @@ def _backward(
     *rest: Any,
 ) -> tuple[torch.Tensor, ...]:
     _require_triton(query)
-    from kernels.attention.general_backward import launch_backward, launch_delta
-
     extras, (output, row_max, row_sum) = Extras(*rest[:N_EXTRAS]), rest[N_EXTRAS : N_EXTRAS + 3]
     rules, output_mask = Rules(*rest[N_EXTRAS + 3 : -1]), rest[-1]
+    if row_max is None:
+        from kernels.attention.short_backward import launch_short_backward
+
+        grads = new_gradients(query, key, value, extras, SHORT_MASK)
+        launch_short_backward(grad_output, query, key, value, seed, extras, rules, *grads[:3])
+        return tuple(grads)
+    from kernels.attention.general_backward import launch_backward, launch_delta
+
     grads = new_gradients(query, key, value, extras, output_mask)
     delta = torch.empty_like(row_max)
     launch_delta(output, grad_output, delta)
@@ -114,6 +136,12 @@ def _backward(
     dq, dk, dv, dmask, dsinks = wanted
     if dk is not None or dv is not None:
         dk, dv = grads[1:3]
+    if not why_not_hopper(query, key, value, extras, rules, capability(query.device), is_backward=True):
+        from kernels.attention.hopper_backward import launch_hopper_backward
+
+        whole = (grad if grad.numel() else torch.empty_like(x) for grad, x in zip(grads, (query, key, value)))
+        launch_hopper_backward(grad_output, query, key, value, extras, rules, row_max, row_sum, delta, *whole)
+        return tuple(grads)
     launch_backward(grad_output, query, key, value, seed, extras, rules, row_max, row_sum, delta, dq, dk, dv, dmask)
     if dsinks is not None and extras.sinks is not None:
         # A sink's weight times what it would give, nothing, less what the row gives on average: delta.
@@ -131,9 +159,11 @@ for _key in ("CPU", "CUDA"):
 
 @torch.library.register_fake("kernels::attention_forward", lib=library)
 def _fake_forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seed: torch.Tensor | None, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return new_outputs(query, value)
+    extras = Extras(*rest[:N_EXTRAS])
+    is_short = not why_not_short(query, key, value, extras, KEPT[rest[-1]], capability(query.device))
+    return new_outputs(query, value, is_short)
 
 
 @torch.library.register_fake("kernels::attention_backward", lib=library)
@@ -146,7 +176,8 @@ def _fake_backward(
     seed: torch.Tensor | None,
     *rest: Any,
 ) -> tuple[torch.Tensor, ...]:
-    return tuple(new_gradients(query, key, value, Extras(*rest[:N_EXTRAS]), rest[-1]))
+    output_mask = SHORT_MASK if rest[N_EXTRAS + 1] is None else rest[-1]
+    return tuple(new_gradients(query, key, value, Extras(*rest[:N_EXTRAS]), output_mask))
 
 
 def _pairs(query: Sequence[int], key: Sequence[int], rest: Sequence[Any]) -> int:
@@ -197,12 +228,14 @@ class Attention(torch.autograd.Function):
         bottom_right: bool,
         max_queries: int,
         max_keys: int,
+        deterministic: bool,
+        keep_statistics: bool,
         return_lse: bool,
     ) -> tuple[torch.Tensor | None, ...]:
         """The fields of `Extras` and `Rules` one by one: Dynamo tells by their number that no context comes first."""
         output, row_max, row_sum = torch.ops.kernels.attention_forward.default(
             query, key, value, seed, attn_mask, key_lengths, alibi_slopes, sinks, query_starts, key_starts,
-            scale, dropout_p, softcap, left, right, bottom_right, max_queries, max_keys,
+            scale, dropout_p, softcap, left, right, bottom_right, max_queries, max_keys, deterministic, keep_statistics,
         )  # fmt: skip
         # A row with nothing to attend to has maximum -inf and sum 0; the other way round it would be NaN.
         lse = (row_max + torch.log2(row_sum)) / LOG2_E if return_lse else None
@@ -210,25 +243,27 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        """Keep inputs and output (references, no copies), two numbers a row, and the dropout's seed."""
-        tensors, ctx.rules = inputs[: 4 + N_EXTRAS], inputs[4 + N_EXTRAS : -1]
+        """Keep inputs (references, no copies) and the dropout's seed; the output and two numbers a row where there are.
+        """
+        tensors, ctx.rules = inputs[: 4 + N_EXTRAS], inputs[4 + N_EXTRAS : -2]
         result, _, row_max, row_sum = output
         ctx.mark_non_differentiable(row_max, row_sum)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, result, row_max, row_sum)
+        kept = row_max.ndim == result.ndim - 1
+        ctx.save_for_backward(*tensors, *((result, row_max, row_sum) if kept else (None, None, None)))
 
     @staticmethod
     def backward(
         ctx: Any, grad_output: torch.Tensor | None, grad_lse: torch.Tensor | None = None, *_: None
     ) -> tuple[torch.Tensor | None, ...]:
         """Gradients of query, key, value, mask and sinks, those that are needed."""
-        n_inputs = 5 + N_EXTRAS + N_RULES
+        n_inputs = 6 + N_EXTRAS + N_RULES
         if grad_output is None and grad_lse is None:
             return (None,) * n_inputs
         query, key, value, seed, *rest = ctx.saved_tensors
         extras, outputs = Extras(*rest[:N_EXTRAS]), rest[N_EXTRAS:]
         if grad_output is None:
-            grad_output = torch.zeros_like(outputs[0])
+            grad_output = query.new_zeros((*query.shape[:-1], value.shape[-1]))
         needed = ctx.needs_input_grad
         asked = [*needed[:3], needed[4], needed[4 + Extras._fields.index("sinks")]]
         if torch.is_grad_enabled():  # create_graph=True: this backward is itself to be differentiated
@@ -241,7 +276,7 @@ class Attention(torch.autograd.Function):
             )
         dq, dk, dv, dmask, dsinks = (grad if need else None for grad, need in zip(found, asked))
         grads = Extras(attn_mask=dmask, sinks=dsinks)
-        return (dq, dk, dv, None, *grads, *(None,) * (N_RULES + 1))
+        return (dq, dk, dv, None, *grads, *(None,) * (N_RULES + 2))
 
 
 def _differentiable_backward(
@@ -296,13 +331,24 @@ def _merged_inputs(
     return [query, key, value, None if seed is None else seed.select(dims[3], 0)], Extras(**merged)
 
 
+def _is_absent(x: torch.Tensor) -> bool:
+    """Whether x is the (0,) that stands for a result that is not there."""
+    return x.ndim == 1 and x.numel() == 0
+
+
+def _split_batch(found: Sequence[torch.Tensor], size: int) -> tuple[tuple[torch.Tensor, ...], tuple[int | None, ...]]:
+    """Results (size * B, ...) as (size, B, ...), and where vmap finds its dimension in each."""
+    results = tuple(x if _is_absent(x) else x.unflatten(0, (size, -1)) for x in found)
+    return results, tuple(None if _is_absent(x) else 0 for x in results)
+
+
 @torch.library.register_vmap("kernels::attention_forward", lib=library)
 def _forward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, ...]:
     """vmap adds batch entries."""
     size = info.batch_size
     inputs, extras = _merged_inputs(size, in_dims, args, own_mask=False)
     found = torch.ops.kernels.attention_forward(*inputs, *extras, *args[4 + N_EXTRAS :])
-    return tuple(x.unflatten(0, (size, -1)) for x in found), (0, 0, 0)
+    return _split_batch(found, size)
 
 
 @torch.library.register_vmap("kernels::attention_backward", lib=library)
@@ -314,8 +360,8 @@ def _backward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tu
     upstream = (_merged(x, dim, size) for x, dim in zip(args[:2], in_dims))
     outputs = (_merged(x, dim, size) for x, dim in zip(args[end : end + 3], in_dims[end:]))
     found = torch.ops.kernels.attention_backward(*upstream, *inputs, *extras, *outputs, *args[end + 3 :])
-    grads = [x if x.numel() == 0 and x.ndim == 1 else x.unflatten(0, (size, -1)) for x in found]
+    grads = list(_split_batch(found, size)[0])
     for i, x, dim in ((3, args[6], in_dims[6]), (4, args[9], in_dims[9])):
         if x is not None and output_mask[i] and x.shape[0 if dim is None or dim > 0 else 1] == 1:
             grads[i] = grads[i].sum(1, keepdim=True)
-    return tuple(grads), tuple(None if x.numel() == 0 and x.ndim == 1 else 0 for x in grads)
+    return tuple(grads), tuple(None if _is_absent(x) else 0 for x in grads)

@@ -22,6 +22,7 @@ class Rules(NamedTuple):
     left, right: how many keys before and after its own place a query sees, None for all. Causal attention is right = 0.
     bottom_right: where places are counted from.
     max_queries, max_keys: of packed sequences, the longest; 0 where batch entries stand side by side.
+    deterministic: gradients must be bitwise the same in every run.
     """
 
     scale: float
@@ -32,6 +33,7 @@ class Rules(NamedTuple):
     bottom_right: bool = False
     max_queries: int = 0
     max_keys: int = 0
+    deterministic: bool = False
 
 
 class Extras(NamedTuple):

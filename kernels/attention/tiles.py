@@ -134,3 +134,37 @@ def choose_tile(
     block = block_of(head_size) if head_size <= MAX_BLOCK else CHUNK_COLS
     tile = next(tiles for size, tiles in table.items() if size >= block)[has_dropout]
     return tile._replace(block_q=16) if n_queries <= FEW_ROWS else tile
+
+
+MAX_SHORT = 64  # queries and keys of the kernels for short sequences on Hopper chips
+MAX_SHORT_ELSEWHERE = 32  # on others, where scores of 64 by 64 do not fit the registers beside the rest
+MAX_SHORT_FLOAT32 = 1024  # rows times columns of a tile of float32, whose products need registers for both operands
+MAX_SHORT_HEAD_SIZE = 128
+
+
+class ShortTile(NamedTuple):
+    """Tiles that a program of the kernels for short sequences works on at a time, and sequences in each of them."""
+
+    heads: int
+    pack: int
+    num_warps: int
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {"HEADS": self.heads, "PACK": self.pack, "num_warps": self.num_warps, "num_stages": 1}
+
+
+def choose_short_tile(kernel: str, length: int, head_size: int, element_size: int, capability: int) -> ShortTile:
+    """Tile of a kernel for short sequences.
+
+    Args:
+        kernel: "forward" or "backward".
+        length: the larger of L and S, 1 to MAX_SHORT.
+        head_size: the larger of E and Ev, at most MAX_SHORT_HEAD_SIZE.
+        element_size, capability: as for `choose_tile`.
+    """
+    rows, columns = block_of(length), block_of(head_size)
+    entries = (4096 if kernel == "forward" else 2048) // (1 if element_size == 2 else 4)
+    heads = 1 if rows == 64 else max(1, min(8, entries // (rows * columns)))
+    is_large = rows * columns >= (8192 if element_size == 2 else 1024)
+    return ShortTile(heads, max(1, 16 // length), 8 if is_large else 4)

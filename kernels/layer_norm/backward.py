@@ -22,14 +22,13 @@ comes from the cache.
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import launch_on
+from kernels.launch import launch_on, multiprocessors
 from kernels.layer_norm.forward import SMALLEST_BLOCK, alignment, keep_scale, kept, row_offsets, row_place
 
 TILE_ELEMENTS = 1024  # of each input a program of 4 warps holds: 8 a thread, 4 arrays of which stay in registers
@@ -38,7 +37,6 @@ CHUNK = 4096  # columns of a longer row read at once by 8 warps
 COLUMNS = (8, 128, 3)  # (rows, columns) a program of 4 warps adds at once where the sums are a pass, and num_stages
 REDUCE = (64, 16)  # (programs, columns) of the partial sums added at once
 WARPS_PER_MULTIPROCESSOR = 16  # half of what 64 registers a thread let be resident: fewer partial sums to add
-INTERPRETED_MULTIPROCESSORS = 2  # on a CPU: enough for more than one program
 
 
 class Tile(NamedTuple):
@@ -379,14 +377,6 @@ def reduce_partials_kernel(
         _add_partials(partial_weight_ptr, grad_weight_ptr, n_partials, n_cols, ROWS, BLOCK_N)
     if partial_bias_ptr is not None:
         _add_partials(partial_bias_ptr, grad_bias_ptr, n_partials, n_cols, ROWS, BLOCK_N)
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device; a small number for the interpreter on a CPU."""
-    if device.type != "cuda":
-        return INTERPRETED_MULTIPROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch_backward(

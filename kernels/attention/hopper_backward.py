@@ -1,0 +1,384 @@
+"""Fused attention for Hopper chips: the backward kernel in Gluon, for 16-bit inputs with heads of 64 or 128.
+
+Formulas as in general_backward.py, all on transposed scores: with P^T and dS^T in registers, dV = P^T dO and
+dK = dS^T Q need no exchange between threads. A program owns 128 keys of a key head, 64 for each of two consumers, and
+walks over the queries that see them, 64 at a time; a producer copies Q and dO of those into rings (TMA). For dQ both
+consumers lay dS^T into shared memory, each multiplies by half of the columns of K, and the product is added to a
+float32 buffer in memory by TMA. In which order programs add is not settled: repeated runs agree but for rounding.
+Where that may not be, general_backward.py makes dQ by a kernel of its own, for seven products instead of five.
+
+K is cleaned of NaN and Inf once, where an edge can cut a tile: in dQ they would be multiplied by zeros. A key that had
+some makes the scores NaN of those queries that may see it.
+
+Work of one head: 10 L S E flops (half when causal). Bytes: K, V, dK and dV once, Q and dO once for each 128 keys, from
+L2 mostly; dQ is added to L2 as often, in float32.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language import _core as gluon_core
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
+)  # fmt: skip
+
+from kernels.attention.choice import takes_tma
+from kernels.attention.general import numbers
+from kernels.attention.hopper_pieces import (
+    BARRIER_A, BOTH_BANDS, NO_BAND, UPPER_BAND, clean_values, descriptor, load_tile, named_wait, store_tile,
+    warp_group_barrier,
+)  # fmt: skip
+from kernels.attention.pieces import LOG2_E
+from kernels.attention.rules import Extras, Rules
+from kernels.launch import launch_on
+
+ROWS, KEYS = 64, 128  # queries of a step; keys of a program, half of them for each consumer
+SLOTS = 2  # tiles of Q, and of dO, in shared memory
+KV_FULL, KV_READY = gl.constexpr(0), gl.constexpr(1)  # barriers, and where the others begin
+Q_FULL, GRAD_FULL, Q_EMPTY = (gl.constexpr(2 + i * SLOTS) for i in range(3))
+REGISTERS = 240
+
+
+@gluon_core.builtin
+def add_tile(desc: Any, coordinates: Any, source: Any, _semantic: Any = None) -> None:
+    """Add a tile in shared memory to memory, by TMA; the language has no name for it yet."""
+    coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coordinates, source.handle)
+
+
+@gluon.jit
+def query_bounds(
+    start_k, b, L, S, left, right, key_lengths_ptr,
+    BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr,
+):  # fmt: skip
+    """Which tiles of 64 queries see 128 keys: keys in use, offset, first tile, the one after the last, and the tiles
+    [open_first, open_last) that no edge cuts."""
+    n_keys = S
+    if HAS_LENGTHS:
+        n_keys = gl.maximum(gl.minimum(S, gl.load(key_lengths_ptr + b)), 0)
+    offset = 0
+    if BOTTOM_RIGHT:
+        offset = n_keys - L
+    first, end, open_first, open_last = 0, gl.cdiv(L, 64), 0, L // 64
+    if BAND != NO_BAND:
+        row = start_k - offset - right  # the first that sees the first key
+        first = gl.minimum(gl.maximum(row, 0), L) // 64
+        open_first = gl.cdiv(gl.maximum(row + 127, 0), 64)
+        if BAND == BOTH_BANDS:
+            beyond = gl.maximum(gl.minimum(L, start_k + 128 - offset + left), 0)  # the first that sees none any more
+            end = gl.cdiv(beyond, 64)
+            open_last = gl.minimum(open_last, gl.maximum(start_k - offset + left + 1, 0) // 64)
+    end = gl.maximum(gl.where(start_k < n_keys, end, first), first)
+    open_last = gl.where(start_k + 128 <= n_keys, open_last, 0)
+    open_first = gl.minimum(gl.maximum(open_first, first), end)
+    open_last = gl.minimum(gl.maximum(open_last, open_first), end)
+    return n_keys, offset, first, end, open_first, open_last
+
+
+@gluon.jit
+def producer(
+    q_desc, k_desc, v_desc, grad_desc, key_lengths_ptr, rows_s, keys_s, flags_s, signals,
+    n_kv_heads, group, L, S, left, right, n_tiles,
+    D: gl.constexpr, SLOTS: gl.constexpr,
+    BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr, GUARDED: gl.constexpr,
+):  # fmt: skip
+    """Copy K and V once, then Q and dO of every tile of queries of every query head, in the order of the consumers."""
+    pid = gl.program_id(0)
+    start_k = pid % n_tiles * 128
+    h_kv = pid // n_tiles % n_kv_heads
+    b = pid // n_tiles // n_kv_heads
+    _, _, first, end, _, _ = query_bounds(
+        start_k, b, L, S, left, right, key_lengths_ptr, BAND, BOTTOM_RIGHT, HAS_LENGTHS
+    )
+    mbarrier.expect(signals.index(KV_FULL), 2 * k_desc.block_type.nbytes)
+    load_tile(k_desc, [b, h_kv, start_k, 0], signals.index(KV_FULL), keys_s.index(0))
+    load_tile(v_desc, [b, h_kv, start_k, 0], signals.index(KV_FULL), keys_s.index(1))
+    if GUARDED:
+        mbarrier.wait(signals.index(KV_FULL), 0)
+        clean_values(keys_s.index(0).reshape([128, D]), flags_s, D, 128)
+        fence_async_shared()
+        mbarrier.arrive(signals.index(KV_READY), count=1)
+    count = 0
+    for member in range(group):
+        for tile in range(first, end):
+            slot = count % SLOTS
+            mbarrier.wait(signals.index(Q_EMPTY + slot), (count // SLOTS & 1) ^ 1)
+            place = [b, h_kv * group + member, tile * 64, 0]
+            mbarrier.expect(signals.index(Q_FULL + slot), q_desc.block_type.nbytes)
+            load_tile(q_desc, place, signals.index(Q_FULL + slot), rows_s.index(2 * slot))
+            mbarrier.expect(signals.index(GRAD_FULL + slot), grad_desc.block_type.nbytes)
+            load_tile(grad_desc, place, signals.index(GRAD_FULL + slot), rows_s.index(2 * slot + 1))
+            count += 1
+
+
+@gluon.jit
+def load_statistics(lse_ptr, delta_ptr, b, h, tile, L, n_heads):
+    """Log-sum-exp and delta of 64 queries, a number a thread at most; those past the end weigh nothing."""
+    i = tile * 64 + gl.arange(0, 64, gl.BlockedLayout([1], [32], [4], [0]))
+    row = (b * n_heads + h).to(gl.int64) * L + i
+    lse = gl.load(lse_ptr + row, mask=i < L, other=float("inf"))
+    return lse, gl.load(delta_ptr + row, mask=i < L, other=0.0)
+
+
+@gluon.jit
+def multiply_keys(ds, k, COLUMNS: gl.constexpr):
+    """Start dS K for dS^T (128 keys, 64 queries) and columns of K (128, COLUMNS), both in shared memory."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    empty = gl.zeros([64, COLUMNS], gl.float32, layout)
+    return warpgroup_mma(ds.permute((1, 0)), k, empty, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def add_queries(dq, dq_desc, buffer, b, h, row, column, COLUMNS: gl.constexpr):
+    """Add dq (64, COLUMNS) to memory, by way of a buffer."""
+    tma.store_wait(0)  # what was added before has left the buffer
+    warp_group_barrier()
+    buffer.reshape([64, COLUMNS]).store(dq)
+    fence_async_shared()
+    warp_group_barrier()
+    add_tile(dq_desc, [b, h, row, column], buffer)
+
+
+@gluon.jit
+def step(
+    dk, dv, lse, delta, tile, count, h, b, j, bad, n_keys, offset, left, right, scale, softcap, score_scale, L,
+    n_kv_heads, group, first, end, lse_ptr, delta_ptr, dq_desc, stats_s, rows_s, k, v, k_half, ds_s, dq_s, signals,
+    INDEX: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, BAND: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    GUARDED: gl.constexpr, CHECKED: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """dK and dV with what one tile of queries adds to them, its dQ on the way to memory; lse and delta of the next."""
+    tall: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])  # (64 keys, 64 queries)
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])  # (64 keys, D)
+    columns: gl.constexpr = gl.SliceLayout(0, tall)
+    left_operand: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
+    slot, phase = count % SLOTS, count // SLOTS & 1
+    q, grad = rows_s.index(2 * slot).reshape([64, D]), rows_s.index(2 * slot + 1).reshape([64, D])
+    stats_s.index(2 * INDEX).store(lse)  # the meeting of the step before came after its last read
+    stats_s.index(2 * INDEX + 1).store(delta)
+    warp_group_barrier()
+    # What the next step needs is asked for now.
+    is_last = tile + 1 == end
+    next_h = gl.where(is_last, gl.minimum(h + 1, h // group * group + group - 1), h)
+    lse, delta = load_statistics(
+        lse_ptr, delta_ptr, b, next_h, gl.where(is_last, first, tile + 1), L, n_kv_heads * group
+    )
+    mbarrier.wait(signals.index(Q_FULL + slot), phase)
+    empty = gl.zeros([64, 64], gl.float32, tall)
+    product = warpgroup_mma(k, q.permute((1, 0)), empty, use_acc=False, is_async=True)
+    mbarrier.wait(signals.index(GRAD_FULL + slot), phase)
+    second = warpgroup_mma(v, grad.permute((1, 0)), empty, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(1, deps=[product]) * scale
+    if HAS_SOFTCAP:
+        scores = (1.0 - 2.0 / (1.0 + gl.exp2(scores * 2.885390081777927))) * softcap
+        slack = softcap * softcap - scores * scores
+    if GUARDED:
+        scores = scores + bad[:, None]
+    weights = gl.exp2(scores - stats_s.index(2 * INDEX).load(columns)[None, :])
+    if CHECKED:
+        i = tile * 64 + gl.arange(0, 64, columns)
+        allowed = (j < n_keys)[:, None] & (i < L)[None, :]
+        if BAND != NO_BAND:
+            allowed = allowed & (j[:, None] <= i[None, :] + (offset + right))
+        if BAND == BOTH_BANDS:
+            allowed = allowed & (j[:, None] >= i[None, :] + (offset - left))
+        weights = gl.where(allowed, weights, 0.0)
+    third = warpgroup_mma(gl.convert_layout(weights.to(DTYPE), left_operand), grad, dv, is_async=True)
+    dp = warpgroup_mma_wait(1, deps=[second])
+    ds = weights * (dp - stats_s.index(2 * INDEX + 1).load(columns)[None, :])
+    if HAS_SOFTCAP:
+        ds = ds * slack
+    if CHECKED:
+        ds = gl.where(allowed, ds, 0.0)
+    ds = ds.to(DTYPE)
+    fourth = warpgroup_mma(gl.convert_layout(ds, left_operand), q, dk, is_async=True)
+    turn = ds_s.index(count % 2)
+    turn.slice(INDEX * 64, 64, 0).store(ds)
+    fence_async_shared()
+    named_wait(BARRIER_A)  # both halves of dS^T are there, and of the step before none is read any more
+    if D == 128:
+        fifth = multiply_keys(turn, k_half, D // 2)
+        dv = warpgroup_mma_wait(2, deps=[third])
+        dk = warpgroup_mma_wait(1, deps=[fourth])
+        mbarrier.arrive(signals.index(Q_EMPTY + slot), count=1)
+        dq = warpgroup_mma_wait(0, deps=[fifth]) * score_scale
+        add_queries(dq, dq_desc, dq_s.index(INDEX), b, h, tile * 64, INDEX * (D // 2), D // 2)
+    else:  # half of its columns are too few for a matrix instruction: the consumers take turns
+        dv = warpgroup_mma_wait(1, deps=[third])
+        dk = warpgroup_mma_wait(0, deps=[fourth])
+        mbarrier.arrive(signals.index(Q_EMPTY + slot), count=1)
+        if count % 2 == INDEX:
+            dq = warpgroup_mma_wait(0, deps=[multiply_keys(turn, k_half, D)]) * score_scale
+            add_queries(dq, dq_desc, dq_s.index(INDEX), b, h, tile * 64, 0, D)
+    return dk, dv, lse, delta
+
+
+@gluon.jit
+def consumer(
+    INDEX: gl.constexpr,
+    dq_desc, dk_desc, dv_desc, lse_ptr, delta_ptr, key_lengths_ptr, rows_s, keys_s, flags_s,
+    stats_s, ds_s, dq_s, signals, n_kv_heads, group, L, S, left, right, scale, softcap,
+    score_scale, n_tiles,
+    D: gl.constexpr, SLOTS: gl.constexpr, BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr, GUARDED: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """dK and dV of 64 keys, and half of the columns of what the program's 128 keys add to dQ."""
+    tall: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    pid = gl.program_id(0)
+    start_k = pid % n_tiles * 128
+    h_kv = pid // n_tiles % n_kv_heads
+    b = pid // n_tiles // n_kv_heads
+    n_keys, offset, first, end, open_first, open_last = query_bounds(
+        start_k, b, L, S, left, right, key_lengths_ptr, BAND, BOTTOM_RIGHT, HAS_LENGTHS
+    )
+    k = keys_s.index(0).reshape([128, D]).slice(INDEX * 64, 64, 0)
+    v = keys_s.index(1).reshape([128, D]).slice(INDEX * 64, 64, 0)
+    k_half = keys_s.index(0).reshape([128, D])
+    if D == 128:
+        k_half = k_half.slice(INDEX * 64, 64, 1)
+    j = start_k + INDEX * 64 + gl.arange(0, 64, gl.SliceLayout(1, tall))
+    dk, dv = gl.zeros([64, D], gl.float32, wide), gl.zeros([64, D], gl.float32, wide)
+    bad = gl.zeros([64], gl.float32, gl.SliceLayout(1, tall))
+    if GUARDED:
+        mbarrier.wait(signals.index(KV_READY), 0)
+        good = flags_s.slice(INDEX * 64, 64, 0).load(gl.SliceLayout(1, tall))
+        bad = gl.where(good == 0, float("nan"), 0.0)
+    else:
+        mbarrier.wait(signals.index(KV_FULL), 0)
+    count = 0
+    lse, delta = load_statistics(lse_ptr, delta_ptr, b, h_kv * group, first, L, n_kv_heads * group)
+    for member in range(group):
+        h = h_kv * group + member
+        for tile in range(first, open_first):
+            dk, dv, lse, delta = step(
+                dk, dv, lse, delta, tile, count, h, b, j, bad, n_keys, offset, left, right, scale, softcap,
+                score_scale, L, n_kv_heads, group, first, end, lse_ptr, delta_ptr, dq_desc, stats_s, rows_s, k, v,
+                k_half, ds_s, dq_s, signals,
+                INDEX, D, SLOTS, BAND, HAS_SOFTCAP, GUARDED, True, DTYPE,
+            )  # fmt: skip
+            count += 1
+        for tile in range(open_first, open_last):
+            dk, dv, lse, delta = step(
+                dk, dv, lse, delta, tile, count, h, b, j, bad, n_keys, offset, left, right, scale, softcap,
+                score_scale, L, n_kv_heads, group, first, end, lse_ptr, delta_ptr, dq_desc, stats_s, rows_s, k, v,
+                k_half, ds_s, dq_s, signals,
+                INDEX, D, SLOTS, BAND, HAS_SOFTCAP, GUARDED, False, DTYPE,
+            )  # fmt: skip
+            count += 1
+        for tile in range(open_last, end):
+            dk, dv, lse, delta = step(
+                dk, dv, lse, delta, tile, count, h, b, j, bad, n_keys, offset, left, right, scale, softcap,
+                score_scale, L, n_kv_heads, group, first, end, lse_ptr, delta_ptr, dq_desc, stats_s, rows_s, k, v,
+                k_half, ds_s, dq_s, signals,
+                INDEX, D, SLOTS, BAND, HAS_SOFTCAP, GUARDED, True, DTYPE,
+            )  # fmt: skip
+            count += 1
+    tma.store_wait(0)
+    named_wait(BARRIER_A)  # nobody reads the keys any more
+    k.store((dk * score_scale).to(DTYPE))
+    v.store(dv.to(DTYPE))
+    fence_async_shared()
+    named_wait(BARRIER_A)
+    if INDEX == 0:
+        store_tile(dk_desc, [b, h_kv, start_k, 0], keys_s.index(0))
+    else:
+        store_tile(dv_desc, [b, h_kv, start_k, 0], keys_s.index(1))
+    tma.store_wait(0)
+
+
+# barrier    count  a phase of it completes when                who waits for it
+# kv_full    1      K and V have been copied                    the producer, to clean K, or else the consumers
+# kv_ready   1      K has been cleaned                          both consumers, before anything else
+# q_full     1      a tile of Q has been copied                 both consumers, before they multiply by it
+# grad_full  1      a tile of dO has been copied                both consumers, before they multiply by it
+# q_empty    2      both consumers' products with both are done the producer, before it copies into that slot
+#
+# Slots and phases are counted as in hopper_forward.py. The consumers meet once a step, after both have laid down dS^T:
+# who has passed knows that the other one's products of the step before, waited for before the meeting, read dS^T no
+# more, and so the two halves of ds_s can take turns. They meet twice at the end, before and after dK and dV replace K
+# and V.
+
+
+@gluon.jit
+def hopper_backward_kernel(
+    q_desc, k_desc, v_desc, grad_desc, dq_desc, dk_desc, dv_desc, lse_ptr, delta_ptr, key_lengths_ptr,
+    n_kv_heads, group, L, S, left, right, scale, softcap, score_scale, n_tiles,
+    D: gl.constexpr, SLOTS: gl.constexpr, REGISTERS: gl.constexpr, DS_LAYOUT: gl.constexpr,
+    BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    GUARDED: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """dK and dV of 128 keys of one key head, summed over its query heads, and what they add to dQ.
+
+    q_desc, grad_desc: of (B, H, L, D) in boxes of 64 rows; k_desc, v_desc, dk_desc, dv_desc: of (B, n_kv_heads, S, D)
+    in boxes of 128; dq_desc: of (B, H, L, D) float32, zero at first, in boxes of 64 rows and 64 columns.
+    lse_ptr (B, H, L) float32: base-2 log-sum-exp, inf for a query that may attend to nothing. delta_ptr (B, H, L)
+    float32. n_tiles: of 128 keys. score_scale: factor of dS in dQ and dK.
+    """
+    # Few allocations: each is handed to the warp groups as several registers.
+    rows_s = gl.allocate_shared_memory(DTYPE, [2 * SLOTS, 1, 1, 64, D], q_desc.layout)  # Q and dO in turn
+    keys_s = gl.allocate_shared_memory(DTYPE, [2, 1, 1, 128, D], k_desc.layout)  # K, V
+    ds_s = gl.allocate_shared_memory(DTYPE, [2, 128, 64], DS_LAYOUT)
+    dq_s = gl.allocate_shared_memory(gl.float32, [2, 1, 1, 64, 64], dq_desc.layout)
+    stats_s = gl.allocate_shared_memory(gl.float32, [4, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    flags_s = gl.allocate_shared_memory(gl.int32, [128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    signals = gl.allocate_shared_memory(gl.int64, [2 + 3 * SLOTS, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(signals.index(KV_FULL), count=1)
+    mbarrier.init(signals.index(KV_READY), count=1)
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(signals.index(Q_FULL + slot), count=1)
+        mbarrier.init(signals.index(GRAD_FULL + slot), count=1)
+        mbarrier.init(signals.index(Q_EMPTY + slot), count=2)  # both consumers
+    gl.warp_specialize([
+        (producer, (
+            q_desc, k_desc, v_desc, grad_desc, key_lengths_ptr, rows_s, keys_s, flags_s, signals,
+            n_kv_heads, group, L, S, left, right, n_tiles,
+            D, SLOTS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, GUARDED,
+        )),
+        (consumer, (
+            0, dq_desc, dk_desc, dv_desc, lse_ptr, delta_ptr, key_lengths_ptr, rows_s, keys_s,
+            flags_s, stats_s, ds_s, dq_s, signals, n_kv_heads, group, L, S, left, right,
+            scale, softcap, score_scale, n_tiles,
+            D, SLOTS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, HAS_SOFTCAP, GUARDED, DTYPE,
+        )),
+        (consumer, (
+            1, dq_desc, dk_desc, dv_desc, lse_ptr, delta_ptr, key_lengths_ptr, rows_s, keys_s,
+            flags_s, stats_s, ds_s, dq_s, signals, n_kv_heads, group, L, S, left, right,
+            scale, softcap, score_scale, n_tiles,
+            D, SLOTS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, HAS_SOFTCAP, GUARDED, DTYPE,
+        )),
+    ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
+
+
+def launch_hopper_backward(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: Extras, rules: Rules,
+    row_max: torch.Tensor, row_sum: torch.Tensor, delta: torch.Tensor, dq: torch.Tensor, dk: torch.Tensor,
+    dv: torch.Tensor,
+) -> None:  # fmt: skip
+    """Launch the backward kernel. Arguments as of `launch_backward` in general_backward.py; all gradients are made."""
+    batch, n_heads, n_queries, d = query.shape
+    n_kv_heads, n_keys = key.shape[1:3]
+    n_tiles = triton.cdiv(n_keys, KEYS)
+    dtype = gl.float16 if query.dtype == torch.float16 else gl.bfloat16
+    band = BOTH_BANDS if rules.left is not None else UPPER_BAND if rules.right is not None else NO_BAND
+    has_lengths = extras.key_lengths is not None
+    left, right, scale, softcap, *_ = numbers(rules)
+    score_scale = rules.scale / (rules.softcap * LOG2_E.value) ** 2 if rules.softcap else rules.scale
+    total = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
+    grad = grad if takes_tma(grad) else grad.contiguous()
+    lse = torch.where(row_sum == 0.0, torch.inf, row_max + row_sum.log2())
+    with launch_on(query.device):
+        hopper_backward_kernel[(n_tiles * n_kv_heads * batch,)](  # key tiles fastest: they share the queries in L2
+            descriptor(query, ROWS, dtype), descriptor(key, KEYS, dtype), descriptor(value, KEYS, dtype),
+            descriptor(grad, ROWS, dtype), descriptor(total, ROWS, gl.float32, 64), descriptor(dk, KEYS, dtype),
+            descriptor(dv, KEYS, dtype), lse, delta, extras.key_lengths,
+            n_kv_heads, n_heads // n_kv_heads, n_queries, n_keys, left, right, scale, softcap, score_scale, n_tiles,
+            D=d, SLOTS=SLOTS, REGISTERS=REGISTERS, DS_LAYOUT=gl.NVMMASharedLayout.get_default_for([128, 64], dtype),
+            BAND=band.value, BOTTOM_RIGHT=rules.bottom_right, HAS_LENGTHS=has_lengths,
+            HAS_SOFTCAP=bool(rules.softcap), GUARDED=has_lengths or band.value != NO_BAND.value, DTYPE=dtype,
+            num_warps=4,
+        )  # fmt: skip
+    dq.copy_(total)

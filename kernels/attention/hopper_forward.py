@@ -1,0 +1,380 @@
+"""Fused attention for Hopper chips: the forward kernel in Gluon, for 16-bit inputs with heads of 64, 128 or 256.
+
+    O = softmax(scale * Q K^T) V      with causal and window limits, key lengths, soft cap, shared key heads
+
+One warp group, the producer, copies tiles from memory (TMA); two others, the consumers, hold 64 queries each and
+multiply. Tiles of K and V stand in rings of SLOTS. A consumer issues Q K^T of the next tile before it waits for P V of
+this one, so that the softmax of one product runs beside the other; named barriers let the two consumers take turns at
+the matrix unit (FlashAttention-3: Shah et al. 2024, sections 3.1 and 3.2). Programs stay, and walk over tiles of
+queries, the longest first, over as many heads at a time as have their keys and values in L2.
+
+Key tiles are walked from the last to the first: the first one seen is the one on the diagonal. Those that an edge cuts
+are GUARDED: a weight of zero times NaN is NaN, so the producer takes NaN and Inf out of V before it hands it over, and
+tells by a flag which keys had some.
+
+Work of one head: 4 L S E flops (half when causal). Bytes: Q and O once, K and V once for each tile of 128 queries,
+from L2 mostly; 8 a row for the statistics, which are those of general.py.
+"""
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
+)  # fmt: skip
+
+from kernels.attention.general import numbers
+from kernels.attention.hopper_pieces import (
+    BARRIER_A, BARRIER_B, BOTH_BANDS, NO_BAND, UPPER_BAND, clean_values, descriptor, load_tile, named_arrive,
+    named_wait, store_tile, tile_bounds, warp_group_barrier,
+)  # fmt: skip
+from kernels.attention.rules import Extras, Rules
+from kernels.launch import launch_on, multiprocessors
+
+ROWS = 64  # queries of a consumer: the rows of a warp group's matrix instruction
+CONSUMERS = 2
+SLOTS = 2  # tiles of K, and of V, in shared memory
+REGISTERS = 224  # of a consumer's thread; what is left of 168 for each of three warp groups is the producer's
+Q_FULL, Q_EMPTY, V_RAW = gl.constexpr(0), gl.constexpr(2), gl.constexpr(4)  # barriers, and where the others begin
+K_FULL, K_EMPTY, V_FULL, V_EMPTY = (gl.constexpr(5 + i * SLOTS) for i in range(4))
+L2_BYTES = 24 << 20  # of keys and values that are walked over together
+
+
+@gluon.jit
+def find_work(work, n_heads, n_tiles, section):
+    """Head, over all batch entries, and first query of a piece of work: `section` heads at a time, last rows first."""
+    first = work // (section * n_tiles) * section
+    size = gl.minimum(section, n_heads - first)
+    place = work - first * n_tiles
+    return first + place % size, (n_tiles - 1 - place // size) * 128
+
+
+@gluon.jit
+def hand_over(number, raw, tiles_s, flags_s, signals, BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr):
+    """Clean the tile of V that is number `number` of all and number `raw` of those that are cut, once it is there."""
+    slot = number % SLOTS
+    mbarrier.wait(signals.index(V_RAW), raw & 1)
+    clean_values(tiles_s.index(2 * slot + 1).reshape([BLOCK_K, D]), flags_s.index(slot), D, BLOCK_K)
+    fence_async_shared()
+    mbarrier.arrive(signals.index(V_FULL + slot), count=1)
+
+
+@gluon.jit
+def producer(
+    q_desc, k_desc, v_desc, key_lengths_ptr, q_s, tiles_s, flags_s, signals,
+    n_heads_total, n_heads, group, L, S, left, right, n_tiles, section,
+    BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
+    BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr, GUARDED: gl.constexpr,
+):  # fmt: skip
+    """Copy the tiles of every piece of work of this program to shared memory, in the order of the consumers."""
+    count = 0  # key tiles copied so far
+    raw = 0  # tiles of V cleaned so far
+    turn = 0  # pieces of work so far
+    for work in range(gl.program_id(0), n_tiles * n_heads_total, gl.num_programs(0)):
+        head, start_q = find_work(work, n_heads_total, n_tiles, section)
+        b = head // n_heads
+        h = head % n_heads
+        _, _, first, last, open_first, open_last = tile_bounds(
+            start_q, b, L, S, left, right, key_lengths_ptr, BLOCK_K, BAND, BOTTOM_RIGHT, HAS_LENGTHS
+        )
+        for i in gl.static_range(2):
+            mbarrier.wait(signals.index(Q_EMPTY + i), (turn & 1) ^ 1)
+            mbarrier.expect(signals.index(Q_FULL + i), q_desc.block_type.nbytes)
+            load_tile(q_desc, [b, h, start_q + i * 64, 0], signals.index(Q_FULL + i), q_s.index(i))
+        was_cut = last < first  # of the tile before: there is none
+        for seen in range(last - first + 1):
+            tile = last - seen
+            slot = count % SLOTS
+            phase = count // SLOTS & 1
+            place = [b, h // group, tile * BLOCK_K, 0]
+            mbarrier.wait(signals.index(K_EMPTY + slot), phase ^ 1)
+            mbarrier.expect(signals.index(K_FULL + slot), k_desc.block_type.nbytes)
+            load_tile(k_desc, place, signals.index(K_FULL + slot), tiles_s.index(2 * slot))
+            mbarrier.wait(signals.index(V_EMPTY + slot), phase ^ 1)
+            full = V_FULL + slot
+            if GUARDED:
+                if was_cut:  # it is cleaned only now, so that K of this one is under way meanwhile
+                    hand_over(count - 1, raw, tiles_s, flags_s, signals, BLOCK_K, D, SLOTS)
+                    raw += 1
+                was_cut = (tile >= open_last) | (tile < open_first)
+                full = gl.where(was_cut, V_RAW, full)
+            mbarrier.expect(signals.index(full), v_desc.block_type.nbytes)
+            load_tile(v_desc, place, signals.index(full), tiles_s.index(2 * slot + 1))
+            count += 1
+        if GUARDED:
+            if was_cut:
+                hand_over(count - 1, raw, tiles_s, flags_s, signals, BLOCK_K, D, SLOTS)
+                raw += 1
+        turn += 1
+
+
+@gluon.jit
+def multiply_keys(q, tiles_s, signals, count, BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr):
+    """Start Q K^T with the tile of K that is number `count`, once it is there."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
+    slot = count % SLOTS
+    mbarrier.wait(signals.index(K_FULL + slot), count // SLOTS & 1)
+    k = tiles_s.index(2 * slot).reshape([BLOCK_K, D]).permute((1, 0))
+    return warpgroup_mma(q, k, gl.zeros([64, BLOCK_K], gl.float32, layout), use_acc=False, is_async=True)
+
+
+@gluon.jit
+def multiply_values(weights, acc, tiles_s, signals, count, BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr):
+    """Start acc + P V with the tile of V that is number `count`, once it is there."""
+    slot = count % SLOTS
+    mbarrier.wait(signals.index(V_FULL + slot), count // SLOTS & 1)
+    return warpgroup_mma(weights, tiles_s.index(2 * slot + 1).reshape([BLOCK_K, D]), acc, is_async=True)
+
+
+@gluon.jit
+def soften(
+    scores, row_max, row_sum, place, tile, n_keys, left, right, scale, softcap,
+    BLOCK_K: gl.constexpr, BAND: gl.constexpr, HAS_SOFTCAP: gl.constexpr, CHECKED: gl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: weights (64, BLOCK_K) float32, shrink, row_max, row_sum, allowed.
+
+    place: of the queries (64,) beside the keys. CHECKED: some query may not attend to some key of the tile.
+    """
+    scores = scores * scale
+    if HAS_SOFTCAP:
+        scores = (1.0 - 2.0 / (1.0 + gl.exp2(scores * 2.885390081777927))) * softcap  # tanh
+    j = tile * BLOCK_K + gl.arange(0, BLOCK_K, gl.SliceLayout(0, scores.type.layout))
+    allowed = (j < n_keys)[None, :] & (place == place)[:, None]
+    if CHECKED:
+        if BAND != NO_BAND:
+            allowed = allowed & (j[None, :] <= place[:, None] + right)
+        if BAND == BOTH_BANDS:
+            allowed = allowed & (j[None, :] >= place[:, None] - left)
+        scores = gl.where(allowed, scores, float("-inf"))
+    new_max = gl.maximum(row_max, gl.max(scores, 1))
+    pivot = new_max
+    if CHECKED:
+        pivot = gl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = gl.exp2(scores - pivot[:, None])
+    shrink = gl.exp2(row_max - pivot)
+    return weights, shrink, new_max, row_sum * shrink + gl.sum(weights, 1), allowed
+
+
+@gluon.jit
+def spoil(weights, allowed, flags_s, signals, count, SLOTS: gl.constexpr):
+    """NaN for the weights of keys whose values were NaN or Inf, where a query may attend to them: a cut tile."""
+    slot = count % SLOTS
+    mbarrier.wait(signals.index(V_FULL + slot), count // SLOTS & 1)  # the flags come with the values
+    good = flags_s.index(slot).load(gl.SliceLayout(0, weights.type.layout))
+    return gl.where(allowed & (good == 0)[None, :], float("nan"), weights)
+
+
+@gluon.jit
+def step(
+    q, tiles_s, flags_s, signals, weights, acc, row_max, row_sum, count, place, tile,
+    n_keys, left, right, scale, softcap,
+    ME: gl.constexpr, OTHER: gl.constexpr, BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
+    BAND: gl.constexpr, HAS_SOFTCAP: gl.constexpr, CHECKED: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """Q K^T of tile number `count` and its softmax, beside P V of the one before: weights, acc, row_max, row_sum.
+
+    CHECKED: an edge cuts the tile. To look at every score takes registers, so one product then follows the other.
+    """
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    before = (count - 1) % SLOTS
+    named_wait(ME)
+    if CHECKED:
+        sum_ = multiply_values(weights, acc, tiles_s, signals, count - 1, BLOCK_K, D, SLOTS)
+        acc = warpgroup_mma_wait(0, deps=[sum_])
+        mbarrier.arrive(signals.index(V_EMPTY + before), count=1)
+        product = multiply_keys(q, tiles_s, signals, count, BLOCK_K, D, SLOTS)
+        named_arrive(OTHER)
+        scores = warpgroup_mma_wait(0, deps=[product])
+    else:
+        product = multiply_keys(q, tiles_s, signals, count, BLOCK_K, D, SLOTS)
+        sum_ = multiply_values(weights, acc, tiles_s, signals, count - 1, BLOCK_K, D, SLOTS)
+        named_arrive(OTHER)
+        scores = warpgroup_mma_wait(1, deps=[product])
+    mbarrier.arrive(signals.index(K_EMPTY + count % SLOTS), count=1)
+    p, shrink, row_max, row_sum, allowed = soften(
+        scores, row_max, row_sum, place, tile, n_keys, left, right, scale, softcap,
+        BLOCK_K, BAND, HAS_SOFTCAP, CHECKED,
+    )  # fmt: skip
+    if CHECKED:
+        p = spoil(p, allowed, flags_s, signals, count, SLOTS)
+    else:
+        acc = warpgroup_mma_wait(0, deps=[sum_])
+        mbarrier.arrive(signals.index(V_EMPTY + before), count=1)
+    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, wide))[:, None]
+    return gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(0, wide, 2)), acc, row_max, row_sum
+
+
+@gluon.jit
+def consumer(
+    ME: gl.constexpr, OTHER: gl.constexpr, INDEX: gl.constexpr,
+    out_desc, row_max_ptr, row_sum_ptr, key_lengths_ptr, q_s, tiles_s, flags_s, signals,
+    n_heads_total, n_heads, L, S, left, right, scale, softcap, n_tiles, section,
+    BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
+    BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    GUARDED: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """Output and statistics of 64 queries of every piece of work of this program."""
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    rows: gl.constexpr = gl.SliceLayout(1, narrow)
+    q = q_s.index(INDEX).reshape([64, D])
+    if INDEX == 1:
+        named_arrive(OTHER)  # the first consumer begins
+    count = 0
+    turn = 0
+    for work in range(gl.program_id(0), n_tiles * n_heads_total, gl.num_programs(0)):
+        head, start_q = find_work(work, n_heads_total, n_tiles, section)
+        b = head // n_heads
+        n_keys, offset, first, last, open_first, open_last = tile_bounds(
+            start_q, b, L, S, left, right, key_lengths_ptr, BLOCK_K, BAND, BOTTOM_RIGHT, HAS_LENGTHS
+        )
+        place = start_q + offset + INDEX * 64 + gl.arange(0, 64, rows)  # of the queries, beside the keys
+        acc = gl.zeros([64, D], gl.float32, wide)
+        row_max = gl.full([64], float("-inf"), gl.float32, rows)
+        row_sum = gl.zeros([64], gl.float32, rows)
+        mbarrier.wait(signals.index(Q_FULL + INDEX), turn & 1)
+        named_wait(ME)
+        product = multiply_keys(q, tiles_s, signals, count, BLOCK_K, D, SLOTS)
+        named_arrive(OTHER)
+        scores = warpgroup_mma_wait(0, deps=[product])
+        mbarrier.arrive(signals.index(K_EMPTY + count % SLOTS), count=1)
+        p, _, row_max, row_sum, allowed = soften(
+            scores, row_max, row_sum, place, last, n_keys, left, right, scale, softcap,
+            BLOCK_K, BAND, HAS_SOFTCAP, True,
+        )  # fmt: skip
+        if GUARDED:
+            if (last >= open_last) | (last < open_first):
+                p = spoil(p, allowed, flags_s, signals, count, SLOTS)
+        weights = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(0, wide, 2))
+        count += 1
+        if BAND != NO_BAND:
+            for tile in range(open_last, last):  # at the right edge: from the last to the first
+                weights, acc, row_max, row_sum = step(
+                    q, tiles_s, flags_s, signals, weights, acc, row_max, row_sum, count, place,
+                    last - 1 - (tile - open_last), n_keys, left, right, scale, softcap,
+                    ME, OTHER, BLOCK_K, D, SLOTS, BAND, HAS_SOFTCAP, True, DTYPE,
+                )  # fmt: skip
+                count += 1
+        for tile in range(open_first, open_last):
+            weights, acc, row_max, row_sum = step(
+                q, tiles_s, flags_s, signals, weights, acc, row_max, row_sum, count, place,
+                open_last - 1 - (tile - open_first), n_keys, left, right, scale, softcap,
+                ME, OTHER, BLOCK_K, D, SLOTS, BAND, HAS_SOFTCAP, False, DTYPE,
+            )  # fmt: skip
+            count += 1
+        if BAND == BOTH_BANDS:
+            for tile in range(first, open_first):  # at the left edge of a window
+                weights, acc, row_max, row_sum = step(
+                    q, tiles_s, flags_s, signals, weights, acc, row_max, row_sum, count, place,
+                    open_first - 1 - (tile - first), n_keys, left, right, scale, softcap,
+                    ME, OTHER, BLOCK_K, D, SLOTS, BAND, HAS_SOFTCAP, True, DTYPE,
+                )  # fmt: skip
+                count += 1
+        sum_ = multiply_values(weights, acc, tiles_s, signals, count - 1, BLOCK_K, D, SLOTS)
+        acc = warpgroup_mma_wait(0, deps=[sum_])
+        mbarrier.arrive(signals.index(V_EMPTY + (count - 1) % SLOTS), count=1)
+        inverse = 1.0 / gl.where(row_sum == 0.0, 1.0, row_sum)  # zero: no key allowed
+        acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, wide))[:, None]
+        i = start_q + INDEX * 64 + gl.arange(0, 64, rows)
+        stats = head.to(gl.int64) * L
+        gl.store(row_max_ptr + stats + i, row_max, mask=i < L)
+        gl.store(row_sum_ptr + stats + i, row_sum, mask=i < L)
+        q.store(acc.to(DTYPE))  # the queries are not needed any more
+        fence_async_shared()
+        warp_group_barrier()
+        store_tile(out_desc, [b, head % n_heads, start_q + INDEX * 64, 0], q_s.index(INDEX))
+        tma.store_wait(0)
+        mbarrier.arrive(signals.index(Q_EMPTY + INDEX), count=1)
+        turn += 1
+
+
+# barrier  count  a phase of it completes when                         who waits for it
+# q_full   1      64 queries have been copied                          their consumer, before its first product
+# q_empty  1      their consumer's output has left the same memory     the producer, before it copies the next queries
+# k_full   1      a tile of K has been copied                          both consumers, before they multiply by it
+# k_empty  2      both consumers' products with it are done            the producer, before it copies into that slot
+# v_full   1      a tile of V has been copied, or, if cut, cleaned      both consumers, before they multiply
+# v_empty  2      both consumers' products with it are done            the producer, before it copies into that slot
+# v_raw    1      a cut tile of V has been copied                      the producer, before it cleans it
+#
+# Tile number n of K, and of V, counted over all pieces of work, is in slot n % SLOTS and in phase n // SLOTS of its
+# barriers; queries number t are in phase t of theirs, cut tile number r in phase r of v_raw. Who waits for "full" waits
+# for the parity of that phase; who waits for "empty" for that of the phase before, which goes through where there was
+# none. An expected copy is the one arrival of its barrier. tests/hopper_protocol.py runs this in many orders.
+
+
+@gluon.jit
+def hopper_forward_kernel(
+    q_desc, k_desc, v_desc, out_desc, row_max_ptr, row_sum_ptr, key_lengths_ptr,
+    n_heads_total, n_heads, group, L, S, left, right, scale, softcap, n_tiles, section,
+    BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, REGISTERS: gl.constexpr,
+    BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    GUARDED: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """Output and statistics of this program's share of the tiles of 128 queries.
+
+    q_desc, k_desc, v_desc, out_desc: descriptors of (B, H, rows, D) in boxes (1, 1, 64 or BLOCK_K, D).
+    row_max_ptr, row_sum_ptr (B, n_heads, L) float32; key_lengths_ptr (B,). n_heads_total: B * n_heads. n_tiles: of 128
+    queries, a head. section: heads that are walked over together. scale, softcap, left, right as in forward_kernel.
+    """
+    # Few allocations: each is handed to the warp groups as several registers.
+    q_s = gl.allocate_shared_memory(DTYPE, [2, 1, 1, 64, D], q_desc.layout)
+    tiles_s = gl.allocate_shared_memory(DTYPE, [2 * SLOTS, 1, 1, BLOCK_K, D], k_desc.layout)  # K and V in turn
+    flags_s = gl.allocate_shared_memory(gl.int32, [SLOTS, BLOCK_K], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    signals = gl.allocate_shared_memory(gl.int64, [5 + 4 * SLOTS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(signals.index(Q_FULL + i), count=1)
+        mbarrier.init(signals.index(Q_EMPTY + i), count=1)
+    mbarrier.init(signals.index(V_RAW), count=1)
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(signals.index(K_FULL + slot), count=1)
+        mbarrier.init(signals.index(V_FULL + slot), count=1)
+        mbarrier.init(signals.index(K_EMPTY + slot), count=2)  # both consumers
+        mbarrier.init(signals.index(V_EMPTY + slot), count=2)
+    gl.warp_specialize([
+        (producer, (
+            q_desc, k_desc, v_desc, key_lengths_ptr, q_s, tiles_s, flags_s, signals,
+            n_heads_total, n_heads, group, L, S, left, right, n_tiles, section,
+            BLOCK_K, D, SLOTS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, GUARDED,
+        )),
+        (consumer, (
+            BARRIER_A, BARRIER_B, 0,
+            out_desc, row_max_ptr, row_sum_ptr, key_lengths_ptr, q_s, tiles_s, flags_s, signals,
+            n_heads_total, n_heads, L, S, left, right, scale, softcap, n_tiles, section,
+            BLOCK_K, D, SLOTS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, HAS_SOFTCAP, GUARDED, DTYPE,
+        )),
+        (consumer, (
+            BARRIER_B, BARRIER_A, 1,
+            out_desc, row_max_ptr, row_sum_ptr, key_lengths_ptr, q_s, tiles_s, flags_s, signals,
+            n_heads_total, n_heads, L, S, left, right, scale, softcap, n_tiles, section,
+            BLOCK_K, D, SLOTS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, HAS_SOFTCAP, GUARDED, DTYPE,
+        )),
+    ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
+
+
+def launch_hopper_forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: Extras, rules: Rules, output: torch.Tensor,
+    row_max: torch.Tensor, row_sum: torch.Tensor,
+) -> None:  # fmt: skip
+    """Launch the forward kernel. Arguments as of `launch_forward` in general.py, of a call that choice.py gives it."""
+    batch, n_heads, n_queries, d = query.shape
+    n_kv_heads, n_keys = key.shape[1:3]
+    group, n_tiles = n_heads // n_kv_heads, triton.cdiv(n_queries, CONSUMERS * ROWS)
+    block_k = 64 if d == 256 else 128
+    dtype = gl.float16 if query.dtype == torch.float16 else gl.bfloat16
+    section = max(1, L2_BYTES // (2 * n_keys * d * query.element_size())) * group
+    band = BOTH_BANDS if rules.left is not None else UPPER_BAND if rules.right is not None else NO_BAND
+    has_lengths = extras.key_lengths is not None
+    left, right, scale, softcap, *_ = numbers(rules)
+    grid = (min(n_tiles * batch * n_heads, multiprocessors(query.device)),)  # programs stay; work in turns
+    with launch_on(query.device):
+        hopper_forward_kernel[grid](
+            descriptor(query, ROWS, dtype), descriptor(key, block_k, dtype), descriptor(value, block_k, dtype),
+            descriptor(output, ROWS, dtype), row_max, row_sum, extras.key_lengths,
+            batch * n_heads, n_heads, group, n_queries, n_keys, left, right, scale, softcap, n_tiles,
+            min(section, batch * n_heads),
+            BLOCK_K=block_k, D=d, SLOTS=SLOTS, REGISTERS=REGISTERS, BAND=band.value, BOTTOM_RIGHT=rules.bottom_right,
+            HAS_LENGTHS=has_lengths, HAS_SOFTCAP=bool(rules.softcap),
+            GUARDED=has_lengths or band.value != NO_BAND.value, DTYPE=dtype, num_warps=4,
+        )  # fmt: skip

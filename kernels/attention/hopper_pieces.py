@@ -1,0 +1,87 @@
+"""What the Gluon kernels for Hopper chips share: names, named barriers, key tiles that are needed, clean values."""
+
+from typing import Any
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Names before and after they were changed: of the copies in Triton 3.9, of the barrier in 3.7.
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+warp_group_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+NO_BAND, UPPER_BAND, BOTH_BANDS = (gl.constexpr(i) for i in range(3))
+BARRIER_A, BARRIER_B = gl.constexpr(9), gl.constexpr(10)  # named barriers; the compiler takes the first few
+
+
+@gluon.jit
+def named_wait(BARRIER: gl.constexpr):
+    """Wait at a named barrier until both consumers have come to it, or one has and the other has arrived."""
+    x = gl.full([128], 0, gl.int32, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    if BARRIER == 9:
+        gl.inline_asm_elementwise("bar.sync 9, 256; mov.b32 $0, $1;", "=r,r", [x], gl.int32, is_pure=False, pack=1)
+    else:
+        gl.inline_asm_elementwise("bar.sync 10, 256; mov.b32 $0, $1;", "=r,r", [x], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def named_arrive(BARRIER: gl.constexpr):
+    """Arrive at a named barrier without waiting for the other consumer."""
+    x = gl.full([128], 0, gl.int32, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    if BARRIER == 9:
+        gl.inline_asm_elementwise("bar.arrive 9, 256; mov.b32 $0, $1;", "=r,r", [x], gl.int32, is_pure=False, pack=1)
+    else:
+        gl.inline_asm_elementwise("bar.arrive 10, 256; mov.b32 $0, $1;", "=r,r", [x], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def tile_bounds(
+    start_q, b, L, S, left, right, key_lengths_ptr,
+    BLOCK_K: gl.constexpr, BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr,
+):  # fmt: skip
+    """Which key tiles 128 queries need.
+
+    Returns:
+        Keys in use; the offset of the places; the first tile and the last one needed, one at least; the tiles
+        [open_first, open_last) that no edge cuts.
+    """
+    n_keys = S
+    if HAS_LENGTHS:
+        n_keys = gl.maximum(gl.minimum(S, gl.load(key_lengths_ptr + b)), 0)
+    offset = 0
+    if BOTTOM_RIGHT:
+        offset = n_keys - L
+    first, open_first, end, open_end = 0, 0, n_keys, n_keys
+    if BAND != NO_BAND:
+        place = start_q + offset
+        end = gl.maximum(gl.minimum(n_keys, place + 128 + right), 0)
+        open_end = gl.maximum(gl.minimum(n_keys, place + 1 + right), 0)
+        if BAND == BOTH_BANDS:
+            first = gl.maximum(place - left, 0) // BLOCK_K
+            open_first = gl.cdiv(gl.maximum(place + 127 - left, 0), BLOCK_K)
+    last = gl.maximum(gl.cdiv(end, BLOCK_K) - 1, first)
+    open_last = gl.minimum(gl.maximum(open_end // BLOCK_K, first), last)
+    open_first = gl.minimum(gl.maximum(open_first, first), open_last)
+    return n_keys, offset, first, last, open_first, open_last
+
+
+@gluon.jit
+def clean_values(values, flags, D: gl.constexpr, BLOCK_K: gl.constexpr):
+    """Replace NaN and Inf in a tile of V (BLOCK_K, D) by zero; flags (BLOCK_K,): 1 for a row without any, else 0."""
+    CHUNK: gl.constexpr = 2048 // D  # rows; eight are the least that stand together in shared memory
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    for i in gl.static_range(BLOCK_K // CHUNK):
+        chunk = values.slice(i * CHUNK, CHUNK, 0)
+        x = chunk.load(layout)
+        finite = gl.abs(x.to(gl.float32)) < float("inf")
+        flags.slice(i * CHUNK, CHUNK, 0).store(gl.min(finite.to(gl.int32), 1))
+        chunk.store(gl.where(finite, x, gl.zeros_like(x)))
+
+
+def descriptor(x: torch.Tensor, rows: int, dtype: Any, columns: int = 0) -> TensorDescriptor:
+    """How TMA finds boxes of `rows` rows of one head of x (B, H, L or S, D), and of `columns` columns, 0 for all."""
+    box = [1, 1, rows, columns or x.shape[3]]
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), box, gl.NVMMASharedLayout.get_default_for(box, dtype))

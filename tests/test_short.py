@@ -1,0 +1,290 @@
+"""The Triton kernels for short sequences: every length, packing, features, and who takes which call.
+
+tests/test_attention.py and tests/test_attention_adversarial.py run their checks on these kernels too.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+import kernels
+from kernels.attention import choice, tiles
+from kernels.attention.rules import Extras
+from tests.attention_problem import check, problem
+from tests.test_attention_features import FEATURES, call, formula, made
+
+by_place = functools.partial(kernels.scaled_dot_product_attention, backend="triton")
+attention = functools.partial(by_place, enable_gqa=True)
+pytestmark = pytest.mark.usefixtures("poisoned", "short_only")
+
+
+@pytest.fixture
+def short_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call of this file may quietly go to the kernel for any shape. In the interpreter as on a Hopper chip."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr("kernels.attention.ops.capability", lambda _: 90)
+    for module in ("general", "general_backward"):
+        pytest.importorskip(f"kernels.attention.{module}", reason="needs triton")
+        monkeypatch.setattr(f"kernels.attention.{module}.choose_tile", lambda *_: pytest.fail("the general kernel ran"))
+
+
+def gradients(solve: Callable[..., torch.Tensor], arguments: dict[str, Any]) -> list[torch.Tensor]:
+    """Output and gradients of query, key and value, for an upstream gradient that does not depend on the dtype."""
+    leaves = {name: arguments[name].detach().requires_grad_() for name in ("query", "key", "value")}
+    output = solve(**{**arguments, **leaves})
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
+    return [output, *torch.autograd.grad(output, list(leaves.values()), upstream)]
+
+
+def assert_formula(arguments: dict[str, Any], rtol: float = 1e-4, atol: float = 2e-5) -> None:
+    """Hold output and gradients of a float32 call to the formula in float64."""
+    exact = {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in arguments.items()}
+    for ours, right in zip(gradients(attention, arguments), gradients(lambda **a: formula(**a)[0], exact)):
+        torch.testing.assert_close(ours.double(), right, rtol=rtol, atol=atol)
+
+
+# Lengths and heads
+
+
+@pytest.mark.parametrize("length", [*range(1, 20), 31, 32, 33, 63, 64])
+def test_every_length(length: int, device: str) -> None:
+    """More sequences than a program takes, and not a multiple; a batch entry ends within a tile."""
+    check(problem((3, 7, 7, length, length, 16, 16), device=device, is_causal=length % 2 == 1), by_place)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("sizes", [
+    (5, 2, 1, 5, 5, 16, 16), (2, 6, 2, 3, 7, 24, 19), (1, 1, 1, 1, 64, 128, 128), (2, 2, 2, 64, 1, 7, 128),
+    (1, 3, 1, 17, 9, 65, 33), (3, 4, 4, 8, 16, 32, 1), (33, 1, 1, 2, 2, 1, 1), (1, 2, 2, 40, 64, 64, 64),
+], ids=lambda s: "B{}-H{}-Hkv{}-L{}-S{}-E{}-Ev{}".format(*s))  # fmt: skip
+def test_sizes_and_dtypes(sizes: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    if dtype == torch.float32 and tiles.block_of(max(sizes[3:5])) * tiles.block_of(max(sizes[5:])) > 1024:
+        pytest.skip("float32 goes that far with narrow heads only")
+    check(problem(sizes, dtype, device), by_place)
+
+
+@pytest.mark.parametrize("feature", [name for name in FEATURES if "sinks" not in FEATURES[name]])
+@pytest.mark.parametrize("sizes", [(2, 4, 2, 7, 5, 12, 20), (2, 4, 2, 37, 43, 12, 16)], ids=["packed", "alone"])
+def test_each_feature(sizes: tuple[int, ...], feature: str, device: str) -> None:
+    options = made(FEATURES[feature], device)
+    if "key_lengths" in options:
+        options["key_lengths"] = options["key_lengths"] % (sizes[4] + 1)
+    assert_formula({**call(sizes, torch.float32, device), **options})
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, phases=(Phase.generate,),
+          suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
+@given(st.data())
+def test_any_combination_means_what_its_parts_mean(data: st.DataObject) -> None:
+    def some(name: str, *values: object) -> Any:
+        return data.draw(st.sampled_from(values), name)
+
+    torch.manual_seed(data.draw(st.integers(0, 10_000), "seed"))
+    hkv, lengths = some("hkv", 1, 2, 3), (1, 2, 3, 5, 8, 9, 16, 17)
+    sizes = (some("b", 1, 2, 5), hkv * some("group", 1, 2), hkv, some("l", *lengths), some("s", *lengths),
+             some("e", 3, 16), 5)  # fmt: skip
+    batch, heads, _, n_queries, n_keys = sizes[:5]
+    mask = torch.randn([some("mask", 1, full) for full in (batch, heads, n_queries, n_keys)])
+    assert_formula(call(sizes, torch.float32, "cpu") | {
+        "attn_mask": some("kind", None, mask, mask < 0.5, mask.masked_fill(mask > 1.0, -math.inf)),
+        "is_causal": some("is_causal", False, True),
+        "causal_alignment": some("causal_alignment", "top_left", "bottom_right"),
+        "window": some("window", (None, None), (0, 0), (3, None), (None, 2)),
+        "softcap": some("softcap", None, 0.7),
+        "alibi_slopes": some("slopes", None, torch.rand(heads), torch.rand(batch, heads)),
+        "key_lengths": some("key_lengths", None, torch.randint(0, n_keys + 1, (batch,))),
+    })  # fmt: skip
+
+
+def test_dropout_drops_the_weights_that_the_general_kernel_drops(
+    device: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    results = []
+    for is_short in (True, False):
+        if not is_short:
+            monkeypatch.undo()
+            monkeypatch.setattr("kernels.attention.ops.why_not_short", lambda *_: "the other one's turn")
+        torch.manual_seed(3)
+        arguments = call((3, 4, 2, 7, 6, 16, 8), torch.float32, device)
+        results.append(gradients(functools.partial(attention, dropout_p=0.4), arguments))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs)
+    assert not torch.equal(results[0][0], gradients(attention, arguments)[0])
+
+
+def test_more_sequences_than_a_second_grid_axis_holds(device: str) -> None:
+    """In the interpreter the programs of the first and last sequences alone; all of them on a GPU."""
+    heads = 80_000 if device == "cuda" else 300
+    q, k, v = (torch.randn(heads, 1, 5, 16, device=device) for _ in range(3))
+    output = attention(q, k, v)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+# What is not a number
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's, at Inf times 0
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("name", ["query", "key", "value", "upstream"])
+@pytest.mark.parametrize("length", [5, 12])
+def test_nan_and_inf_stay_in_their_sequence(length: int, name: str, bad: float, device: str) -> None:
+    """Sequences share tiles; what is wrong with one is no matter of the others."""
+    results = []
+    for spoil in (False, True):
+        torch.manual_seed(0)
+        tensors = {**call((4, 3, 3, length, length, 16, 16), torch.float32, device)}
+        tensors["upstream"] = torch.randn(4, 3, length, 16, device=device)
+        if spoil:
+            tensors[name] = tensors[name].clone()
+            tensors[name][1, 1, 2, 3] = bad
+        leaves = [tensors[key].detach().requires_grad_() for key in ("query", "key", "value")]
+        output = attention(*leaves)
+        results.append((output, *torch.autograd.grad(output, leaves, tensors["upstream"])))
+    others = torch.ones(4, 3, dtype=torch.bool)
+    others[1, 1] = False
+    for clean, spoiled in zip(*results):
+        assert torch.equal(clean[others], spoiled[others])
+    assert any(not torch.isfinite(spoiled[1, 1]).all() for spoiled in results[1])
+
+
+def test_keys_beyond_the_length_are_never_read(device: str) -> None:
+    results = []
+    for junk in (0.0, math.nan):
+        torch.manual_seed(0)
+        arguments = call((3, 2, 2, 6, 8, 16, 16), torch.float32, device)
+        lengths = torch.tensor([8, 3, 0], device=device)
+        for name in ("key", "value"):
+            arguments[name] = arguments[name].clone()
+            arguments[name][1, :, 3:] = junk
+            arguments[name][2] = junk
+        results.append(gradients(functools.partial(attention, key_lengths=lengths), arguments))
+    for clean, spoiled in zip(*results):
+        assert torch.equal(clean, spoiled)
+    assert not results[0][0][2].any() and not results[0][2][1, :, 3:].any()
+
+
+def test_a_kernel_that_mixes_packed_sequences_is_rejected(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    from kernels.attention import short
+
+    if device == "cuda":
+        pytest.skip("the kernel is changed in the interpreter")
+    right = short.short_scores
+
+    def mixed(*args: Any) -> Any:
+        return right(*args[:6], args[6] == args[6], *args[7:])
+
+    monkeypatch.setattr(short, "short_scores", mixed)
+    with pytest.raises(AssertionError):
+        check(problem((2, 3, 3, 5, 5, 16, 16)), by_place)
+
+
+# Which call they take
+
+
+def shaped(*sizes: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    """Query, key and value of sizes L, S, E, Ev."""
+    n_queries, n_keys, e, ev = sizes
+    return tuple(torch.empty(1, 2, n, width, dtype=dtype) for n, width in ((n_queries, e), (n_keys, e), (n_keys, ev)))
+
+
+@pytest.mark.parametrize(("sizes", "extras", "statistics", "reason"), [
+    ((64, 64, 128, 128), {}, "", ""), ((1, 1, 1, 1), {}, "", ""),
+    ((65, 5, 16, 16), {}, "", "up to 64 queries and keys here, found 65 and 5"),
+    ((5, 65, 16, 16), {}, "", "up to 64 queries and keys here, found 5 and 65"),
+    ((5, 5, 16, 129), {}, "", "heads of up to 128, found 129"),
+    ((0, 5, 16, 16), {}, "", "nothing to attend to"), ((5, 0, 16, 16), {}, "", "nothing to attend to"),
+    ((5, 5, 16, 16), {}, "the log-sum-exp", "the log-sum-exp needs statistics"),
+    ((5, 5, 16, 16), {"query_starts": torch.zeros(2)}, "", "packed"),
+])  # fmt: skip
+def test_which_calls_are_short(sizes: tuple[int, ...], extras: dict, statistics: str, reason: str) -> None:
+    found = choice.why_not_short(*shaped(*sizes, dtype=torch.float16), Extras(**extras), statistics, 90)
+    assert reason in found and bool(found) == bool(reason)
+
+
+def test_which_calls_are_short_elsewhere_and_in_float32() -> None:
+    def why(*sizes: int, dtype: torch.dtype = torch.bfloat16, chip: int = 80) -> str:
+        return choice.why_not_short(*shaped(*sizes, dtype=dtype), Extras(), "", chip)
+
+    assert why(32, 32, 128, 128) == why(64, 64, 16, 16, dtype=torch.float32, chip=90) == ""
+    assert "up to 32 queries and keys here, found 33 and 5" in why(33, 5, 16, 16)
+    assert "float32 up to 32 queries and keys of 20" in why(33, 5, 20, 20, dtype=torch.float32, chip=90)
+
+
+def test_rows_far_apart_are_not_short() -> None:
+    q, k, v = shaped(5, 5, 16, 16)
+    far = torch.empty(1 << 25, device="meta").as_strided((1, 2, 5, 16), (0, 0, 1 << 22, 1))
+    assert "too far apart" in choice.why_not_short(q, far, v, Extras(), "", 90)
+
+
+def test_explain_says_which_and_why() -> None:
+    q, k, v = shaped(9, 11, 16, 16)
+    explain = functools.partial(kernels.explain, q, k, v, backend="triton")
+    assert str(explain()) == "The Triton kernel for short sequences runs this call."
+    mask = torch.zeros(9, 11, requires_grad=True)
+    for options, reason in (({"return_lse": True}, "the log-sum-exp"), ({"sinks": torch.zeros(2)}, "a sink"),
+                            ({"attn_mask": mask}, "the gradient of a mask")):  # fmt: skip
+        why_not = list(explain(**options).why_not.values())
+        assert why_not[0] == f"{reason} needs statistics of the rows, which they do not keep"
+    with torch.no_grad():
+        assert explain(attn_mask=mask).why_not == {}
+
+
+def test_nothing_is_kept_for_the_backward_but_the_inputs(device: str) -> None:
+    leaves = [x.requires_grad_() for x in call((2, 2, 2, 5, 5, 16, 16), torch.float32, device).values()]
+    output = attention(*leaves)
+    kept = [x for x in output.grad_fn.saved_tensors if x is not None]
+    assert [x.data_ptr() for x in kept] == [x.data_ptr() for x in leaves]
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_little_of_a_tile_is_waste(kernel: str) -> None:
+    """Of the rows that are worked on, more than half hold something; short ones share tiles."""
+    for length, capability in itertools.product(range(1, tiles.MAX_SHORT + 1), (80, 90, 100)):
+        tile = tiles.choose_short_tile(kernel, length, 16, 2, capability)
+        rows = tiles.block_of(length)
+        assert length * tile.pack <= rows and length * tile.pack > rows / 2
+        assert tile.heads & (tile.heads - 1) == 0
+
+
+# Through PyTorch
+
+
+def test_double_backward_and_vmap(device: str) -> None:
+    q, k, v = (x.double().float() for x in call((2, 2, 2, 5, 6, 8, 8), torch.float32, device).values())
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    first = torch.autograd.grad(attention(*leaves, is_causal=True).square().sum(), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    first64 = torch.autograd.grad(formula(*exact, is_causal=True)[0].square().sum(), exact, create_graph=True)
+    second64 = torch.autograd.grad(sum(x.square().sum() for x in first64), exact)
+    for ours, right in zip(second, second64):
+        torch.testing.assert_close(ours.double(), right, rtol=1e-3, atol=1e-4)
+
+    def loss(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attention(q, k, v, is_causal=True).square().sum()
+
+    mapped = torch.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(q[:, None], k[:, None], v[:, None])
+    for ours, right in zip(mapped, first):
+        torch.testing.assert_close(ours[:, 0], right.detach())
+
+
+def test_operations_pass_opcheck(device: str) -> None:
+    from kernels.attention.rules import Rules
+
+    q, k, v = call((2, 2, 2, 5, 6, 8, 8), torch.float32, device).values()
+    arguments = (q, k, v, None, *Extras(), *Rules(0.3))
+    torch.library.opcheck(torch.ops.kernels.attention_forward, (*arguments, False))
+    output, row_max, _ = torch.ops.kernels.attention_forward(*arguments, False)
+    assert row_max.shape == (0,)
+    backward = (torch.ones_like(output), None, *arguments[:4], *Extras(), None, None, None, *Rules(0.3), [True] * 5)
+    torch.library.opcheck(torch.ops.kernels.attention_backward, backward)
