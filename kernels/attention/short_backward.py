@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.attention.choice import is_wide
 from kernels.attention.general import head_stride, numbers
 from kernels.attention.pieces import LOG2_E, NO_BAND, NO_MASK, kept, zero_nonfinite
 from kernels.attention.rules import Extras, Rules
@@ -118,6 +119,8 @@ def launch_short_backward(
         query, key, value, seed, extras, rules: as given to the forward.
         dq, dk, dv: gradients to write, any strides, shaped as their tensors.
     """
+    if is_wide(grad):
+        grad = grad.contiguous()
     inputs, strides, shape = short_inputs(query, key, value, seed, extras)
     options = short_options("backward", query, key, value, seed, extras, rules)
     # With a soft cap dS is multiplied by cap^2 - score^2 in base 2, which is (cap log2(e))^2 times too large.
