@@ -7,7 +7,9 @@ code. A scheduler takes turns among them, and among the copies that are under wa
   another tile than the reader means; a store beside a read, or beside the sending of what was stored before.
 - Deadlock: everyone waits.
 
-Each step has a name. Leaving one out (`without`) must break a rule in some order, or it would not be needed.
+A step that keeps order has a name. Leaving it out (`without`) must break a rule in some order, or it would not be
+needed. Not modelled: the warps of a group, which barriers of their own keep together, and the fences between what
+threads store and what TMA and the matrix unit read.
 """
 
 from __future__ import annotations
@@ -106,6 +108,16 @@ class Machine:
             self.barriers[barrier].copies += 1
             self.barriers[barrier].arrive()
             self.copies.append((barrier, name, contents))
+        elif kind == "expect":
+            self.barriers[rest[0]].copies += 2
+            self.barriers[rest[0]].arrive()
+        elif kind == "fill":  # a copy that its barrier expects already
+            barrier, name, contents = rest
+            self.buffers[name].filling = True
+            self.copies.append((barrier, name, contents))
+        elif kind == "overwrite":  # a part of a buffer: nobody may read it
+            if self.buffers[rest[0]].readers:
+                raise Race(f"{rest[0]} is overwritten while it is read")
         elif kind == "read":
             self.check_contents(*rest)
             self.buffers[rest[0]].readers += 1
@@ -239,8 +251,8 @@ def consumer(index: int, works: list[Work]) -> Group:
         yield "", ("read_end", ("v", last))
         yield "consumer gives the last v_empty", ("arrive", ("v_empty", last))
         yield "", ("store", q, ("q", turn), ("out", turn))
-        yield "", ("read", q, ("out", turn))  # the copy to memory
-        yield "", ("read_end", q)
+        yield "", ("send", index, q, ("out", turn))
+        yield "consumer waits for its sending", ("sent", index)
         yield "consumer gives q_empty", ("arrive", ("q_empty", index))
 
 
@@ -261,7 +273,9 @@ def forward(works: list[Work]) -> tuple[Machine, list[Group]]:
 
 def backward_producer(steps: int, is_guarded: bool) -> Group:
     """The producer of hopper_backward.py."""
-    yield "", ("copy", ("kv_full", 0), ("k", 0), "raw k")
+    yield "", ("expect", ("kv_full", 0))  # both copies arrive at one barrier
+    yield "", ("fill", ("kv_full", 0), ("k", 0), "raw k")
+    yield "", ("fill", ("kv_full", 0), ("v", 0), "v")
     if is_guarded:
         yield "producer waits kv_full", ("wait", ("kv_full", 0), 0)
         yield "", ("store", ("k", 0), "raw k", "k")
@@ -280,12 +294,17 @@ def backward_consumer(index: int, steps: int, is_guarded: bool, has_halves: bool
     yield "consumer waits for the keys", ("wait", ready, 0)
     for count in range(steps):
         slot, turn, phase = count % SLOTS, count % 2, count // SLOTS & 1
+        yield "", ("store", ("stats", index), ANYTHING, ("stats", count))
         yield "consumer waits q_full", ("wait", ("q_full", slot), phase)
         yield "", ("read", ("k", 0), keys)
         yield "", ("read", ("q", slot), ("q", count))
         yield "consumer waits grad_full", ("wait", ("grad_full", slot), phase)
         yield "", ("read", ("grad", slot), ("grad", count))
+        yield "", ("read", ("v", 0), "v")
         yield "", ("read_end", ("k", 0))
+        yield "", ("read_end", ("v", 0))
+        yield "", ("read", ("stats", index), ("stats", count))
+        yield "", ("read_end", ("stats", index))
         yield "", ("store", ("ds", turn, index), ANYTHING, ("ds", count))
         yield "consumer comes to the meeting", ("meet", index)
         yield "consumer waits at the meeting", ("met", index)
@@ -306,8 +325,15 @@ def backward_consumer(index: int, steps: int, is_guarded: bool, has_halves: bool
             yield "", ("send", index, ("dq", index), ("dq", count))
     yield "", ("sent", index)
     yield "consumer comes to the meeting", ("meet", index)
+    yield "consumer waits at the last but one meeting", ("met", index)
+    for name in "k", "v":  # each its half of both
+        yield "", ("store", ("out", name, index), ANYTHING, "half")
+        yield "", ("overwrite", (name, 0))
+    yield "consumer comes to the meeting", ("meet", index)
     yield "consumer waits at the last meeting", ("met", index)
-    yield "", ("store", ("k", 0), ANYTHING, ("half of dk", index))
+    for half in range(2):  # one sends dK, the other dV
+        yield "", ("send", index, ("out", "kv"[index], half), "half")
+    yield "", ("sent", index)
 
 
 def read_scores(turn: int, count: int, keys: str) -> Group:
@@ -321,7 +347,9 @@ def backward(steps: int, is_guarded: bool, has_halves: bool) -> tuple[Machine, l
     one = [("kv_full", 0), ("kv_ready", 0)]
     one += [(name, slot) for name in ("q_full", "grad_full") for slot in range(SLOTS)]
     barriers = {name: Barrier(1) for name in one} | {("q_empty", slot): Barrier(2) for slot in range(SLOTS)}
-    names = [("k", 0)] + [(name, slot) for name in ("q", "grad") for slot in range(SLOTS)]
+    names = [("k", 0), ("v", 0), ("stats", 0), ("stats", 1)]
+    names += [("out", name, half) for name in "kv" for half in range(2)]
+    names += [(name, slot) for name in ("q", "grad") for slot in range(SLOTS)]
     names += [("ds", turn, index) for turn in range(2) for index in range(2)] + [("dq", index) for index in range(2)]
     machine = Machine(barriers, {name: Buffer() for name in names})
     consumers = [backward_consumer(index, steps, is_guarded, has_halves) for index in range(2)]

@@ -219,6 +219,28 @@ def test_dropout_replays_with_every_feature(device: str) -> None:
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("side", [2**31 - 1, 2**40])
+def test_a_window_wider_than_any_sequence_is_none(side: int, device: str) -> None:
+    q, k, v = call((1, 2, 2, 37, 43, 8, 8), torch.float32, device).values()
+    for window, options in (((side, side), {}), ((side, None), {}), ((side, 0), {"is_causal": True})):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        output, expected = attention(*leaves, window=window), attention(*leaves, **options)
+        upstream = torch.randn_like(output)
+        for ours, right in zip(*([x, *torch.autograd.grad(x, leaves, upstream)] for x in (output, expected))):
+            torch.testing.assert_close(ours, right)
+
+
+@pytest.mark.parametrize("is_short", [False, True], ids=["general", "short"])
+def test_a_soft_cap_does_not_overflow_float16(is_short: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients as loss scaling makes them: dS is rounded to 16 bits, and must not be multiplied by the cap before."""
+    if is_short:
+        monkeypatch.setattr("kernels.attention.ops.why_not_short", lambda *_: "")
+    leaves = [x.requires_grad_() for x in call((1, 2, 2, 11, 9, 16, 16), torch.float16, device).values()]
+    output = attention(*leaves, softcap=50.0)
+    gradients = torch.autograd.grad(output, leaves, torch.full_like(output, 500.0).mul_(torch.randn_like(output)))
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
 def test_a_result_is_a_tensor_until_more_is_asked_for(device: str) -> None:
     q, k, v = call((1, 2, 2, 5, 7, 8, 8), torch.float32, device).values()
     plain = attention(q, k, v)

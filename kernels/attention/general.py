@@ -177,7 +177,7 @@ def pointers(seed: torch.Tensor | None, extras: Extras) -> tuple[torch.Tensor | 
 def numbers(rules: Rules) -> tuple[float, ...]:
     """left, right, scale, softcap, dropout_p and keep_scale as the kernels take them."""
     scale = rules.scale / rules.softcap if rules.softcap else rules.scale * LOG2_E.value
-    left, right = (FAR if side is None else side for side in (rules.left, rules.right))
+    left, right = (FAR if side is None else min(side, FAR) for side in (rules.left, rules.right))
     keep = 1.0 / (1.0 - rules.dropout_p) if rules.dropout_p < 1.0 else 0.0  # at probability 1 it keeps none
     return left, right, scale, rules.softcap * LOG2_E.value, rules.dropout_p, keep
 

@@ -144,7 +144,7 @@ def query_kernel(
                 )  # fmt: skip
             scores = bend(scores * scale, start_q, start_k, di, dj, offset, softcap, slope, HAS_SOFTCAP, False)
             if HAS_SOFTCAP:
-                slack = softcap * softcap - scores * scores
+                slack = 1.0 - (scores / softcap) * (scores / softcap)
             scores = bend(scores, start_q, start_k, di, dj, offset, softcap, slope, False, HAS_ALIBI)
             if CHECKED:
                 scores = restrict(
@@ -259,7 +259,7 @@ def key_value_kernel(
                     )  # fmt: skip
                 scores = bend(scores * scale, start_q, start_k, di, dj, offset, softcap, slope, HAS_SOFTCAP, False)
                 if HAS_SOFTCAP:
-                    slack = softcap * softcap - scores * scores
+                    slack = 1.0 - (scores / softcap) * (scores / softcap)
                 scores = bend(scores, start_q, start_k, di, dj, offset, softcap, slope, False, HAS_ALIBI)
                 if CHECKED:
                     scores = restrict(
@@ -337,21 +337,19 @@ def launch_backward(
     group = n_heads // max(n_kv_heads, 1)
     inputs = (query, key, value, *pointers(seed, extras), row_max, row_sum, delta, grad)
     shape = (n_heads, group, n_queries, n_keys, *numbers(rules))
-    # With a soft cap the kernels multiply dS by cap^2 - score^2 in base 2, which is (cap log2(e))^2 times too large.
-    slope = rules.scale / (rules.softcap * LOG2_E.value) ** 2 if rules.softcap else rules.scale
     with launch_on(query.device):
         if dq is not None and dq.numel():
             tile = choose_tile("query", *about)
             chunks = triton.cdiv(query.shape[-1], sizes["BLOCK_E"])
             query_kernel[(triton.cdiv(n_queries, tile.block_q) * chunks * batch * n_heads,)](  # query tiles fastest
-                *inputs, dq, *strides, *batch_strides(dq, extras), *shape, slope,
+                *inputs, dq, *strides, *batch_strides(dq, extras), *shape, rules.scale,
                 MASK=mask_kind(extras.attn_mask), **options, **tile.options(),
             )  # fmt: skip
         if dk is not None and dv is not None and dk.numel():
             tile = choose_tile("key_value", *about)
             chunks = triton.cdiv(max(query.shape[-1], value.shape[-1]), sizes["BLOCK_E"]) if sizes["LOOP"] else 1
             key_value_kernel[(triton.cdiv(n_keys, tile.block_k) * chunks * batch * n_kv_heads,)](  # key tiles fastest
-                *inputs, dk, dv, *strides, *batch_strides(dk, extras), *batch_strides(dv, extras), *shape, slope,
+                *inputs, dk, dv, *strides, *batch_strides(dk, extras), *batch_strides(dv, extras), *shape, rules.scale,
                 MASK=mask_kind(extras.attn_mask), **options, **tile.options(),
             )  # fmt: skip
         if dmask is not None and dmask.numel():

@@ -8,7 +8,7 @@ float32 buffer in memory by TMA. In which order programs add is not settled: rep
 Where that may not be, general_backward.py makes dQ by a kernel of its own, for seven products instead of five.
 
 K is cleaned of NaN and Inf once, where an edge can cut a tile: in dQ they would be multiplied by zeros. A key that had
-some makes the scores NaN of those queries that may see it.
+some makes the scores NaN of those queries that may see it, also where an infinite score would have weighed nothing.
 
 Work of one head: 10 L S E flops (half when causal). Bytes: K, V, dK and dV once, Q and dO once for each 128 keys, from
 L2 mostly; dQ is added to L2 as often, in float32.
@@ -32,7 +32,6 @@ from kernels.attention.hopper_pieces import (
     BARRIER_A, BOTH_BANDS, NO_BAND, UPPER_BAND, clean_values, descriptor, load_tile, named_wait, store_tile,
     warp_group_barrier,
 )  # fmt: skip
-from kernels.attention.pieces import LOG2_E
 from kernels.attention.rules import Extras, Rules
 from kernels.launch import launch_on
 
@@ -174,7 +173,7 @@ def step(
     scores = warpgroup_mma_wait(1, deps=[product]) * scale
     if HAS_SOFTCAP:
         scores = (1.0 - 2.0 / (1.0 + gl.exp2(scores * 2.885390081777927))) * softcap
-        slack = softcap * softcap - scores * scores
+        slack = 1.0 - (scores / softcap) * (scores / softcap)
     if GUARDED:
         scores = scores + bad[:, None]
     weights = gl.exp2(scores - stats_s.index(2 * INDEX).load(columns)[None, :])
@@ -279,7 +278,11 @@ def consumer(
             count += 1
     tma.store_wait(0)
     named_wait(BARRIER_A)  # nobody reads the keys any more
-    k.store((dk * score_scale).to(DTYPE))
+    dk = dk * score_scale
+    if HAS_LENGTHS:  # keys that are not in use: a weight of zero times NaN is NaN
+        unused = start_k + INDEX * 64 + gl.arange(0, 64, gl.SliceLayout(1, wide)) >= n_keys
+        dk, dv = gl.where(unused[:, None], 0.0, dk), gl.where(unused[:, None], 0.0, dv)
+    k.store(dk.to(DTYPE))
     v.store(dv.to(DTYPE))
     fence_async_shared()
     named_wait(BARRIER_A)
@@ -366,7 +369,6 @@ def launch_hopper_backward(
     band = BOTH_BANDS if rules.left is not None else UPPER_BAND if rules.right is not None else NO_BAND
     has_lengths = extras.key_lengths is not None
     left, right, scale, softcap, *_ = numbers(rules)
-    score_scale = rules.scale / (rules.softcap * LOG2_E.value) ** 2 if rules.softcap else rules.scale
     total = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
     grad = grad if takes_tma(grad) else grad.contiguous()
     lse = torch.where(row_sum == 0.0, torch.inf, row_max + row_sum.log2())
@@ -375,7 +377,7 @@ def launch_hopper_backward(
             descriptor(query, ROWS, dtype), descriptor(key, KEYS, dtype), descriptor(value, KEYS, dtype),
             descriptor(grad, ROWS, dtype), descriptor(total, ROWS, gl.float32, 64), descriptor(dk, KEYS, dtype),
             descriptor(dv, KEYS, dtype), lse, delta, extras.key_lengths,
-            n_kv_heads, n_heads // n_kv_heads, n_queries, n_keys, left, right, scale, softcap, score_scale, n_tiles,
+            n_kv_heads, n_heads // n_kv_heads, n_queries, n_keys, left, right, scale, softcap, rules.scale, n_tiles,
             D=d, SLOTS=SLOTS, REGISTERS=REGISTERS, DS_LAYOUT=gl.NVMMASharedLayout.get_default_for([128, 64], dtype),
             BAND=band.value, BOTTOM_RIGHT=rules.bottom_right, HAS_LENGTHS=has_lengths,
             HAS_SOFTCAP=bool(rules.softcap), GUARDED=has_lengths or band.value != NO_BAND.value, DTYPE=dtype,

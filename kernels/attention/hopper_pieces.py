@@ -84,4 +84,5 @@ def clean_values(values, flags, D: gl.constexpr, BLOCK_K: gl.constexpr):
 def descriptor(x: torch.Tensor, rows: int, dtype: Any, columns: int = 0) -> TensorDescriptor:
     """How TMA finds boxes of `rows` rows of one head of x (B, H, L or S, D), and of `columns` columns, 0 for all."""
     box = [1, 1, rows, columns or x.shape[3]]
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), box, gl.NVMMASharedLayout.get_default_for(box, dtype))
+    strides = [stride if size > 1 else x.shape[3] for size, stride in zip(x.shape[:3], x.stride())]  # any, where unused
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], box, gl.NVMMASharedLayout.get_default_for(box, dtype))

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from kernels.attention.choice import is_wide
 from kernels.attention.general import head_stride, numbers
-from kernels.attention.pieces import LOG2_E, NO_BAND, NO_MASK, kept, zero_nonfinite
+from kernels.attention.pieces import NO_BAND, NO_MASK, kept, zero_nonfinite
 from kernels.attention.rules import Extras, Rules
 from kernels.attention.short import (
     exponentials, keys_in_use, locate, pointers_of, products, short_inputs, short_options, short_scores, split, within,
@@ -86,7 +86,7 @@ def short_backward_kernel(
         dp = tl.where(allowed, dp, 0.0)  # it is NaN where a forbidden value is
         ds = weights * (dp - tl.sum(weights * dp, 2)[:, :, None])
         if HAS_SOFTCAP:
-            ds *= softcap * softcap - capped * capped
+            ds *= 1.0 - (capped / softcap) * (capped / softcap)
         ds = tl.where(allowed, ds, 0.0).to(k.dtype)
         if PACK > 1:  # NaN of one sequence must not reach the next one; its own get it through ds and dropped
             finite = tl.min((tl.abs(grad) < float("inf")).to(tl.int32), 2)[:, :, None]
@@ -123,11 +123,9 @@ def launch_short_backward(
         grad = grad.contiguous()
     inputs, strides, shape = short_inputs(query, key, value, seed, extras)
     options = short_options("backward", query, key, value, seed, extras, rules)
-    # With a soft cap dS is multiplied by cap^2 - score^2 in base 2, which is (cap log2(e))^2 times too large.
-    score_scale = rules.scale / (rules.softcap * LOG2_E.value) ** 2 if rules.softcap else rules.scale
     grid = (triton.cdiv(shape[0], options["HEADS"] * options["PACK"]),)
     with launch_on(query.device):
         short_backward_kernel[grid](
             *inputs, grad, dq, dk, dv, *strides, *grad.stride(), *dq.stride(), *dk.stride(), *dv.stride(),
-            head_stride(extras.alibi_slopes), *shape, *numbers(rules), score_scale, **options,
+            head_stride(extras.alibi_slopes), *shape, *numbers(rules), rules.scale, **options,
         )  # fmt: skip
