@@ -165,6 +165,6 @@ def choose_short_tile(kernel: str, length: int, head_size: int, element_size: in
     """
     rows, columns = block_of(length), block_of(head_size)
     entries = (4096 if kernel == "forward" else 2048) // (1 if element_size == 2 else 4)
-    heads = 1 if rows == 64 else max(1, min(8, entries // (rows * columns)))
-    is_large = rows * columns >= (8192 if element_size == 2 else 1024)
+    heads = 1 if rows == 64 else max(1, min(128 // rows, entries // (rows * columns)))
+    is_large = rows > 16 and rows * columns >= 1024 if element_size == 4 else rows == 64 and columns >= 64
     return ShortTile(heads, max(1, 16 // length), 8 if is_large else 4)
