@@ -25,7 +25,7 @@ BACKENDS = {
     "torch efficient": SDPBackend.EFFICIENT_ATTENTION,
     "torch math": SDPBackend.MATH,
 }
-GENERAL = "kernels, made general"  # ours by the kernel for any shape, where another one would run
+GENERAL = "the general kernel"  # ours for any shape, where another one would run; may be left out, unlike ours
 PROVIDERS = ["kernels", GENERAL, *BACKENDS, "FlexAttention compiled"]
 MATH_LENGTH = 4_096  # the longest sequence whose scores the math backend is asked to store
 
