@@ -144,7 +144,8 @@ def query_kernel(
                 )  # fmt: skip
             scores = bend(scores * scale, start_q, start_k, di, dj, offset, softcap, slope, HAS_SOFTCAP, False)
             if HAS_SOFTCAP:
-                slack = 1.0 - (scores / softcap) * (scores / softcap)
+                slack = scores * (1.0 / softcap)
+                slack = 1.0 - slack * slack
             scores = bend(scores, start_q, start_k, di, dj, offset, softcap, slope, False, HAS_ALIBI)
             if CHECKED:
                 scores = restrict(
@@ -259,7 +260,8 @@ def key_value_kernel(
                     )  # fmt: skip
                 scores = bend(scores * scale, start_q, start_k, di, dj, offset, softcap, slope, HAS_SOFTCAP, False)
                 if HAS_SOFTCAP:
-                    slack = 1.0 - (scores / softcap) * (scores / softcap)
+                    slack = scores * (1.0 / softcap)
+                    slack = 1.0 - slack * slack
                 scores = bend(scores, start_q, start_k, di, dj, offset, softcap, slope, False, HAS_ALIBI)
                 if CHECKED:
                     scores = restrict(

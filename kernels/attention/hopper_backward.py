@@ -173,7 +173,8 @@ def step(
     scores = warpgroup_mma_wait(1, deps=[product]) * scale
     if HAS_SOFTCAP:
         scores = (1.0 - 2.0 / (1.0 + gl.exp2(scores * 2.885390081777927))) * softcap
-        slack = 1.0 - (scores / softcap) * (scores / softcap)
+        slack = scores * (1.0 / softcap)
+        slack = 1.0 - slack * slack
     if GUARDED:
         scores = scores + bad[:, None]
     weights = gl.exp2(scores - stats_s.index(2 * INDEX).load(columns)[None, :])

@@ -86,7 +86,8 @@ def short_backward_kernel(
         dp = tl.where(allowed, dp, 0.0)  # it is NaN where a forbidden value is
         ds = weights * (dp - tl.sum(weights * dp, 2)[:, :, None])
         if HAS_SOFTCAP:
-            ds *= 1.0 - (capped / softcap) * (capped / softcap)
+            ratio = capped * (1.0 / softcap)
+            ds *= 1.0 - ratio * ratio
         ds = tl.where(allowed, ds, 0.0).to(k.dtype)
         if PACK > 1:  # NaN of one sequence must not reach the next one; its own get it through ds and dropped
             finite = tl.min((tl.abs(grad) < float("inf")).to(tl.int32), 2)[:, :, None]
