@@ -6,7 +6,6 @@ tests/test_attention.py and tests/test_attention_adversarial.py run their checks
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -249,8 +248,8 @@ def test_nothing_is_kept_for_the_backward_but_the_inputs(device: str) -> None:
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
 def test_little_of_a_tile_is_waste(kernel: str) -> None:
     """Of the rows that are worked on, more than half hold something; short ones share tiles."""
-    for length, capability in itertools.product(range(1, tiles.MAX_SHORT + 1), (80, 90, 100)):
-        tile = tiles.choose_short_tile(kernel, length, 16, 2, capability)
+    for length in range(1, tiles.MAX_SHORT + 1):
+        tile = tiles.choose_short_tile(kernel, length, 16, 2)
         rows = tiles.block_of(length)
         assert length * tile.pack <= rows and length * tile.pack > rows / 2
         assert tile.heads & (tile.heads - 1) == 0

@@ -26,8 +26,8 @@ from kernels.attention.general import (
 )  # fmt: skip
 from kernels.attention.mask_gradient import mask_grid, mask_kernel, summed_axes
 from kernels.attention.pieces import (
-    LOG2_E, NO_BAND, NO_MASK, batch_bounds, bend, dot, kept, key_range, load_rows, load_statistics, product_of_rows,
-    query_range, restrict, store_rows, zero_nonfinite,
+    LOG2_E, NO_BAND, NO_MASK, batch_bounds, bend, cap_slope, dot, kept, key_range, load_rows, load_statistics,
+    product_of_rows, query_range, restrict, store_rows, zero_nonfinite,
 )  # fmt: skip
 from kernels.attention.rules import Extras, Rules
 from kernels.attention.tiles import block_of, choose_tile, column_blocks
@@ -144,8 +144,7 @@ def query_kernel(
                 )  # fmt: skip
             scores = bend(scores * scale, start_q, start_k, di, dj, offset, softcap, slope, HAS_SOFTCAP, False)
             if HAS_SOFTCAP:
-                slack = scores * (1.0 / softcap)
-                slack = 1.0 - slack * slack
+                slope_of_cap = cap_slope(scores, softcap)
             scores = bend(scores, start_q, start_k, di, dj, offset, softcap, slope, False, HAS_ALIBI)
             if CHECKED:
                 scores = restrict(
@@ -157,7 +156,7 @@ def query_kernel(
                 dp = tl.where(kept(seed, start_q + di, start_k + dj, head, dropout_p), dp * keep_scale, 0.0)
             ds = weights * (dp - delta[:, None])
             if HAS_SOFTCAP:
-                ds *= slack
+                ds *= slope_of_cap
             if CHECKED:
                 ds = tl.where(scores == float("-inf"), 0.0, ds)  # dp is NaN where a forbidden value is
             if CHECKED and (BAND != NO_BAND or MASK != NO_MASK):
@@ -260,8 +259,7 @@ def key_value_kernel(
                     )  # fmt: skip
                 scores = bend(scores * scale, start_q, start_k, di, dj, offset, softcap, slope, HAS_SOFTCAP, False)
                 if HAS_SOFTCAP:
-                    slack = scores * (1.0 / softcap)
-                    slack = 1.0 - slack * slack
+                    slope_of_cap = cap_slope(scores, softcap)
                 scores = bend(scores, start_q, start_k, di, dj, offset, softcap, slope, False, HAS_ALIBI)
                 if CHECKED:
                     scores = restrict(
@@ -278,7 +276,7 @@ def key_value_kernel(
                 dv = dot(dropped.to(grad.dtype), grad, dv, PRECISION)
                 ds = weights * (dp - delta[None, :])
                 if HAS_SOFTCAP:
-                    ds *= slack
+                    ds *= slope_of_cap
                 if CHECKED:
                     ds = tl.where(scores == float("-inf"), 0.0, ds)
                 dk = dot(ds.to(q.dtype), q, dk, PRECISION)

@@ -31,7 +31,6 @@ RULES = (
     "SymInt max_queries, SymInt max_keys, bool deterministic"
 )
 N_EXTRAS, N_RULES = len(Extras._fields), len(Rules._fields)
-KEPT = ("", "the caller")  # who needs the statistics of the rows, by whether they are kept
 SHORT_MASK = (True, True, True, False, False)  # the gradients that the kernel for short sequences makes, all at once
 library.define(
     f"attention_forward({INPUTS}, {RULES}, bool keep_statistics) -> (Tensor output, Tensor row_max, Tensor row_sum)",
@@ -85,12 +84,18 @@ def _require_triton(query: torch.Tensor) -> None:
         raise NotImplementedError(f"kernels::attention runs on Triton alone, and {reason}; call the public function")
 
 
+def _is_short(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rest: Sequence[Any]) -> bool:
+    """Whether the kernel for short sequences takes a forward call, which keeps no statistics then."""
+    statistics = "the caller" if rest[-1] else ""
+    return not why_not_short(query, key, value, Extras(*rest[:N_EXTRAS]), statistics, capability(query.device))
+
+
 def _forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seed: torch.Tensor | None, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _require_triton(query)
     extras, rules = Extras(*rest[:N_EXTRAS]), Rules(*rest[N_EXTRAS:-1])
-    is_short = not why_not_short(query, key, value, extras, KEPT[rest[-1]], capability(query.device))
+    is_short = _is_short(query, key, value, rest)
     outputs = new_outputs(query, value, is_short)
     if is_short:
         from kernels.attention.short import launch_short_forward
@@ -161,9 +166,7 @@ for _key in ("CPU", "CUDA"):
 def _fake_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seed: torch.Tensor | None, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    extras = Extras(*rest[:N_EXTRAS])
-    is_short = not why_not_short(query, key, value, extras, KEPT[rest[-1]], capability(query.device))
-    return new_outputs(query, value, is_short)
+    return new_outputs(query, value, _is_short(query, key, value, rest))
 
 
 @torch.library.register_fake("kernels::attention_backward", lib=library)
@@ -249,8 +252,8 @@ class Attention(torch.autograd.Function):
         result, _, row_max, row_sum = output
         ctx.mark_non_differentiable(row_max, row_sum)
         ctx.set_materialize_grads(False)
-        kept = row_max.ndim == result.ndim - 1
-        ctx.save_for_backward(*tensors, *((result, row_max, row_sum) if kept else (None, None, None)))
+        kept = (None, None, None) if _is_absent(row_max) else (result, row_max, row_sum)
+        ctx.save_for_backward(*tensors, *kept)
 
     @staticmethod
     def backward(

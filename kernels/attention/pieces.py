@@ -166,6 +166,13 @@ def bend(
 
 
 @triton.jit
+def cap_slope(capped, softcap):
+    """Derivative of the soft cap, 1 - tanh^2, at scores that `bend` has capped."""
+    ratio = capped * (1.0 / softcap)
+    return 1.0 - ratio * ratio
+
+
+@triton.jit
 def restrict(
     scores, start_q, start_k, di, dj, n_queries, n_keys, offset, left, right, mask_ptr, stride_ml, stride_ms,
     BAND: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,

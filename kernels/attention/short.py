@@ -21,7 +21,7 @@ from kernels.attention.general import flags, head_stride, mask_kind, mask_stride
 from kernels.attention.pieces import LOG2_E, NO_BAND, NO_MASK, bend, dot, kept, restrict, zero_nonfinite
 from kernels.attention.rules import Extras, Rules
 from kernels.attention.tiles import block_of, choose_short_tile
-from kernels.launch import capability, launch_on
+from kernels.launch import launch_on
 
 
 @triton.jit
@@ -85,6 +85,35 @@ def keys_in_use(key_lengths_ptr, b, S, HAS_LENGTHS: tl.constexpr):
 
 
 @triton.jit
+def survey(
+    L, S, n_sequences, n_kv_heads, key_lengths_ptr,
+    BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+):  # fmt: skip
+    """What this program's tiles hold.
+
+    Returns:
+        Of the rows of queries, (HEADS, BLOCK_L, 1): place, batch entry, key head, whether there. Of the rows of keys
+        likewise, and whether in use. Of the columns of scores: the keys' places (1, 1, BLOCK_S), and whether they are
+        of one sequence with a query. Then keys in use and the places' offset, by query.
+    """
+    part, i, b, h_kv, inside = locate(
+        tl.arange(0, BLOCK_L)[None, :, None], L, n_sequences, n_kv_heads, HEADS, PACK
+    )
+    _part, row, b_row, h_row, there = locate(
+        tl.arange(0, BLOCK_S)[None, :, None], S, n_sequences, n_kv_heads, HEADS, PACK
+    )
+    part_of_key, j = split(tl.arange(0, BLOCK_S)[None, None, :], S, PACK)
+    together = (part == part_of_key) & (part_of_key < PACK)
+    n_keys = keys_in_use(key_lengths_ptr, b, S, HAS_LENGTHS)
+    used = there & (row < keys_in_use(key_lengths_ptr, b_row, S, HAS_LENGTHS))
+    offset = 0
+    if BOTTOM_RIGHT:
+        offset = n_keys - L
+    return i, b, h_kv, inside, row, b_row, h_row, there, used, j, together, n_keys, offset
+
+
+@triton.jit
 def short_scores(
     q, k, b, h, i, j, together, n_queries, n_keys, offset, left, right, scale, softcap,
     slopes_ptr, stride_ab, mask_ptr, stride_mb, stride_mh, stride_ml, stride_ms,
@@ -142,16 +171,9 @@ def short_forward_kernel(
     q_ptr (B, n_kv_heads * group, L, E), k_ptr (B, n_kv_heads, S, E), v_ptr (B, n_kv_heads, S, EV): inputs.
     out_ptr (B, n_kv_heads * group, L, EV): output. n_sequences: B * n_kv_heads. The rest as in forward_kernel.
     """
-    queries, keys = tl.arange(0, BLOCK_L)[None, :, None], tl.arange(0, BLOCK_S)[None, :, None]
-    part, i, b, h_kv, inside = locate(queries, L, n_sequences, n_kv_heads, HEADS, PACK)
-    _part, row, b_row, h_row, used = locate(keys, S, n_sequences, n_kv_heads, HEADS, PACK)
-    part_of_key, j = split(tl.arange(0, BLOCK_S)[None, None, :], S, PACK)
-    together = (part == part_of_key) & (part_of_key < PACK)
-    n_keys = keys_in_use(key_lengths_ptr, b, S, HAS_LENGTHS)
-    used = used & (row < keys_in_use(key_lengths_ptr, b_row, S, HAS_LENGTHS))
-    offset = 0
-    if BOTTOM_RIGHT:
-        offset = n_keys - L
+    i, b, h_kv, inside, row, b_row, h_row, _there, used, j, together, n_keys, offset = survey(
+        L, S, n_sequences, n_kv_heads, key_lengths_ptr, BLOCK_L, BLOCK_S, HEADS, PACK, BOTTOM_RIGHT, HAS_LENGTHS
+    )
     seed = 0
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
@@ -203,7 +225,7 @@ def short_options(
     n_queries, n_keys, e, ev = query.shape[2], key.shape[2], query.shape[3], value.shape[3]
     switches = flags(query, seed, extras, rules, False)
     del switches["PACKED"], switches["WIDE"]
-    tile = choose_short_tile(kernel, max(n_queries, n_keys), max(e, ev), query.element_size(), capability(query.device))
+    tile = choose_short_tile(kernel, max(n_queries, n_keys), max(e, ev), query.element_size())
     return {
         "E": e, "EV": ev, "BLOCK_E": block_of(e), "BLOCK_EV": block_of(ev), "BLOCK_L": block_of(n_queries),
         "BLOCK_S": block_of(n_keys), "MASK": mask_kind(extras.attn_mask), **switches, **tile.options(),

@@ -13,10 +13,10 @@ import triton.language as tl
 
 from kernels.attention.choice import is_wide
 from kernels.attention.general import head_stride, numbers
-from kernels.attention.pieces import NO_BAND, NO_MASK, kept, zero_nonfinite
+from kernels.attention.pieces import NO_BAND, NO_MASK, cap_slope, kept, zero_nonfinite
 from kernels.attention.rules import Extras, Rules
 from kernels.attention.short import (
-    exponentials, keys_in_use, locate, pointers_of, products, short_inputs, short_options, short_scores, split, within,
+    exponentials, pointers_of, products, short_inputs, short_options, short_scores, survey, within,
 )  # fmt: skip
 from kernels.launch import launch_on
 
@@ -43,16 +43,9 @@ def short_backward_kernel(
 
     grad_ptr: dO, shaped as the output. score_scale: factor of dS in dQ and dK. The rest as in short_forward_kernel.
     """
-    queries, keys = tl.arange(0, BLOCK_L)[None, :, None], tl.arange(0, BLOCK_S)[None, :, None]
-    part, i, b, h_kv, inside = locate(queries, L, n_sequences, n_kv_heads, HEADS, PACK)
-    _part, row, b_row, h_row, there = locate(keys, S, n_sequences, n_kv_heads, HEADS, PACK)
-    part_of_key, j = split(tl.arange(0, BLOCK_S)[None, None, :], S, PACK)
-    together = (part == part_of_key) & (part_of_key < PACK)
-    n_keys = keys_in_use(key_lengths_ptr, b, S, HAS_LENGTHS)
-    used = there & (row < keys_in_use(key_lengths_ptr, b_row, S, HAS_LENGTHS))
-    offset = 0
-    if BOTTOM_RIGHT:
-        offset = n_keys - L
+    i, b, h_kv, inside, row, b_row, h_row, there, used, j, together, n_keys, offset = survey(
+        L, S, n_sequences, n_kv_heads, key_lengths_ptr, BLOCK_L, BLOCK_S, HEADS, PACK, BOTTOM_RIGHT, HAS_LENGTHS
+    )
     seed = 0
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
@@ -86,8 +79,7 @@ def short_backward_kernel(
         dp = tl.where(allowed, dp, 0.0)  # it is NaN where a forbidden value is
         ds = weights * (dp - tl.sum(weights * dp, 2)[:, :, None])
         if HAS_SOFTCAP:
-            ratio = capped * (1.0 / softcap)
-            ds *= 1.0 - ratio * ratio
+            ds *= cap_slope(capped, softcap)
         ds = tl.where(allowed, ds, 0.0).to(k.dtype)
         if PACK > 1:  # NaN of one sequence must not reach the next one; its own get it through ds and dropped
             finite = tl.min((tl.abs(grad) < float("inf")).to(tl.int32), 2)[:, :, None]

@@ -12,6 +12,10 @@ MAX_HEAD_SIZE = 2048  # largest E or Ev
 MAX_BLOCK = 256  # largest E or Ev that one tile holds; wider heads are worked on in chunks
 CHUNK_COLS = 128  # columns of a wide head that a program makes
 LOOP_COLS = 64  # columns of a wide head that it multiplies at a time
+MAX_SHORT = 64  # queries and keys of the kernels for short sequences on Hopper chips
+MAX_SHORT_ELSEWHERE = 32  # on others, where scores of 64 by 64 do not fit the registers beside the rest
+MAX_SHORT_FLOAT32 = 1024  # rows times columns of a tile of float32, whose products need registers for both operands
+MAX_SHORT_HEAD_SIZE = 128
 FEW_ROWS = 32  # up to this many queries a small query tile wastes less than the large one
 
 
@@ -136,12 +140,6 @@ def choose_tile(
     return tile._replace(block_q=16) if n_queries <= FEW_ROWS else tile
 
 
-MAX_SHORT = 64  # queries and keys of the kernels for short sequences on Hopper chips
-MAX_SHORT_ELSEWHERE = 32  # on others, where scores of 64 by 64 do not fit the registers beside the rest
-MAX_SHORT_FLOAT32 = 1024  # rows times columns of a tile of float32, whose products need registers for both operands
-MAX_SHORT_HEAD_SIZE = 128
-
-
 class ShortTile(NamedTuple):
     """Tiles that a program of the kernels for short sequences works on at a time, and sequences in each of them."""
 
@@ -154,14 +152,14 @@ class ShortTile(NamedTuple):
         return {"HEADS": self.heads, "PACK": self.pack, "num_warps": self.num_warps, "num_stages": 1}
 
 
-def choose_short_tile(kernel: str, length: int, head_size: int, element_size: int, capability: int) -> ShortTile:
+def choose_short_tile(kernel: str, length: int, head_size: int, element_size: int) -> ShortTile:
     """Tile of a kernel for short sequences.
 
     Args:
         kernel: "forward" or "backward".
         length: the larger of L and S, 1 to MAX_SHORT.
         head_size: the larger of E and Ev, at most MAX_SHORT_HEAD_SIZE.
-        element_size, capability: as for `choose_tile`.
+        element_size: bytes of an input element, 2 or 4.
     """
     rows, columns = block_of(length), block_of(head_size)
     entries = (4096 if kernel == "forward" else 2048) // (1 if element_size == 2 else 4)
