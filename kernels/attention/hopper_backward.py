@@ -29,9 +29,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels.attention.choice import takes_tma
 from kernels.attention.general import numbers
 from kernels.attention.hopper_pieces import (
-    BARRIER_A, BOTH_BANDS, NO_BAND, UPPER_BAND, clean_values, descriptor, load_tile, named_wait, store_tile,
+    BARRIER_A, clean_values, descriptor, hopper_options, keys_in_use, load_tile, named_barrier, store_tile,
     warp_group_barrier,
 )  # fmt: skip
+from kernels.attention.pieces import BOTH_BANDS, NO_BAND
 from kernels.attention.rules import Extras, Rules
 from kernels.launch import launch_on
 
@@ -56,12 +57,7 @@ def query_bounds(
 ):  # fmt: skip
     """Which tiles of 64 queries see 128 keys: keys in use, offset, first tile, the one after the last, and the tiles
     [open_first, open_last) that no edge cuts."""
-    n_keys = S
-    if HAS_LENGTHS:
-        n_keys = gl.maximum(gl.minimum(S, gl.load(key_lengths_ptr + b)), 0)
-    offset = 0
-    if BOTTOM_RIGHT:
-        offset = n_keys - L
+    n_keys, offset = keys_in_use(b, L, S, key_lengths_ptr, BOTTOM_RIGHT, HAS_LENGTHS)
     first, end, open_first, open_last = 0, gl.cdiv(L, 64), 0, L // 64
     if BAND != NO_BAND:
         row = start_k - offset - right  # the first that sees the first key
@@ -173,8 +169,7 @@ def step(
     scores = warpgroup_mma_wait(1, deps=[product]) * scale
     if HAS_SOFTCAP:
         scores = (1.0 - 2.0 / (1.0 + gl.exp2(scores * 2.885390081777927))) * softcap
-        slack = scores * (1.0 / softcap)
-        slack = 1.0 - slack * slack
+        ratio = scores * (1.0 / softcap)
     if GUARDED:
         scores = scores + bad[:, None]
     weights = gl.exp2(scores - stats_s.index(2 * INDEX).load(columns)[None, :])
@@ -190,7 +185,7 @@ def step(
     dp = warpgroup_mma_wait(1, deps=[second])
     ds = weights * (dp - stats_s.index(2 * INDEX + 1).load(columns)[None, :])
     if HAS_SOFTCAP:
-        ds = ds * slack
+        ds = ds * (1.0 - ratio * ratio)
     if CHECKED:
         ds = gl.where(allowed, ds, 0.0)
     ds = ds.to(DTYPE)
@@ -198,7 +193,7 @@ def step(
     turn = ds_s.index(count % 2)
     turn.slice(INDEX * 64, 64, 0).store(ds)
     fence_async_shared()
-    named_wait(BARRIER_A)  # both halves of dS^T are there, and of the step before none is read any more
+    named_barrier("sync", BARRIER_A)  # both halves of dS^T are there, and of the step before none is read any more
     if D == 128:
         fifth = multiply_keys(turn, k_half, D // 2)
         dv = warpgroup_mma_wait(2, deps=[third])
@@ -253,32 +248,22 @@ def consumer(
     lse, delta = load_statistics(lse_ptr, delta_ptr, b, h_kv * group, first, L, n_kv_heads * group)
     for member in range(group):
         h = h_kv * group + member
-        for tile in range(first, open_first):
-            dk, dv, lse, delta = step(
-                dk, dv, lse, delta, tile, count, h, b, j, bad, n_keys, offset, left, right, scale, softcap,
-                score_scale, L, n_kv_heads, group, first, end, lse_ptr, delta_ptr, dq_desc, stats_s, rows_s, k, v,
-                k_half, ds_s, dq_s, signals,
-                INDEX, D, SLOTS, BAND, HAS_SOFTCAP, GUARDED, True, DTYPE,
-            )  # fmt: skip
-            count += 1
-        for tile in range(open_first, open_last):
-            dk, dv, lse, delta = step(
-                dk, dv, lse, delta, tile, count, h, b, j, bad, n_keys, offset, left, right, scale, softcap,
-                score_scale, L, n_kv_heads, group, first, end, lse_ptr, delta_ptr, dq_desc, stats_s, rows_s, k, v,
-                k_half, ds_s, dq_s, signals,
-                INDEX, D, SLOTS, BAND, HAS_SOFTCAP, GUARDED, False, DTYPE,
-            )  # fmt: skip
-            count += 1
-        for tile in range(open_last, end):
-            dk, dv, lse, delta = step(
-                dk, dv, lse, delta, tile, count, h, b, j, bad, n_keys, offset, left, right, scale, softcap,
-                score_scale, L, n_kv_heads, group, first, end, lse_ptr, delta_ptr, dq_desc, stats_s, rows_s, k, v,
-                k_half, ds_s, dq_s, signals,
-                INDEX, D, SLOTS, BAND, HAS_SOFTCAP, GUARDED, True, DTYPE,
-            )  # fmt: skip
-            count += 1
+        for PART in gl.static_range(3):  # tiles cut at one edge, open ones, tiles cut at the other edge
+            low, high = open_last, end
+            if PART == 0:
+                low, high = first, open_first
+            if PART == 1:
+                low, high = open_first, open_last
+            for tile in range(low, high):
+                dk, dv, lse, delta = step(
+                    dk, dv, lse, delta, tile, count, h, b, j, bad, n_keys, offset, left, right, scale, softcap,
+                    score_scale, L, n_kv_heads, group, first, end, lse_ptr, delta_ptr, dq_desc, stats_s, rows_s, k, v,
+                    k_half, ds_s, dq_s, signals,
+                    INDEX, D, SLOTS, BAND, HAS_SOFTCAP, GUARDED, PART != 1, DTYPE,
+                )  # fmt: skip
+                count += 1
     tma.store_wait(0)
-    named_wait(BARRIER_A)  # nobody reads the keys any more
+    named_barrier("sync", BARRIER_A)  # nobody reads the keys any more
     dk = dk * score_scale
     if HAS_LENGTHS:  # keys that are not in use: a weight of zero times NaN is NaN
         unused = start_k + INDEX * 64 + gl.arange(0, 64, gl.SliceLayout(1, wide)) >= n_keys
@@ -286,7 +271,7 @@ def consumer(
     k.store(dk.to(DTYPE))
     v.store(dv.to(DTYPE))
     fence_async_shared()
-    named_wait(BARRIER_A)
+    named_barrier("sync", BARRIER_A)
     if INDEX == 0:
         store_tile(dk_desc, [b, h_kv, start_k, 0], keys_s.index(0))
     else:
@@ -366,9 +351,8 @@ def launch_hopper_backward(
     batch, n_heads, n_queries, d = query.shape
     n_kv_heads, n_keys = key.shape[1:3]
     n_tiles = triton.cdiv(n_keys, KEYS)
-    dtype = gl.float16 if query.dtype == torch.float16 else gl.bfloat16
-    band = BOTH_BANDS if rules.left is not None else UPPER_BAND if rules.right is not None else NO_BAND
-    has_lengths = extras.key_lengths is not None
+    options = hopper_options(query, extras, rules)
+    dtype = options["DTYPE"]
     left, right, scale, softcap, *_ = numbers(rules)
     total = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
     grad = grad if takes_tma(grad) else grad.contiguous()
@@ -380,8 +364,6 @@ def launch_hopper_backward(
             descriptor(dv, KEYS, dtype), lse, delta, extras.key_lengths,
             n_kv_heads, n_heads // n_kv_heads, n_queries, n_keys, left, right, scale, softcap, rules.scale, n_tiles,
             D=d, SLOTS=SLOTS, REGISTERS=REGISTERS, DS_LAYOUT=gl.NVMMASharedLayout.get_default_for([128, 64], dtype),
-            BAND=band.value, BOTTOM_RIGHT=rules.bottom_right, HAS_LENGTHS=has_lengths,
-            HAS_SOFTCAP=bool(rules.softcap), GUARDED=has_lengths or band.value != NO_BAND.value, DTYPE=dtype,
-            num_warps=4,
+            **options,
         )  # fmt: skip
     dq.copy_(total)

@@ -26,9 +26,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels.attention.general import numbers
 from kernels.attention.hopper_pieces import (
-    BARRIER_A, BARRIER_B, BOTH_BANDS, NO_BAND, UPPER_BAND, clean_values, descriptor, load_tile, named_arrive,
-    named_wait, store_tile, tile_bounds, warp_group_barrier,
+    BARRIER_A, BARRIER_B, clean_values, descriptor, hopper_options, load_tile, named_barrier, store_tile, tile_bounds,
+    warp_group_barrier,
 )  # fmt: skip
+from kernels.attention.pieces import BOTH_BANDS, NO_BAND
 from kernels.attention.rules import Extras, Rules
 from kernels.launch import launch_on, multiprocessors
 
@@ -132,7 +133,7 @@ def soften(
     scores, row_max, row_sum, place, tile, n_keys, left, right, scale, softcap,
     BLOCK_K: gl.constexpr, BAND: gl.constexpr, HAS_SOFTCAP: gl.constexpr, CHECKED: gl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax: weights (64, BLOCK_K) float32, shrink, row_max, row_sum, allowed.
+    """One step of the online softmax: weights (64, BLOCK_K) float32, shrink, row_max, row_sum, and who may attend.
 
     place: of the queries (64,) beside the keys. CHECKED: some query may not attend to some key of the tile.
     """
@@ -140,7 +141,7 @@ def soften(
     if HAS_SOFTCAP:
         scores = (1.0 - 2.0 / (1.0 + gl.exp2(scores * 2.885390081777927))) * softcap  # tanh
     j = tile * BLOCK_K + gl.arange(0, BLOCK_K, gl.SliceLayout(0, scores.type.layout))
-    allowed = (j < n_keys)[None, :] & (place == place)[:, None]
+    allowed = (j < n_keys)[None, :]
     if CHECKED:
         if BAND != NO_BAND:
             allowed = allowed & (j[None, :] <= place[:, None] + right)
@@ -178,18 +179,18 @@ def step(
     """
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     before = (count - 1) % SLOTS
-    named_wait(ME)
+    named_barrier("sync", ME)
     if CHECKED:
         sum_ = multiply_values(weights, acc, tiles_s, signals, count - 1, BLOCK_K, D, SLOTS)
         acc = warpgroup_mma_wait(0, deps=[sum_])
         mbarrier.arrive(signals.index(V_EMPTY + before), count=1)
         product = multiply_keys(q, tiles_s, signals, count, BLOCK_K, D, SLOTS)
-        named_arrive(OTHER)
+        named_barrier("arrive", OTHER)
         scores = warpgroup_mma_wait(0, deps=[product])
     else:
         product = multiply_keys(q, tiles_s, signals, count, BLOCK_K, D, SLOTS)
         sum_ = multiply_values(weights, acc, tiles_s, signals, count - 1, BLOCK_K, D, SLOTS)
-        named_arrive(OTHER)
+        named_barrier("arrive", OTHER)
         scores = warpgroup_mma_wait(1, deps=[product])
     mbarrier.arrive(signals.index(K_EMPTY + count % SLOTS), count=1)
     p, shrink, row_max, row_sum, allowed = soften(
@@ -220,7 +221,7 @@ def consumer(
     rows: gl.constexpr = gl.SliceLayout(1, narrow)
     q = q_s.index(INDEX).reshape([64, D])
     if INDEX == 1:
-        named_arrive(OTHER)  # the first consumer begins
+        named_barrier("arrive", OTHER)  # the first consumer begins
     count = 0
     turn = 0
     for work in range(gl.program_id(0), n_tiles * n_heads_total, gl.num_programs(0)):
@@ -234,9 +235,9 @@ def consumer(
         row_max = gl.full([64], float("-inf"), gl.float32, rows)
         row_sum = gl.zeros([64], gl.float32, rows)
         mbarrier.wait(signals.index(Q_FULL + INDEX), turn & 1)
-        named_wait(ME)
+        named_barrier("sync", ME)
         product = multiply_keys(q, tiles_s, signals, count, BLOCK_K, D, SLOTS)
-        named_arrive(OTHER)
+        named_barrier("arrive", OTHER)
         scores = warpgroup_mma_wait(0, deps=[product])
         mbarrier.arrive(signals.index(K_EMPTY + count % SLOTS), count=1)
         p, _, row_max, row_sum, allowed = soften(
@@ -248,29 +249,20 @@ def consumer(
                 p = spoil(p, allowed, flags_s, signals, count, SLOTS)
         weights = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(0, wide, 2))
         count += 1
-        if BAND != NO_BAND:
-            for tile in range(open_last, last):  # at the right edge: from the last to the first
-                weights, acc, row_max, row_sum = step(
-                    q, tiles_s, flags_s, signals, weights, acc, row_max, row_sum, count, place,
-                    last - 1 - (tile - open_last), n_keys, left, right, scale, softcap,
-                    ME, OTHER, BLOCK_K, D, SLOTS, BAND, HAS_SOFTCAP, True, DTYPE,
-                )  # fmt: skip
-                count += 1
-        for tile in range(open_first, open_last):
-            weights, acc, row_max, row_sum = step(
-                q, tiles_s, flags_s, signals, weights, acc, row_max, row_sum, count, place,
-                open_last - 1 - (tile - open_first), n_keys, left, right, scale, softcap,
-                ME, OTHER, BLOCK_K, D, SLOTS, BAND, HAS_SOFTCAP, False, DTYPE,
-            )  # fmt: skip
-            count += 1
-        if BAND == BOTH_BANDS:
-            for tile in range(first, open_first):  # at the left edge of a window
-                weights, acc, row_max, row_sum = step(
-                    q, tiles_s, flags_s, signals, weights, acc, row_max, row_sum, count, place,
-                    open_first - 1 - (tile - first), n_keys, left, right, scale, softcap,
-                    ME, OTHER, BLOCK_K, D, SLOTS, BAND, HAS_SOFTCAP, True, DTYPE,
-                )  # fmt: skip
-                count += 1
+        for PART in gl.static_range(3):  # tiles cut at the right edge, open ones, tiles cut at a window's left
+            low, high = first, open_first
+            if PART == 0:
+                low, high = open_last, last
+            if PART == 1:
+                low, high = open_first, open_last
+            if PART == 1 or BAND == BOTH_BANDS or (PART == 0 and BAND != NO_BAND):
+                for seen in range(high - low):
+                    weights, acc, row_max, row_sum = step(
+                        q, tiles_s, flags_s, signals, weights, acc, row_max, row_sum, count, place, high - 1 - seen,
+                        n_keys, left, right, scale, softcap,
+                        ME, OTHER, BLOCK_K, D, SLOTS, BAND, HAS_SOFTCAP, PART != 1, DTYPE,
+                    )  # fmt: skip
+                    count += 1
         sum_ = multiply_values(weights, acc, tiles_s, signals, count - 1, BLOCK_K, D, SLOTS)
         acc = warpgroup_mma_wait(0, deps=[sum_])
         mbarrier.arrive(signals.index(V_EMPTY + (count - 1) % SLOTS), count=1)
@@ -362,10 +354,9 @@ def launch_hopper_forward(
     n_kv_heads, n_keys = key.shape[1:3]
     group, n_tiles = n_heads // n_kv_heads, triton.cdiv(n_queries, CONSUMERS * ROWS)
     block_k = 64 if d == 256 else 128
-    dtype = gl.float16 if query.dtype == torch.float16 else gl.bfloat16
+    options = hopper_options(query, extras, rules)
+    dtype = options["DTYPE"]
     section = max(1, L2_BYTES // (2 * n_keys * d * query.element_size())) * group
-    band = BOTH_BANDS if rules.left is not None else UPPER_BAND if rules.right is not None else NO_BAND
-    has_lengths = extras.key_lengths is not None
     left, right, scale, softcap, *_ = numbers(rules)
     grid = (min(n_tiles * batch * n_heads, multiprocessors(query.device)),)  # programs stay; work in turns
     with launch_on(query.device):
@@ -374,7 +365,5 @@ def launch_hopper_forward(
             descriptor(output, ROWS, dtype), row_max, row_sum, extras.key_lengths,
             batch * n_heads, n_heads, group, n_queries, n_keys, left, right, scale, softcap, n_tiles,
             min(section, batch * n_heads),
-            BLOCK_K=block_k, D=d, SLOTS=SLOTS, REGISTERS=REGISTERS, BAND=band.value, BOTTOM_RIGHT=rules.bottom_right,
-            HAS_LENGTHS=has_lengths, HAS_SOFTCAP=bool(rules.softcap),
-            GUARDED=has_lengths or band.value != NO_BAND.value, DTYPE=dtype, num_warps=4,
+            BLOCK_K=block_k, D=d, SLOTS=SLOTS, REGISTERS=REGISTERS, **options,
         )  # fmt: skip

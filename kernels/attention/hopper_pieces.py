@@ -3,38 +3,41 @@
 from typing import Any
 
 import torch
-from triton.experimental.gluon import language as gl
 from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.attention.general import flags
+from kernels.attention.pieces import BOTH_BANDS, NO_BAND
+from kernels.attention.rules import Extras, Rules
 
 # Names before and after they were changed: of the copies in Triton 3.9, of the barrier in 3.7.
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 warp_group_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
-NO_BAND, UPPER_BAND, BOTH_BANDS = (gl.constexpr(i) for i in range(3))
-BARRIER_A, BARRIER_B = gl.constexpr(9), gl.constexpr(10)  # named barriers; the compiler takes the first few
+BARRIER_A, BARRIER_B = gl.constexpr("9"), gl.constexpr("10")  # named barriers; the compiler takes the first few
 
 
 @gluon.jit
-def named_wait(BARRIER: gl.constexpr):
-    """Wait at a named barrier until both consumers have come to it, or one has and the other has arrived."""
+def named_barrier(VERB: gl.constexpr, NUMBER: gl.constexpr):
+    """At a named barrier of the two consumers: "sync" waits for the other one to come to it, "arrive" does not wait."""
     x = gl.full([128], 0, gl.int32, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    if BARRIER == 9:
-        gl.inline_asm_elementwise("bar.sync 9, 256; mov.b32 $0, $1;", "=r,r", [x], gl.int32, is_pure=False, pack=1)
-    else:
-        gl.inline_asm_elementwise("bar.sync 10, 256; mov.b32 $0, $1;", "=r,r", [x], gl.int32, is_pure=False, pack=1)
+    code: gl.constexpr = "bar." + VERB + " " + NUMBER + ", 256; mov.b32 $0, $1;"
+    gl.inline_asm_elementwise(code, "=r,r", [x], gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def named_arrive(BARRIER: gl.constexpr):
-    """Arrive at a named barrier without waiting for the other consumer."""
-    x = gl.full([128], 0, gl.int32, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    if BARRIER == 9:
-        gl.inline_asm_elementwise("bar.arrive 9, 256; mov.b32 $0, $1;", "=r,r", [x], gl.int32, is_pure=False, pack=1)
-    else:
-        gl.inline_asm_elementwise("bar.arrive 10, 256; mov.b32 $0, $1;", "=r,r", [x], gl.int32, is_pure=False, pack=1)
+def keys_in_use(b, L, S, key_lengths_ptr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr):
+    """How many keys batch entry b has, and the offset of its queries' places."""
+    n_keys = S
+    if HAS_LENGTHS:
+        n_keys = gl.maximum(gl.minimum(S, gl.load(key_lengths_ptr + b)), 0)
+    offset = 0
+    if BOTTOM_RIGHT:
+        offset = n_keys - L
+    return n_keys, offset
 
 
 @gluon.jit
@@ -48,12 +51,7 @@ def tile_bounds(
         Keys in use; the offset of the places; the first tile and the last one needed, one at least; the tiles
         [open_first, open_last) that no edge cuts.
     """
-    n_keys = S
-    if HAS_LENGTHS:
-        n_keys = gl.maximum(gl.minimum(S, gl.load(key_lengths_ptr + b)), 0)
-    offset = 0
-    if BOTTOM_RIGHT:
-        offset = n_keys - L
+    n_keys, offset = keys_in_use(b, L, S, key_lengths_ptr, BOTTOM_RIGHT, HAS_LENGTHS)
     first, open_first, end, open_end = 0, 0, n_keys, n_keys
     if BAND != NO_BAND:
         place = start_q + offset
@@ -86,3 +84,13 @@ def descriptor(x: torch.Tensor, rows: int, dtype: Any, columns: int = 0) -> Tens
     box = [1, 1, rows, columns or x.shape[3]]
     strides = [stride if size > 1 else x.shape[3] for size, stride in zip(x.shape[:3], x.stride())]  # any, where unused
     return TensorDescriptor(x, list(x.shape), [*strides, 1], box, gl.NVMMASharedLayout.get_default_for(box, dtype))
+
+
+def hopper_options(query: torch.Tensor, extras: Extras, rules: Rules) -> dict[str, Any]:
+    """The compile-time switches that both kernels share, and warps. GUARDED: an edge may cut a tile."""
+    every = flags(query, None, extras, rules, False)
+    known = {name: every[name] for name in ("BAND", "BOTTOM_RIGHT", "HAS_LENGTHS", "HAS_SOFTCAP")}
+    return {
+        **known, "GUARDED": known["HAS_LENGTHS"] or known["BAND"] != NO_BAND.value,
+        "DTYPE": gl.float16 if query.dtype == torch.float16 else gl.bfloat16, "num_warps": 4,
+    }  # fmt: skip
