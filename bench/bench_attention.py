@@ -7,14 +7,15 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import attention
-from bench.accounting import AttentionCase, Direction, attention_cases
+from bench.accounting import AttentionCase, Direction, attention_cases, short_cases
 from bench.attention import Inputs
 from bench.record import attempt, name_row, time_row
 from bench.timing import Call, input_sets
 
 ROWS = [
-    pytest.param(case, provider, id=f"{case}-{provider}")
-    for case in attention_cases(torch.cuda.is_available())
+    pytest.param(case, provider, id=f"{case}-{provider}", marks=marks)
+    for cases, marks in ((attention_cases, ()), (short_cases, pytest.mark.short))
+    for case in cases(torch.cuda.is_available())
     for provider in attention.PROVIDERS
 ]
 
@@ -30,7 +31,8 @@ def first_inputs(
     return inputs
 
 
-def time_forward(benchmark: BenchmarkFixture, case: AttentionCase, provider: str, device: torch.device) -> None:
+@pytest.mark.parametrize("case, provider", ROWS)
+def test_forward(benchmark: BenchmarkFixture, case: AttentionCase, provider: str, device: torch.device) -> None:
     """Without gradients, as in inference."""
     work = case.work("forward")
     inputs = [first_inputs(benchmark, case, provider, "forward", device)]
@@ -41,7 +43,8 @@ def time_forward(benchmark: BenchmarkFixture, case: AttentionCase, provider: str
         time_row(benchmark, calls, work, device)
 
 
-def time_backward(benchmark: BenchmarkFixture, case: AttentionCase, provider: str, device: torch.device) -> None:
+@pytest.mark.parametrize("case, provider", ROWS)
+def test_backward(benchmark: BenchmarkFixture, case: AttentionCase, provider: str, device: torch.device) -> None:
     """torch.autograd.grad alone, on a graph that was made before and is kept; a learned bias gets its gradient too."""
     work = case.work("backward")
     inputs = [first_inputs(benchmark, case, provider, "backward", device)]
@@ -60,13 +63,3 @@ def time_backward(benchmark: BenchmarkFixture, case: AttentionCase, provider: st
 
     # PyTorch keeps a dropout seed that was drawn outside a graph where a backward pass inside one cannot read it.
     time_row(benchmark, [backward(x) for x in inputs], work, device, graph=not case.dropout)
-
-
-@pytest.mark.parametrize("case, provider", ROWS)
-def test_forward(benchmark: BenchmarkFixture, case: AttentionCase, provider: str, device: torch.device) -> None:
-    time_forward(benchmark, case, provider, device)
-
-
-@pytest.mark.parametrize("case, provider", ROWS)
-def test_backward(benchmark: BenchmarkFixture, case: AttentionCase, provider: str, device: torch.device) -> None:
-    time_backward(benchmark, case, provider, device)

@@ -37,9 +37,9 @@ PARTS = {
     "tests": Part((*PYTEST, "tests", "-m", "gpu", "-q", "--ignore=tests/test_hopper.py"), 450),
     "hopper": Part((*PYTEST, "tests/test_hopper.py", "-m", "gpu", "-q"), 150),  # by itself: what hangs ends it
     "ceilings": Part((sys.executable, "-m", "bench.ceilings"), 60),
-    "attention-forward": Part((*PYTEST, "bench/bench_attention.py", "-k", "forward"), 420, True),
-    "attention-backward": Part((*PYTEST, "bench/bench_attention.py", "-k", "backward"), 420, True),
-    "attention-short": Part((*PYTEST, "bench/bench_short.py"), 240, True),
+    "attention-forward": Part((*PYTEST, "bench/bench_attention.py", "-m", "not short", "-k", "forward"), 420, True),
+    "attention-backward": Part((*PYTEST, "bench/bench_attention.py", "-m", "not short", "-k", "backward"), 420, True),
+    "attention-short": Part((*PYTEST, "bench/bench_attention.py", "-m", "short"), 240, True),
     "layer-norm": Part((*PYTEST, "bench/bench_layer_norm.py"), 240, True),
     "host": Part((*PYTEST, "bench/bench_host.py"), 60, True),
     "no-loop": Part((*PYTEST, "bench/bench_no_loop.py"), 60, True),

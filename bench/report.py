@@ -26,11 +26,10 @@ NOTHING = "No GPU has run them yet: until one has, this page shows no GPU number
 
 
 class Row(NamedTuple):
-    """One provider's figures for one piece of work."""
+    """One provider's figures for one piece of work: what its benchmark calls extra_info."""
 
     group: str
     provider: str
-    seconds: float  # median of one call
     info: dict[str, Any]
 
 
@@ -43,13 +42,11 @@ class Result(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table of README: groups by a pattern with one group, the column; what a cell says, and in which unit."""
+    """A table of README: the groups that a pattern matches, whose one group is the column; the figure in a cell."""
 
     title: str
     pattern: str
-    figure: str  # of extra_info, or "seconds"
-    scale: float = 1.0
-    digits: int = 0
+    figure: str
 
 
 TABLES = [
@@ -72,8 +69,8 @@ CURVES = "forward", 128  # direction and head size of the plot
 def read_result(path: Path) -> Result:
     """A file that pytest-benchmark wrote."""
     content = json.loads(path.read_text())
-    rows = [Row(entry["group"] or "", entry["extra_info"].get("provider", entry["name"]), entry["stats"]["median"],
-                entry["extra_info"]) for entry in content["benchmarks"]]  # fmt: skip
+    rows = [Row(entry["group"] or "", entry["extra_info"].get("provider", entry["name"]), entry["extra_info"])
+            for entry in content["benchmarks"]]  # fmt: skip
     return Result(path.name, content["machine_info"]["bench"], rows)
 
 
@@ -93,9 +90,8 @@ def cells(table: Table, rows: Iterable[Row]) -> dict[str, dict[int, float]]:
     found: dict[str, dict[int, float]] = {}
     for row in rows:
         match = re.fullmatch(table.pattern, row.group)
-        figure = row.seconds if table.figure == "seconds" else row.info.get(table.figure)
-        if match and figure is not None:
-            found.setdefault(row.provider, {})[int(match[1])] = figure * table.scale
+        if match and table.figure in row.info:
+            found.setdefault(row.provider, {})[int(match[1])] = row.info[table.figure]
     return found
 
 
@@ -111,7 +107,7 @@ def make_table(table: Table, rows: Iterable[Row]) -> list[str]:
     for provider, figures in found.items():
         texts = []
         for column in columns:
-            text = f"{figures[column]:,.{table.digits}f}" if column in figures else "–"
+            text = f"{figures[column]:,.0f}" if column in figures else "–"
             texts.append(f"**{text}**" if column in figures and figures[column] == best[column] else text)
         lines.append(f"| {provider} | {' | '.join(texts)} |")
     return [*lines, ""]

@@ -6,6 +6,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,6 +57,19 @@ def _round_bfloat16_to_nearest() -> None:
 def device(request: pytest.FixtureRequest) -> str:
     """Where Triton kernels run: interpreted on the CPU, or on a GPU."""
     return request.param
+
+
+@pytest.fixture
+def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels as users on a CPU have them, not in Triton's interpreter, in the processes that help too."""
+    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture
+def empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(autouse=True)

@@ -18,12 +18,7 @@ QUESTIONS = {"formula": "-9-8", "expression": "NEGATIVE 30 subtract NEGATIVE 34"
 SOURCES = {"formula": ["-", "9", "-", "8", "<eos>"],
            "expression": "BOS NEGATIVE 3 0 subtract NEGATIVE 3 4 EOS".split()}
 
-
-@pytest.fixture(autouse=True)
-def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The kernels as users on a CPU have them, not in Triton's interpreter, and an empty working folder."""
-    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("as_on_a_cpu", "empty_folder")
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,7 @@ from calcformer.model import AttentionWeights, EncoderDecoder, attention_weights
 from calcformer.model.positions import sinusoid
 from tests.model_problem import NORMS, PAD, POSITIONS, compose_layer, make, padded_problems
 
-
-@pytest.fixture(autouse=True)
-def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels as users on a CPU have them, not in Triton's interpreter: they have tests of their own."""
-    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
+pytestmark = pytest.mark.usefixtures("as_on_a_cpu")
 
 
 @torch.no_grad()

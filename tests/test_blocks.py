@@ -21,11 +21,7 @@ COURSE = json.loads((pathlib.Path(__file__).parent / "golden" / "course_checks.j
 ACCEPTED = 1e-5  # the report's bound for its error in float32
 BATCH, SOURCE, TARGET, WIDTH, HEADS, HIDDEN = 2, 5, 3, 8, 2, 11
 
-
-@pytest.fixture(autouse=True)
-def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels as users on a CPU have them, not in Triton's interpreter: they have tests of their own."""
-    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
+pytestmark = pytest.mark.usefixtures("as_on_a_cpu")
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -6,11 +6,7 @@ import torch
 from calcformer.model import Cache, EncoderDecoder
 from tests.model_problem import NORMS, PAD, POSITIONS, make, padded_problems
 
-
-@pytest.fixture(autouse=True)
-def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels as users on a CPU have them, not in Triton's interpreter: they have tests of their own."""
-    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
+pytestmark = pytest.mark.usefixtures("as_on_a_cpu")
 
 
 def start(model: EncoderDecoder, length: int = 5) -> tuple[Cache, torch.Tensor]:

@@ -21,12 +21,7 @@ TINY = ["--complexity", "1", "--train-size", "50", "--valid-size", "20", "--widt
         "--hidden", "8", "--encoder-layers", "1", "--decoder-layers", "1", "--epochs", "2", "--batch-size", "25",
         "--device", "cpu", "--processes", "1"]
 
-
-@pytest.fixture(autouse=True)
-def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The kernels as users on a CPU have them, not in Triton's interpreter, and an empty working folder."""
-    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("as_on_a_cpu", "empty_folder")
 
 
 @pytest.fixture(scope="module")

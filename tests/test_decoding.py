@@ -18,11 +18,7 @@ LETTERS = Vocabulary(("a", "b", "<bos>", "<eos>"), "<bos>", "<eos>")
 A, B, END = 0, 1, 3
 Chances = Callable[[int, tuple[int, ...]], list[float]]
 
-
-@pytest.fixture(autouse=True)
-def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels as users on a CPU have them, not in Triton's interpreter: they have tests of their own."""
-    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
+pytestmark = pytest.mark.usefixtures("as_on_a_cpu")
 
 
 class Told:

@@ -18,6 +18,9 @@ from calcformer.training import finished_epochs, load_run, resume, train
 from calcformer.training.device import pick_device
 from calcformer.training.run_log import RunLog
 
+pytestmark = pytest.mark.usefixtures("as_on_a_cpu")
+
+
 # An epoch is one step on 31 problems: 15 of them for one process, 16 for the other.
 SMALL = {"complexity": 1, "train_size": 31, "valid_size": 23, "width": 12, "heads": 3, "hidden": 11, "dropout": 0.0,
          "encoder_layers": 1, "decoder_layers": 1, "batch_size": 31, "epochs": 6, "clip_norm": 0.5, "device": "cpu"}
@@ -37,13 +40,6 @@ def epoch(self, number):
 Trainer.epoch = epoch
 sys.exit(main(sys.argv[2:]))
 """
-
-
-@pytest.fixture(autouse=True)
-def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels as users on a CPU have them, not in Triton's interpreter, in the processes that help too."""
-    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 def torchrun(*words: object, module: bool = True) -> subprocess.CompletedProcess[str]:

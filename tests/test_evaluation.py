@@ -24,13 +24,7 @@ TINY = {"complexity": 1, "train_size": 50, "valid_size": 40, "width": 8, "heads"
         "decoder_layers": 1, "epochs": 1, "batch_size": 25, "device": "cpu", "processes": 1}
 SPACE = [(a, b, plus) for a in range(-10, 11) for b in range(11) for plus in (False, True)]  # all of complexity 1
 
-
-@pytest.fixture(autouse=True)
-def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The kernels as users on a CPU have them, not in Triton's interpreter, in other processes too."""
-    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("as_on_a_cpu", "empty_folder")
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,7 @@ from calcformer.model.positions import sinusoid
 from calcformer.model.rows import Rows
 from tests.model_problem import NORMS, PAD, POSITIONS, SIZES, make, padded_problems, problems
 
-
-@pytest.fixture(autouse=True)
-def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels as users on a CPU have them, not in Triton's interpreter: they have tests of their own."""
-    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
+pytestmark = pytest.mark.usefixtures("as_on_a_cpu")
 
 
 def copy_attention(ours: SelfAttention | CrossAttention, theirs: nn.MultiheadAttention) -> None:

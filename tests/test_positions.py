@@ -23,11 +23,7 @@ from tests.model_problem import NORMS, PAD, POSITIONS, make, padded_problems, pr
 
 LENGTHLESS = [kind for kind in POSITIONS if kind != "learned"]  # take sequences longer than they were built for
 
-
-@pytest.fixture(autouse=True)
-def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels as users on a CPU have them, not in Triton's interpreter: they have tests of their own."""
-    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
+pytestmark = pytest.mark.usefixtures("as_on_a_cpu")
 
 
 def places(length: int, start: int = 0, batch: int = 1) -> Rows:

@@ -26,18 +26,16 @@ from tests.pictures import is_picture
 TINY: dict[str, Any] = {"train_size": 50, "valid_size": 20, "width": 8, "heads": 2, "hidden": 8, "encoder_layers": 1,
                         "decoder_layers": 1, "epochs": 2, "batch_size": 25, "device": "cpu"}
 
+pytestmark = pytest.mark.usefixtures("as_on_a_cpu", "empty_folder")
+
 
 def flags(**settings: Any) -> list[str]:
     return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 @pytest.fixture(autouse=True)
-def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The kernels as users on a CPU have them, in the workers too, and an empty working folder."""
-    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def workers_find_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(calcformer.__file__).parents[1]))
-    monkeypatch.chdir(tmp_path)
 
 
 def without_times(content: Any) -> Any:

@@ -28,11 +28,7 @@ SMALL = {"complexity": 1, "train_size": 61, "valid_size": 29, "width": 12, "head
          "encoder_layers": 1, "decoder_layers": 1, "batch_size": 17, "epochs": 4, "device": "cpu", "processes": 1}
 TIMES = ("seconds", "examples_per_second")
 
-
-@pytest.fixture(autouse=True)
-def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels as users on a CPU have them, not in Triton's interpreter: they have tests of their own."""
-    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
+pytestmark = pytest.mark.usefixtures("as_on_a_cpu")
 
 
 def small(preset: str = "formula", **changes: Any) -> RunConfig:
@@ -245,8 +241,7 @@ def test_parts_of_a_batch_are_the_batch() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="processes share memory as Linux and macOS do it")
-def test_processes_train_as_one_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # as on a CPU, in the workers too
+def test_processes_train_as_one_would(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"dropout": 0.0, "clip_norm": 0.5, "label_smoothing": 0.1, "exact_match_every": 2,
                                 "batch_size": 3}
     last = train(small(**settings), tmp_path / "one", bar=False)
@@ -262,7 +257,6 @@ def test_processes_train_as_one_would(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="processes share memory as Linux and macOS do it")
 def test_lost_process_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     whole_epoch, started = loop.Trainer.epoch, []
 
     def start(*args: Any, **options: Any) -> Popen[bytes]:

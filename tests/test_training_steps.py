@@ -24,11 +24,7 @@ SMALL = {"complexity": 1, "train_size": 59, "valid_size": 23, "width": 12, "head
          "schedule": "constant", "warmup_steps": 0, "clip_norm": 0.5, "weight_decay": 0.1, "device": "cpu",
          "processes": 1}
 
-
-@pytest.fixture(autouse=True)
-def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels as users on a CPU have them, not in Triton's interpreter: they have tests of their own."""
-    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
+pytestmark = pytest.mark.usefixtures("as_on_a_cpu")
 
 
 def small(**changes: Any) -> RunConfig:

@@ -19,7 +19,8 @@ from calcformer.config import PRESETS, RunConfig
 from calcformer.training import finished_epochs, load_run, resume, train, trainer
 from calcformer.training.run_log import RunLog
 
-pytestmark = [pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes as POSIX has them"),
+pytestmark = [pytest.mark.usefixtures("as_on_a_cpu"),
+              pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes as POSIX has them"),
               pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")]  # of threads, which take no lock here
 
 SMALL = {"complexity": 1, "train_size": 90, "valid_size": 20, "width": 8, "heads": 2, "hidden": 8, "dropout": 0.1,
@@ -28,13 +29,6 @@ FRESH: dict[str, Any] = {"fresh": True, "held_out": 0.5}
 KINDS: dict[str, dict[str, Any]] = {"one process": {}, "fresh problems": FRESH, "two processes": {"processes": 2}}
 KILLS = 3  # of each run, before it is left in peace
 LIMIT = 300  # seconds, after which a process ends by itself
-
-
-@pytest.fixture(autouse=True)
-def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels as users on a CPU have them, not in Triton's interpreter, in the processes that help too."""
-    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 def small(**changes: Any) -> RunConfig:
