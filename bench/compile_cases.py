@@ -81,6 +81,7 @@ HOPPER: dict[str, Any] = {"sizes": (64, 128, 256), "kernel": "hopper"}
 FEATURES |= {
     "hopper": Feature((), {}, dtypes=("bf16", "fp16"), **HOPPER),
     "hopper causal": Feature((), {"right": 0}, **HOPPER),
+    "hopper 300": Feature((), {"right": 0}, 300, sizes=(64,), kernel="hopper"),  # too few rows for three consumers
     "hopper lengths": Feature(("lengths",), {}, **HOPPER),
     "hopper all": Feature(("lengths",), EVERY_RULE, **HOPPER),
 }

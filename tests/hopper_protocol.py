@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SLOTS = 2
-FIRST, SECOND = "turn of the first", "turn of the second"
 ANYTHING = object()  # what a buffer held before does not matter
 Step = tuple[Any, ...]
 Group = Iterator[tuple[str, Step]]  # the steps of a warp group, with their names where they keep order
@@ -77,7 +76,7 @@ class Machine:
 
     barriers: dict[Any, Barrier]
     buffers: dict[Any, Buffer]
-    turns: dict[Any, list[int]] = field(default_factory=lambda: {FIRST: [0, 0], SECOND: [0, 0]})
+    turns: list[list[int]] = field(default_factory=lambda: [[0, 0] for _ in range(3)])  # of a consumer: given, taken
     meetings: list[int] = field(default_factory=lambda: [0, 0])  # how often each consumer has come to one
     copies: list[tuple[Any, Any, Any]] = field(default_factory=list)  # under way: barrier, buffer, contents
     sent: list[tuple[int, Any]] = field(default_factory=list)  # under way: consumer, buffer
@@ -133,7 +132,7 @@ class Machine:
         elif kind == "turn_give":
             given, taken = self.turns[rest[0]]
             if given - taken >= 1:
-                raise Race(f"{rest[0]} is given twice")
+                raise Race(f"the turn of consumer {rest[0]} is given twice")
             self.turns[rest[0]][0] += 1
         elif kind == "turn_wait":
             self.turns[rest[0]][1] += 1
@@ -172,7 +171,7 @@ class Work:
     cut: frozenset[int] = frozenset()
 
 
-def producer(works: list[Work]) -> Group:
+def producer(works: list[Work], consumers: int) -> Group:
     """The kernel's producer."""
     count = raw = 0
 
@@ -183,7 +182,7 @@ def producer(works: list[Work]) -> Group:
         yield "producer gives v_full", ("arrive", ("v_full", slot))
 
     for turn, work in enumerate(works):
-        for i in range(2):
+        for i in range(consumers):
             yield "producer waits q_empty", ("wait", ("q_empty", i), (turn & 1) ^ 1)
             yield "", ("copy", ("q_full", i), ("q", i), ("q", turn))
         for seen in range(work.tiles):
@@ -214,18 +213,18 @@ def end_values(slot: int) -> Group:
     yield "consumer gives v_empty", ("arrive", ("v_empty", slot))
 
 
-def consumer(index: int, works: list[Work]) -> Group:
+def consumer(index: int, works: list[Work], consumers: int) -> Group:
     """One of the kernel's consumers."""
-    me, other = ((FIRST, SECOND), (SECOND, FIRST))[index]
+    following = (index + 1) % consumers
     q = ("q", index)
-    if index == 1:
-        yield "second gives the first turn", ("turn_give", other)
+    if following == 0:
+        yield "the last gives the first turn", ("turn_give", following)
     count = 0
     for turn, work in enumerate(works):
         yield "consumer waits q_full", ("wait", ("q_full", index), turn & 1)
         for seen in range(work.tiles):
             slot, before, is_cut = count % SLOTS, (count - 1) % SLOTS, seen in work.cut
-            yield "consumer waits its turn", ("turn_wait", me)
+            yield "consumer waits its turn", ("turn_wait", index)
             if seen and is_cut:  # one product after the other
                 yield from multiply_values(before, count - 1, ("v", turn, seen - 1))
                 yield from end_values(before)
@@ -234,7 +233,7 @@ def consumer(index: int, works: list[Work]) -> Group:
             yield "", ("read", ("k", slot), ("k", turn, seen))
             if seen and not is_cut:
                 yield from multiply_values(before, count - 1, ("v", turn, seen - 1))
-            yield "consumer gives the turn", ("turn_give", other)
+            yield "consumer gives the turn", ("turn_give", following)
             yield "", ("read_end", q)  # the product is waited for
             yield "", ("read_end", ("k", slot))
             yield "consumer gives k_empty", ("arrive", ("k_empty", slot))
@@ -256,19 +255,20 @@ def consumer(index: int, works: list[Work]) -> Group:
         yield "consumer gives q_empty", ("arrive", ("q_empty", index))
 
 
-def forward_machine() -> Machine:
+def forward_machine(consumers: int) -> Machine:
     """The barriers and buffers of hopper_forward.py."""
-    one = [("q_full", i) for i in range(2)] + [("q_empty", i) for i in range(2)] + [("v_raw", 0)]
+    one = [(name, i) for name in ("q_full", "q_empty") for i in range(consumers)] + [("v_raw", 0)]
     one += [(name, slot) for name in ("k_full", "v_full") for slot in range(SLOTS)]
-    both = [(name, slot) for name in ("k_empty", "v_empty") for slot in range(SLOTS)]
-    names = [("q", i) for i in range(2)] + [(name, slot) for name in "kv" for slot in range(SLOTS)]
-    barriers = {name: Barrier(1) for name in one} | {name: Barrier(2) for name in both}
+    every = [(name, slot) for name in ("k_empty", "v_empty") for slot in range(SLOTS)]
+    names = [("q", i) for i in range(consumers)] + [(name, slot) for name in "kv" for slot in range(SLOTS)]
+    barriers = {name: Barrier(1) for name in one} | {name: Barrier(consumers) for name in every}
     return Machine(barriers, {name: Buffer() for name in names})
 
 
-def forward(works: list[Work]) -> tuple[Machine, list[Group]]:
+def forward(works: list[Work], consumers: int) -> tuple[Machine, list[Group]]:
     """The forward kernel on a program's share of work."""
-    return forward_machine(), [producer(works), consumer(0, works), consumer(1, works)]
+    groups = [consumer(index, works, consumers) for index in range(consumers)]
+    return forward_machine(consumers), [producer(works, consumers), *groups]
 
 
 def backward_producer(steps: int, is_guarded: bool) -> Group:
@@ -362,7 +362,7 @@ def run(machine: Machine, groups: list[Group], seed: int, without: str = "") -> 
     without: the name of a step that is left out.
     """
     rng = random.Random(seed)
-    eagerness = [rng.choice((1.0, 10.0, 0.1)) for _ in range(4)]  # some are slow, some fast: also what is under way
+    eagerness = [rng.choice((1.0, 10.0, 0.1)) for _ in range(5)]  # some are slow, some fast: also what is under way
 
     def following(group: Group) -> Step | None:
         return next((step for name, step in group if not name or name != without), None)
@@ -376,8 +376,8 @@ def run(machine: Machine, groups: list[Group], seed: int, without: str = "") -> 
     steps = [following(group) for group in groups]
     while any(step is not None for step in steps):
         ready = [(advance, k, eagerness[k]) for k, step in enumerate(steps) if step is not None and machine.can(step)]
-        ready += [(machine.finish_copy, which, eagerness[3]) for which in range(len(machine.copies))]
-        ready += [(machine.finish_sending, which, eagerness[3]) for which in range(len(machine.sent))]
+        ready += [(machine.finish_copy, which, eagerness[4]) for which in range(len(machine.copies))]
+        ready += [(machine.finish_sending, which, eagerness[4]) for which in range(len(machine.sent))]
         if not ready:
             raise Deadlock(f"everyone waits: {steps}")
         act, argument, _ = rng.choices(ready, [weight for *_, weight in ready])[0]

@@ -19,6 +19,7 @@ import torch
 import kernels
 from kernels.attention import choice
 from kernels.attention.rules import Extras, Rules
+from kernels.attention.tiles import choose_consumers
 from tests.attention_problem import check, problem
 from tests.test_attention_features import call, formula
 
@@ -86,6 +87,12 @@ def test_it_compiles_without_spills_and_leaves_a_product_in_flight() -> None:
     assert all("wgmma" in line for line in lines)
 
 
+def test_three_consumers_where_rows_are_narrow_and_tiles_well_filled() -> None:
+    lengths = (128, 192, 193, 300, 384, 1024, 2048, 5000)
+    assert [choose_consumers(64, n) for n in lengths] == [2, 3, 2, 2, 3, 2, 3, 3]
+    assert {choose_consumers(d, n) for d in (128, 256) for n in lengths} == {2}
+
+
 # What it computes
 
 
@@ -94,6 +101,7 @@ def test_it_compiles_without_spills_and_leaves_a_product_in_flight() -> None:
 @pytest.mark.parametrize("sizes", [
     (1, 1, 1, 128, 128, 128, 128), (2, 4, 2, 300, 500, 64, 64), (1, 2, 1, 1000, 77, 128, 128),
     (1, 2, 2, 257, 1025, 256, 256), (3, 5, 5, 129, 1, 64, 64), (2, 70, 10, 1024, 1024, 128, 128),
+    (1, 2, 1, 192, 1, 64, 64), (2, 70, 10, 1100, 1100, 64, 64),
 ], ids=lambda s: "B{}-H{}-Hkv{}-L{}-S{}-E{}-Ev{}".format(*s))  # fmt: skip
 @on_hopper
 def test_output_and_gradients(sizes: tuple[int, ...], is_causal: bool, dtype: torch.dtype) -> None:
@@ -114,7 +122,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 @on_hopper
 def test_each_feature(feature: str, d: int) -> None:
     options = {name: x.cuda() if torch.is_tensor(x) else x for name, x in FEATURES[feature].items()}
-    arguments = call((3, 4, 2, 333, 500, d, d), torch.bfloat16, "cuda")
+    arguments = call((3, 4, 2, 380, 500, d, d), torch.bfloat16, "cuda")
     result = attention(**arguments, **options, enable_gqa=True, return_lse=True)
     output, lse, _ = formula(**{name: x.double() for name, x in arguments.items()}, **options)
     torch.testing.assert_close(result.output.double(), output, rtol=2e-2, atol=2e-2)
@@ -141,7 +149,7 @@ def test_nan_stays_where_it_may_be_seen() -> None:
 def test_gradients_with_each_feature(feature: str, d: int) -> None:
     """Against the kernels for any shape, which are asked for by `deterministic`."""
     options = {name: x.cuda() if torch.is_tensor(x) else x for name, x in FEATURES[feature].items()}
-    arguments = call((3, 4, 2, 333, 500, d, d), torch.bfloat16, "cuda")
+    arguments = call((3, 4, 2, 380, 500, d, d), torch.bfloat16, "cuda")
     found = []
     for deterministic in (False, True):
         leaves = {name: x.detach().requires_grad_() for name, x in arguments.items()}

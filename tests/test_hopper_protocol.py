@@ -20,7 +20,7 @@ CUT = [
     for cut in ({0}, {0, 1}, {0, n - 1}, set(range(n)))
     if max(cut) < n
 ]
-FORWARD: list[Program] = [partial(forward, works) for works in FULL + CUT]
+FORWARD: list[Program] = [partial(forward, works, consumers) for works in FULL + CUT for consumers in (2, 3)]
 BOTH = (False, True)
 BACKWARD: list[Program] = [partial(backward, *case) for case in itertools.product(range(10), BOTH, BOTH)]
 

@@ -2,18 +2,18 @@
 
     O = softmax(scale * Q K^T) V      with causal and window limits, key lengths, soft cap, shared key heads
 
-One warp group, the producer, copies tiles from memory (TMA); two others, the consumers, hold 64 queries each and
-multiply. Tiles of K and V stand in rings of SLOTS. A consumer issues Q K^T of the next tile before it waits for P V of
-this one, so that the softmax of one product runs beside the other; named barriers let the two consumers take turns at
-the matrix unit (FlashAttention-3: Shah et al. 2024, sections 3.1 and 3.2). Programs stay, and walk over tiles of
-queries, the longest first, over as many heads at a time as have their keys and values in L2.
+One warp group, the producer, copies tiles from memory (TMA); two others, the consumers, or three where heads are
+narrow, hold 64 queries each and multiply. Tiles of K and V stand in rings of SLOTS. A consumer issues Q K^T of the next
+tile before it waits for P V of this one, so that the softmax of one product runs beside the other; named barriers let
+the consumers take turns at the matrix unit (FlashAttention-3: Shah et al. 2024, sections 3.1 and 3.2). Programs stay,
+and walk over tiles of queries, the longest first, over as many heads at a time as have their keys and values in L2.
 
 Key tiles are walked from the last to the first: the first one seen is the one on the diagonal. Those that an edge cuts
 are GUARDED: a weight of zero times NaN is NaN, so the producer takes NaN and Inf out of V before it hands it over, and
 tells by a flag which keys had some.
 
-Work of one head: 4 L S E flops (half when causal). Bytes: Q and O once, K and V once for each tile of 128 queries,
-from L2 mostly; 8 a row for the statistics, which are those of general.py.
+Work of one head: 4 L S E flops (half when causal). Bytes: Q and O once, K and V once for each tile of queries, from L2
+mostly; 8 a row for the statistics, which are those of general.py.
 """
 
 import torch
@@ -26,29 +26,31 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels.attention.general import numbers
 from kernels.attention.hopper_pieces import (
-    BARRIER_A, BARRIER_B, clean_values, descriptor, hopper_options, load_tile, named_barrier, store_tile, tile_bounds,
-    warp_group_barrier,
+    BARRIER_A, BARRIER_B, BARRIER_C, clean_values, descriptor, hopper_options, load_tile, named_barrier, store_tile,
+    tile_bounds, warp_group_barrier,
 )  # fmt: skip
 from kernels.attention.pieces import BOTH_BANDS, NO_BAND
 from kernels.attention.rules import Extras, Rules
+from kernels.attention.tiles import choose_consumers
 from kernels.launch import launch_on, multiprocessors
 
 ROWS = 64  # queries of a consumer: the rows of a warp group's matrix instruction
-CONSUMERS = 2
+# Of a consumer's thread, by how many consumers there are. The producer has what is left: of 168 a thread of three warp
+# groups, or of 128 a thread of four.
+REGISTERS = {2: 224, 3: 160}
 SLOTS = 2  # tiles of K, and of V, in shared memory
-REGISTERS = 224  # of a consumer's thread; what is left of 168 for each of three warp groups is the producer's
-Q_FULL, Q_EMPTY, V_RAW = gl.constexpr(0), gl.constexpr(2), gl.constexpr(4)  # barriers, and where the others begin
-K_FULL, K_EMPTY, V_FULL, V_EMPTY = (gl.constexpr(5 + i * SLOTS) for i in range(4))
+Q_FULL, Q_EMPTY, V_RAW = gl.constexpr(0), gl.constexpr(3), gl.constexpr(6)  # barriers, and where the others begin
+K_FULL, K_EMPTY, V_FULL, V_EMPTY = (gl.constexpr(7 + i * SLOTS) for i in range(4))
 L2_BYTES = 24 << 20  # of keys and values that are walked over together
 
 
 @gluon.jit
-def find_work(work, n_heads, n_tiles, section):
+def find_work(work, n_heads, n_tiles, section, ROWS: gl.constexpr):
     """Head, over all batch entries, and first query of a piece of work: `section` heads at a time, last rows first."""
     first = work // (section * n_tiles) * section
     size = gl.minimum(section, n_heads - first)
     place = work - first * n_tiles
-    return first + place % size, (n_tiles - 1 - place // size) * 128
+    return first + place % size, (n_tiles - 1 - place // size) * ROWS
 
 
 @gluon.jit
@@ -65,7 +67,7 @@ def hand_over(number, raw, tiles_s, flags_s, signals, BLOCK_K: gl.constexpr, D: 
 def producer(
     q_desc, k_desc, v_desc, key_lengths_ptr, q_s, tiles_s, flags_s, signals,
     n_heads_total, n_heads, group, L, S, left, right, n_tiles, section,
-    BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
+    BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, CONSUMERS: gl.constexpr,
     BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr, GUARDED: gl.constexpr,
 ):  # fmt: skip
     """Copy the tiles of every piece of work of this program to shared memory, in the order of the consumers."""
@@ -73,13 +75,13 @@ def producer(
     raw = 0  # tiles of V cleaned so far
     turn = 0  # pieces of work so far
     for work in range(gl.program_id(0), n_tiles * n_heads_total, gl.num_programs(0)):
-        head, start_q = find_work(work, n_heads_total, n_tiles, section)
+        head, start_q = find_work(work, n_heads_total, n_tiles, section, CONSUMERS * 64)
         b = head // n_heads
         h = head % n_heads
         _, _, first, last, open_first, open_last = tile_bounds(
-            start_q, b, L, S, left, right, key_lengths_ptr, BLOCK_K, BAND, BOTTOM_RIGHT, HAS_LENGTHS
+            start_q, b, L, S, left, right, key_lengths_ptr, CONSUMERS * 64, BLOCK_K, BAND, BOTTOM_RIGHT, HAS_LENGTHS
         )
-        for i in gl.static_range(2):
+        for i in gl.static_range(CONSUMERS):
             mbarrier.wait(signals.index(Q_EMPTY + i), (turn & 1) ^ 1)
             mbarrier.expect(signals.index(Q_FULL + i), q_desc.block_type.nbytes)
             load_tile(q_desc, [b, h, start_q + i * 64, 0], signals.index(Q_FULL + i), q_s.index(i))
@@ -170,8 +172,8 @@ def spoil(weights, allowed, flags_s, signals, count, SLOTS: gl.constexpr):
 def step(
     q, tiles_s, flags_s, signals, weights, acc, row_max, row_sum, count, place, tile,
     n_keys, left, right, scale, softcap,
-    ME: gl.constexpr, OTHER: gl.constexpr, BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
-    BAND: gl.constexpr, HAS_SOFTCAP: gl.constexpr, CHECKED: gl.constexpr, DTYPE: gl.constexpr,
+    ME: gl.constexpr, NEXT: gl.constexpr, BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
+    BAND: gl.constexpr, HAS_SOFTCAP: gl.constexpr, CHECKED: gl.constexpr,
 ):  # fmt: skip
     """Q K^T of tile number `count` and its softmax, beside P V of the one before: weights, acc, row_max, row_sum.
 
@@ -185,12 +187,12 @@ def step(
         acc = warpgroup_mma_wait(0, deps=[sum_])
         mbarrier.arrive(signals.index(V_EMPTY + before), count=1)
         product = multiply_keys(q, tiles_s, signals, count, BLOCK_K, D, SLOTS)
-        named_barrier("arrive", OTHER)
+        named_barrier("arrive", NEXT)
         scores = warpgroup_mma_wait(0, deps=[product])
     else:
         product = multiply_keys(q, tiles_s, signals, count, BLOCK_K, D, SLOTS)
         sum_ = multiply_values(weights, acc, tiles_s, signals, count - 1, BLOCK_K, D, SLOTS)
-        named_barrier("arrive", OTHER)
+        named_barrier("arrive", NEXT)
         scores = warpgroup_mma_wait(1, deps=[product])
     mbarrier.arrive(signals.index(K_EMPTY + count % SLOTS), count=1)
     p, shrink, row_max, row_sum, allowed = soften(
@@ -203,32 +205,34 @@ def step(
         acc = warpgroup_mma_wait(0, deps=[sum_])
         mbarrier.arrive(signals.index(V_EMPTY + before), count=1)
     acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, wide))[:, None]
-    return gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(0, wide, 2)), acc, row_max, row_sum
+    return gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, wide, 2)), acc, row_max, row_sum
 
 
 @gluon.jit
 def consumer(
-    ME: gl.constexpr, OTHER: gl.constexpr, INDEX: gl.constexpr,
-    out_desc, row_max_ptr, row_sum_ptr, key_lengths_ptr, q_s, tiles_s, flags_s, signals,
-    n_heads_total, n_heads, L, S, left, right, scale, softcap, n_tiles, section,
-    BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
+    ME: gl.constexpr, NEXT: gl.constexpr, INDEX: gl.constexpr, given, key_lengths_ptr,
+    BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, CONSUMERS: gl.constexpr,
     BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
-    GUARDED: gl.constexpr, DTYPE: gl.constexpr,
+    GUARDED: gl.constexpr,
 ):  # fmt: skip
-    """Output and statistics of 64 queries of every piece of work of this program."""
+    """Output and statistics of 64 queries of every piece of work of this program. ME, NEXT: named barriers."""
+    (
+        out_desc, row_max_ptr, row_sum_ptr, q_s, tiles_s, flags_s, signals,
+        n_heads_total, n_heads, L, S, left, right, scale, softcap, n_tiles, section,
+    ) = given  # fmt: skip
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     rows: gl.constexpr = gl.SliceLayout(1, narrow)
     q = q_s.index(INDEX).reshape([64, D])
-    if INDEX == 1:
-        named_barrier("arrive", OTHER)  # the first consumer begins
+    if INDEX == CONSUMERS - 1:
+        named_barrier("arrive", NEXT)  # the first consumer begins
     count = 0
     turn = 0
     for work in range(gl.program_id(0), n_tiles * n_heads_total, gl.num_programs(0)):
-        head, start_q = find_work(work, n_heads_total, n_tiles, section)
+        head, start_q = find_work(work, n_heads_total, n_tiles, section, CONSUMERS * 64)
         b = head // n_heads
         n_keys, offset, first, last, open_first, open_last = tile_bounds(
-            start_q, b, L, S, left, right, key_lengths_ptr, BLOCK_K, BAND, BOTTOM_RIGHT, HAS_LENGTHS
+            start_q, b, L, S, left, right, key_lengths_ptr, CONSUMERS * 64, BLOCK_K, BAND, BOTTOM_RIGHT, HAS_LENGTHS
         )
         place = start_q + offset + INDEX * 64 + gl.arange(0, 64, rows)  # of the queries, beside the keys
         acc = gl.zeros([64, D], gl.float32, wide)
@@ -237,7 +241,7 @@ def consumer(
         mbarrier.wait(signals.index(Q_FULL + INDEX), turn & 1)
         named_barrier("sync", ME)
         product = multiply_keys(q, tiles_s, signals, count, BLOCK_K, D, SLOTS)
-        named_barrier("arrive", OTHER)
+        named_barrier("arrive", NEXT)
         scores = warpgroup_mma_wait(0, deps=[product])
         mbarrier.arrive(signals.index(K_EMPTY + count % SLOTS), count=1)
         p, _, row_max, row_sum, allowed = soften(
@@ -247,7 +251,7 @@ def consumer(
         if GUARDED:
             if (last >= open_last) | (last < open_first):
                 p = spoil(p, allowed, flags_s, signals, count, SLOTS)
-        weights = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(0, wide, 2))
+        weights = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, wide, 2))
         count += 1
         for PART in gl.static_range(3):  # tiles cut at the right edge, open ones, tiles cut at a window's left
             low, high = first, open_first
@@ -260,7 +264,7 @@ def consumer(
                     weights, acc, row_max, row_sum = step(
                         q, tiles_s, flags_s, signals, weights, acc, row_max, row_sum, count, place, high - 1 - seen,
                         n_keys, left, right, scale, softcap,
-                        ME, OTHER, BLOCK_K, D, SLOTS, BAND, HAS_SOFTCAP, PART != 1, DTYPE,
+                        ME, NEXT, BLOCK_K, D, SLOTS, BAND, HAS_SOFTCAP, PART != 1,
                     )  # fmt: skip
                     count += 1
         sum_ = multiply_values(weights, acc, tiles_s, signals, count - 1, BLOCK_K, D, SLOTS)
@@ -272,7 +276,7 @@ def consumer(
         stats = head.to(gl.int64) * L
         gl.store(row_max_ptr + stats + i, row_max, mask=i < L)
         gl.store(row_sum_ptr + stats + i, row_sum, mask=i < L)
-        q.store(acc.to(DTYPE))  # the queries are not needed any more
+        q.store(acc.to(q.dtype))  # the queries are not needed any more
         fence_async_shared()
         warp_group_barrier()
         store_tile(out_desc, [b, head % n_heads, start_q + INDEX * 64, 0], q_s.index(INDEX))
@@ -284,65 +288,88 @@ def consumer(
 # barrier  count  a phase of it completes when                         who waits for it
 # q_full   1      64 queries have been copied                          their consumer, before its first product
 # q_empty  1      their consumer's output has left the same memory     the producer, before it copies the next queries
-# k_full   1      a tile of K has been copied                          both consumers, before they multiply by it
-# k_empty  2      both consumers' products with it are done            the producer, before it copies into that slot
-# v_full   1      a tile of V has been copied, or, if cut, cleaned      both consumers, before they multiply
-# v_empty  2      both consumers' products with it are done            the producer, before it copies into that slot
+# k_full   1      a tile of K has been copied                          every consumer, before it multiplies by it
+# k_empty  2 or 3 every consumer's product with it is done             the producer, before it copies into that slot
+# v_full   1      a tile of V has been copied, or, if cut, cleaned     every consumer, before it multiplies by it
+# v_empty  2 or 3 every consumer's product with it is done             the producer, before it copies into that slot
 # v_raw    1      a cut tile of V has been copied                      the producer, before it cleans it
 #
 # Tile number n of K, and of V, counted over all pieces of work, is in slot n % SLOTS and in phase n // SLOTS of its
 # barriers; queries number t are in phase t of theirs, cut tile number r in phase r of v_raw. Who waits for "full" waits
 # for the parity of that phase; who waits for "empty" for that of the phase before, which goes through where there was
-# none. An expected copy is the one arrival of its barrier. tests/hopper_protocol.py runs this in many orders.
+# none. An expected copy is the one arrival of its barrier. The turns go round: a consumer waits at the named barrier
+# ME for the one before it, and comes to NEXT when it has issued its products. tests/hopper_protocol.py runs this in
+# many orders.
 
 
 @gluon.jit
 def hopper_forward_kernel(
     q_desc, k_desc, v_desc, out_desc, row_max_ptr, row_sum_ptr, key_lengths_ptr,
     n_heads_total, n_heads, group, L, S, left, right, scale, softcap, n_tiles, section,
-    BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, REGISTERS: gl.constexpr,
+    BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
     BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     GUARDED: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """Output and statistics of this program's share of the tiles of 128 queries.
+    """Output and statistics of this program's share of the tiles of 64 queries a consumer.
 
     q_desc, k_desc, v_desc, out_desc: descriptors of (B, H, rows, D) in boxes (1, 1, 64 or BLOCK_K, D).
-    row_max_ptr, row_sum_ptr (B, n_heads, L) float32; key_lengths_ptr (B,). n_heads_total: B * n_heads. n_tiles: of 128
+    row_max_ptr, row_sum_ptr (B, n_heads, L) float32; key_lengths_ptr (B,). n_heads_total: B * n_heads. n_tiles: of
     queries, a head. section: heads that are walked over together. scale, softcap, left, right as in forward_kernel.
     """
     # Few allocations: each is handed to the warp groups as several registers.
-    q_s = gl.allocate_shared_memory(DTYPE, [2, 1, 1, 64, D], q_desc.layout)
+    q_s = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 1, 64, D], q_desc.layout)
     tiles_s = gl.allocate_shared_memory(DTYPE, [2 * SLOTS, 1, 1, BLOCK_K, D], k_desc.layout)  # K and V in turn
     flags_s = gl.allocate_shared_memory(gl.int32, [SLOTS, BLOCK_K], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    signals = gl.allocate_shared_memory(gl.int64, [5 + 4 * SLOTS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
+    signals = gl.allocate_shared_memory(gl.int64, [7 + 4 * SLOTS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(CONSUMERS):
         mbarrier.init(signals.index(Q_FULL + i), count=1)
         mbarrier.init(signals.index(Q_EMPTY + i), count=1)
     mbarrier.init(signals.index(V_RAW), count=1)
     for slot in gl.static_range(SLOTS):
         mbarrier.init(signals.index(K_FULL + slot), count=1)
         mbarrier.init(signals.index(V_FULL + slot), count=1)
-        mbarrier.init(signals.index(K_EMPTY + slot), count=2)  # both consumers
-        mbarrier.init(signals.index(V_EMPTY + slot), count=2)
-    gl.warp_specialize([
-        (producer, (
-            q_desc, k_desc, v_desc, key_lengths_ptr, q_s, tiles_s, flags_s, signals,
-            n_heads_total, n_heads, group, L, S, left, right, n_tiles, section,
-            BLOCK_K, D, SLOTS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, GUARDED,
-        )),
-        (consumer, (
-            BARRIER_A, BARRIER_B, 0,
-            out_desc, row_max_ptr, row_sum_ptr, key_lengths_ptr, q_s, tiles_s, flags_s, signals,
-            n_heads_total, n_heads, L, S, left, right, scale, softcap, n_tiles, section,
-            BLOCK_K, D, SLOTS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, HAS_SOFTCAP, GUARDED, DTYPE,
-        )),
-        (consumer, (
-            BARRIER_B, BARRIER_A, 1,
-            out_desc, row_max_ptr, row_sum_ptr, key_lengths_ptr, q_s, tiles_s, flags_s, signals,
-            n_heads_total, n_heads, L, S, left, right, scale, softcap, n_tiles, section,
-            BLOCK_K, D, SLOTS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, HAS_SOFTCAP, GUARDED, DTYPE,
-        )),
-    ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
+        mbarrier.init(signals.index(K_EMPTY + slot), count=CONSUMERS)
+        mbarrier.init(signals.index(V_EMPTY + slot), count=CONSUMERS)
+    given = (
+        out_desc, row_max_ptr, row_sum_ptr, q_s, tiles_s, flags_s, signals,
+        n_heads_total, n_heads, L, S, left, right, scale, softcap, n_tiles, section,
+    )  # fmt: skip
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (producer, (
+                q_desc, k_desc, v_desc, key_lengths_ptr, q_s, tiles_s, flags_s, signals,
+                n_heads_total, n_heads, group, L, S, left, right, n_tiles, section,
+                BLOCK_K, D, SLOTS, CONSUMERS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, GUARDED,
+            )),
+            (consumer, (
+                BARRIER_A, BARRIER_B, 0, given, key_lengths_ptr,
+                BLOCK_K, D, SLOTS, CONSUMERS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, HAS_SOFTCAP, GUARDED,
+            )),
+            (consumer, (
+                BARRIER_B, BARRIER_A, 1, given, key_lengths_ptr,
+                BLOCK_K, D, SLOTS, CONSUMERS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, HAS_SOFTCAP, GUARDED,
+            )),
+        ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (producer, (
+                q_desc, k_desc, v_desc, key_lengths_ptr, q_s, tiles_s, flags_s, signals,
+                n_heads_total, n_heads, group, L, S, left, right, n_tiles, section,
+                BLOCK_K, D, SLOTS, CONSUMERS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, GUARDED,
+            )),
+            (consumer, (
+                BARRIER_A, BARRIER_B, 0, given, key_lengths_ptr,
+                BLOCK_K, D, SLOTS, CONSUMERS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, HAS_SOFTCAP, GUARDED,
+            )),
+            (consumer, (
+                BARRIER_B, BARRIER_C, 1, given, key_lengths_ptr,
+                BLOCK_K, D, SLOTS, CONSUMERS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, HAS_SOFTCAP, GUARDED,
+            )),
+            (consumer, (
+                BARRIER_C, BARRIER_A, 2, given, key_lengths_ptr,
+                BLOCK_K, D, SLOTS, CONSUMERS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, HAS_SOFTCAP, GUARDED,
+            )),
+        ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
 
 
 def launch_hopper_forward(
@@ -352,11 +379,14 @@ def launch_hopper_forward(
     """Launch the forward kernel. Arguments as of `launch_forward` in general.py, of a call that choice.py gives it."""
     batch, n_heads, n_queries, d = query.shape
     n_kv_heads, n_keys = key.shape[1:3]
-    group, n_tiles = n_heads // n_kv_heads, triton.cdiv(n_queries, CONSUMERS * ROWS)
+    consumers = choose_consumers(d, n_queries)
+    group, n_tiles = n_heads // n_kv_heads, triton.cdiv(n_queries, consumers * ROWS)
     block_k = 64 if d == 256 else 128
     options = hopper_options(query, extras, rules)
     dtype = options["DTYPE"]
-    section = max(1, L2_BYTES // (2 * n_keys * d * query.element_size())) * group
+    section = group  # heads that share keys and values; tiles of equal length need no order
+    if options["BAND"] != NO_BAND.value:
+        section *= max(1, L2_BYTES // (2 * n_keys * d * query.element_size()))
     left, right, scale, softcap, *_ = numbers(rules)
     grid = (min(n_tiles * batch * n_heads, multiprocessors(query.device)),)  # programs stay; work in turns
     with launch_on(query.device):
@@ -365,5 +395,5 @@ def launch_hopper_forward(
             descriptor(output, ROWS, dtype), row_max, row_sum, extras.key_lengths,
             batch * n_heads, n_heads, group, n_queries, n_keys, left, right, scale, softcap, n_tiles,
             min(section, batch * n_heads),
-            BLOCK_K=block_k, D=d, SLOTS=SLOTS, REGISTERS=REGISTERS, **options,
+            BLOCK_K=block_k, D=d, SLOTS=SLOTS, CONSUMERS=consumers, REGISTERS=REGISTERS[consumers], **options,
         )  # fmt: skip

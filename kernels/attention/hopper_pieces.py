@@ -17,12 +17,13 @@ load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 warp_group_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
-BARRIER_A, BARRIER_B = gl.constexpr("9"), gl.constexpr("10")  # named barriers; the compiler takes the first few
+# Named barriers; the compiler takes the first few.
+BARRIER_A, BARRIER_B, BARRIER_C = gl.constexpr("9"), gl.constexpr("10"), gl.constexpr("11")
 
 
 @gluon.jit
 def named_barrier(VERB: gl.constexpr, NUMBER: gl.constexpr):
-    """At a named barrier of the two consumers: "sync" waits for the other one to come to it, "arrive" does not wait."""
+    """At a named barrier of two consumers: "sync" waits for the other one to come to it, "arrive" does not wait."""
     x = gl.full([128], 0, gl.int32, layout=gl.BlockedLayout([1], [32], [4], [0]))
     code: gl.constexpr = "bar." + VERB + " " + NUMBER + ", 256; mov.b32 $0, $1;"
     gl.inline_asm_elementwise(code, "=r,r", [x], gl.int32, is_pure=False, pack=1)
@@ -42,10 +43,10 @@ def keys_in_use(b, L, S, key_lengths_ptr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTH
 
 @gluon.jit
 def tile_bounds(
-    start_q, b, L, S, left, right, key_lengths_ptr,
+    start_q, b, L, S, left, right, key_lengths_ptr, ROWS: gl.constexpr,
     BLOCK_K: gl.constexpr, BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr,
 ):  # fmt: skip
-    """Which key tiles 128 queries need.
+    """Which key tiles ROWS queries need.
 
     Returns:
         Keys in use; the offset of the places; the first tile and the last one needed, one at least; the tiles
@@ -55,11 +56,11 @@ def tile_bounds(
     first, open_first, end, open_end = 0, 0, n_keys, n_keys
     if BAND != NO_BAND:
         place = start_q + offset
-        end = gl.maximum(gl.minimum(n_keys, place + 128 + right), 0)
+        end = gl.maximum(gl.minimum(n_keys, place + ROWS + right), 0)
         open_end = gl.maximum(gl.minimum(n_keys, place + 1 + right), 0)
         if BAND == BOTH_BANDS:
             first = gl.maximum(place - left, 0) // BLOCK_K
-            open_first = gl.cdiv(gl.maximum(place + 127 - left, 0), BLOCK_K)
+            open_first = gl.cdiv(gl.maximum(place + ROWS - 1 - left, 0), BLOCK_K)
     last = gl.maximum(gl.cdiv(end, BLOCK_K) - 1, first)
     open_last = gl.minimum(gl.maximum(open_end // BLOCK_K, first), last)
     open_first = gl.minimum(gl.maximum(open_first, first), open_last)

@@ -140,6 +140,15 @@ def choose_tile(
     return tile._replace(block_q=16) if n_queries <= FEW_ROWS else tile
 
 
+def choose_consumers(head_size: int, n_queries: int) -> int:
+    """Warp groups of 64 queries in a program of the Hopper forward kernel.
+
+    Three where their accumulators fit the registers, and tiles of 192 queries leave few of their rows empty; else two.
+    """
+    padded = (n_queries + 191) // 192 * 192
+    return 3 if head_size == 64 and padded <= n_queries * 17 / 16 else 2
+
+
 class ShortTile(NamedTuple):
     """Tiles that a program of the kernels for short sequences works on at a time, and sequences in each of them."""
 
