@@ -27,6 +27,14 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def l2_bytes(device: torch.device) -> int:
+    """Size of a CUDA device's L2 cache; on a CPU that of an H200's."""
+    if device.type != "cuda":
+        return 50 << 20
+    return torch.cuda.get_device_properties(device).L2_cache_size
+
+
 def launch_on(device: torch.device) -> contextlib.AbstractContextManager:
     """Make `device` the current one while a kernel is launched; Triton launches on the current device."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():

@@ -20,11 +20,20 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 @pytest.fixture(autouse=True, params=["general", "short"])
 def kernel(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, device: str) -> None:
-    """The kernel for any shape alone, or that for short sequences where it takes the call.
+    """The kernel for any shape alone, or that for short sequences; a test that is not for the latter is skipped.
 
     The former in the interpreter with tiles so small that short sequences cross several; on a GPU with the real ones.
     """
     if request.param == "short":
+        from kernels.attention.ops import why_not_short
+
+        def skip_or_take(*call: object) -> str:
+            reason = why_not_short(*call)
+            return pytest.skip(f"not for the kernel for short sequences: {reason}") if reason else ""
+
+        monkeypatch.setattr("kernels.attention.ops.why_not_short", skip_or_take)
+        if device == "cpu":
+            monkeypatch.setattr("kernels.attention.choice.MAX_SHORT_ELSEWHERE", tiles.MAX_SHORT)
         return
     monkeypatch.setattr("kernels.attention.ops.why_not_short", lambda *_: "tested elsewhere")
     if device == "cuda" or request.node.get_closest_marker("real_tiles"):

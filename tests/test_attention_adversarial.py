@@ -32,10 +32,11 @@ def kernel(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, devi
 
     The former in the interpreter with the smallest tiles, of two sides; on a GPU with those of the launcher.
     """
+    if device == "cpu":
+        set_tile(monkeypatch, 16, 32)
+        monkeypatch.setattr("kernels.attention.choice.MAX_SHORT_ELSEWHERE", tiles.MAX_SHORT)
     if request.param == "general":
         monkeypatch.setattr("kernels.attention.ops.why_not_short", lambda *_: "tested elsewhere")
-        if device == "cpu":
-            set_tile(monkeypatch, 16, 32)
 
 
 def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:

@@ -27,13 +27,13 @@ import triton.language as tl
 
 from kernels.attention.choice import is_wide
 from kernels.attention.pieces import (
-    BOOL_MASK, BOTH_BANDS, FLOAT_MASK, LOG2_E, NO_BAND, NO_MASK, UPPER_BAND, batch_bounds, bend, dot, kept, key_range,
-    load_rows, product_of_rows, restrict, store_rows, zero_nonfinite,
+    BOOL_MASK, BOTH_BANDS, FLOAT_MASK, LOG2_E, NO_BAND, NO_MASK, UPPER_BAND, batch_bounds, bend, dot, find_work, kept,
+    key_range, load_rows, product_of_rows, restrict, store_rows, zero_nonfinite,
 )  # fmt: skip
 from kernels.attention.rules import Extras, Rules
 from kernels.attention.tiles import choose_tile, column_blocks
 from kernels.backend import INTERPRETED
-from kernels.launch import capability, launch_on
+from kernels.launch import capability, l2_bytes, launch_on
 
 
 FAR = 1 << 30  # a side of a window that no sequence reaches
@@ -49,7 +49,7 @@ def forward_kernel(
     stride_mb, stride_mh, stride_ml, stride_ms,
     stride_ob, stride_oh, stride_ol, stride_oe,
     stride_sb, stride_sh, stride_ab, stride_zb,
-    n_heads, group, L, S, left, right, scale, softcap, dropout_p, keep_scale,
+    n_heads, group, L, S, left, right, scale, softcap, dropout_p, keep_scale, section,
     E: tl.constexpr, EV: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr, LOOP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BAND: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, PACKED: tl.constexpr, HAS_LENGTHS: tl.constexpr,
@@ -65,14 +65,14 @@ def forward_kernel(
     n_heads): float32, natural units. Each is read when its flag is set.
     out_ptr (B, n_heads, L, EV): output; row_max_ptr, row_sum_ptr (B, n_heads, L): float32 statistics, rows contiguous.
     scale: factor of Q K^T, times log2(e), or with a soft cap over the cap. softcap: times log2(e).
-    dropout_p: probability of dropping a weight; keep_scale: 1 / (1 - dropout_p).
+    dropout_p: probability of dropping a weight; keep_scale: 1 / (1 - dropout_p). section: heads, or chunks of columns
+    of them, whose tiles of queries are worked on in turn.
     """
     chunks: tl.constexpr = (EV + BLOCK_EV - 1) // BLOCK_EV
     n_tiles = tl.cdiv(L, BLOCK_Q)
-    pid = tl.program_id(0)
-    tile = pid % n_tiles
-    start_v = pid // n_tiles % chunks * BLOCK_EV
-    head = pid // n_tiles // chunks  # over batch and heads
+    head, tile = find_work(tl.program_id(0), tl.num_programs(0) // n_tiles, n_tiles, section)
+    start_v = head % chunks * BLOCK_EV
+    head //= chunks  # over batch and heads
     if BAND != NO_BAND:
         tile = n_tiles - 1 - tile  # the longest rows first, so that no straggler starts last
     b = (head // n_heads).to(tl.int64)
@@ -198,6 +198,20 @@ def flags(query: torch.Tensor, seed: torch.Tensor | None, extras: Extras, rules:
     }
 
 
+def heads_in_turn(group: int, shared_bytes: int, rules: Rules, device: torch.device) -> int:
+    """Query heads that are worked on in turn, a tile of each.
+
+    The longest tiles of all heads first would keep every multiprocessor busy to the end; one head after the other finds
+    what its tiles share in L2. So: as many heads as have theirs there, or where all tiles are as long, one group.
+
+    Args:
+        group: query heads that share a key head.
+        shared_bytes: what the tiles of a key head share, keys and values or queries and gradients.
+    """
+    is_causal = rules.right is not None and rules.left is None
+    return group * max(1, l2_bytes(device) // 2 // max(shared_bytes, 1)) if is_causal else group
+
+
 def lengths(query: torch.Tensor, key: torch.Tensor, extras: Extras, rules: Rules) -> tuple[int, int, int]:
     """Batch entries, and the most queries and keys of one."""
     if extras.query_starts is None:
@@ -257,7 +271,7 @@ def launch_forward(
     tile = choose_tile("forward", *tile_arguments(query, value, seed, n_queries))
     sizes = column_blocks(e, ev)
     chunks = triton.cdiv(ev, sizes["BLOCK_EV"])
-    grid = (triton.cdiv(n_queries, tile.block_q) * chunks * n_heads * batch,)  # query tiles fastest, batch slowest
+    grid = (triton.cdiv(n_queries, tile.block_q) * chunks * n_heads * batch,)
     if grid[0] == 0:
         return
     strides = (*batch_strides(query, extras), *batch_strides(key, extras), *batch_strides(value, extras))
@@ -267,6 +281,7 @@ def launch_forward(
             *strides, *mask_strides(extras.attn_mask), *batch_strides(output, extras),
             *batch_strides(row_max, extras)[:2], head_stride(extras.alibi_slopes), head_stride(extras.sinks),
             n_heads, n_heads // key.shape[1], n_queries, n_keys, *numbers(rules),
+            chunks * heads_in_turn(n_heads // key.shape[1], n_keys * (e + ev) * key.itemsize, rules, query.device),
             MASK=mask_kind(extras.attn_mask), HAS_SINKS=extras.sinks is not None, **sizes, **tile.options(),
             **flags(query, seed, extras, rules, is_wide(query, key, value, extras.attn_mask)),
         )  # fmt: skip

@@ -22,12 +22,13 @@ import triton.language as tl
 
 from kernels.attention.choice import is_wide
 from kernels.attention.general import (
-    batch_strides, flags, head_stride, lengths, mask_kind, mask_strides, numbers, pointers, tile_arguments,
+    batch_strides, flags, head_stride, heads_in_turn, lengths, mask_kind, mask_strides, numbers, pointers,
+    tile_arguments,
 )  # fmt: skip
 from kernels.attention.mask_gradient import mask_grid, mask_kernel, summed_axes
 from kernels.attention.pieces import (
-    LOG2_E, NO_BAND, NO_MASK, batch_bounds, bend, cap_slope, dot, kept, key_range, load_rows, load_statistics,
-    product_of_rows, query_range, restrict, store_rows, zero_nonfinite,
+    LOG2_E, NO_BAND, NO_MASK, batch_bounds, bend, cap_slope, dot, find_work, kept, key_range, load_rows,
+    load_statistics, product_of_rows, query_range, restrict, store_rows, zero_nonfinite,
 )  # fmt: skip
 from kernels.attention.rules import Extras, Rules
 from kernels.attention.tiles import block_of, choose_tile, column_blocks
@@ -74,7 +75,7 @@ def query_kernel(
     stride_gb, stride_gh, stride_gl, stride_ge,
     stride_sb, stride_sh, stride_ab,
     stride_dqb, stride_dqh, stride_dql, stride_dqe,
-    n_heads, group, L, S, left, right, scale, softcap, dropout_p, keep_scale, dq_scale,
+    n_heads, group, L, S, left, right, scale, softcap, dropout_p, keep_scale, section, dq_scale,
     E: tl.constexpr, EV: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr, LOOP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BAND: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, PACKED: tl.constexpr, HAS_LENGTHS: tl.constexpr,
@@ -84,10 +85,9 @@ def query_kernel(
     """dQ of BLOCK_Q queries of one head. grad_ptr (B, n_heads, L, EV): dO. The rest as in forward_kernel."""
     chunks: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
     n_tiles = tl.cdiv(L, BLOCK_Q)
-    pid = tl.program_id(0)
-    tile = pid % n_tiles
-    start_e = pid // n_tiles % chunks * BLOCK_E
-    head = pid // n_tiles // chunks
+    head, tile = find_work(tl.program_id(0), tl.num_programs(0) // n_tiles, n_tiles, section)
+    start_e = head % chunks * BLOCK_E
+    head //= chunks
     if BAND != NO_BAND:
         tile = n_tiles - 1 - tile
     b = (head // n_heads).to(tl.int64)
@@ -179,7 +179,7 @@ def key_value_kernel(
     stride_sb, stride_sh, stride_ab,
     stride_dkb, stride_dkh, stride_dks, stride_dke,
     stride_dvb, stride_dvh, stride_dvs, stride_dve,
-    n_heads, group, L, S, left, right, scale, softcap, dropout_p, keep_scale, dk_scale,
+    n_heads, group, L, S, left, right, scale, softcap, dropout_p, keep_scale, section, dk_scale,
     E: tl.constexpr, EV: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr, LOOP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BAND: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, PACKED: tl.constexpr, HAS_LENGTHS: tl.constexpr,
@@ -192,12 +192,13 @@ def key_value_kernel(
     """
     chunks: tl.constexpr = (max(E, EV) + BLOCK_E - 1) // BLOCK_E if LOOP else 1
     n_tiles = tl.cdiv(S, BLOCK_K)
-    pid = tl.program_id(0)
-    tile = pid % n_tiles  # the first key tiles see the most queries: already the longest first
-    start_col = pid // n_tiles % chunks * BLOCK_E
+    # The first key tiles see the most queries: the longest come first as they are.
+    head_kv, tile = find_work(tl.program_id(0), tl.num_programs(0) // n_tiles, n_tiles, section)
+    start_col = head_kv % chunks * BLOCK_E
+    head_kv //= chunks
     n_kv_heads = n_heads // group
-    b = (pid // n_tiles // chunks // n_kv_heads).to(tl.int64)
-    h_kv = (pid // n_tiles // chunks % n_kv_heads).to(tl.int64)
+    b = (head_kv // n_kv_heads).to(tl.int64)
+    h_kv = (head_kv % n_kv_heads).to(tl.int64)
     start_k = tile * BLOCK_K
     first_q, first_k, n_queries, n_keys, offset = batch_bounds(
         b, L, S, key_lengths_ptr, query_starts_ptr, key_starts_ptr, HAS_LENGTHS, PACKED, BOTTOM_RIGHT
@@ -337,19 +338,22 @@ def launch_backward(
     group = n_heads // max(n_kv_heads, 1)
     inputs = (query, key, value, *pointers(seed, extras), row_max, row_sum, delta, grad)
     shape = (n_heads, group, n_queries, n_keys, *numbers(rules))
+    width = (query.shape[-1] + value.shape[-1]) * query.itemsize  # bytes of a row of both
     with launch_on(query.device):
         if dq is not None and dq.numel():
             tile = choose_tile("query", *about)
             chunks = triton.cdiv(query.shape[-1], sizes["BLOCK_E"])
-            query_kernel[(triton.cdiv(n_queries, tile.block_q) * chunks * batch * n_heads,)](  # query tiles fastest
-                *inputs, dq, *strides, *batch_strides(dq, extras), *shape, rules.scale,
+            query_kernel[(triton.cdiv(n_queries, tile.block_q) * chunks * batch * n_heads,)](
+                *inputs, dq, *strides, *batch_strides(dq, extras), *shape,
+                chunks * heads_in_turn(group, n_keys * width, rules, query.device), rules.scale,
                 MASK=mask_kind(extras.attn_mask), **options, **tile.options(),
             )  # fmt: skip
         if dk is not None and dv is not None and dk.numel():
             tile = choose_tile("key_value", *about)
             chunks = triton.cdiv(max(query.shape[-1], value.shape[-1]), sizes["BLOCK_E"]) if sizes["LOOP"] else 1
-            key_value_kernel[(triton.cdiv(n_keys, tile.block_k) * chunks * batch * n_kv_heads,)](  # key tiles fastest
-                *inputs, dk, dv, *strides, *batch_strides(dk, extras), *batch_strides(dv, extras), *shape, rules.scale,
+            key_value_kernel[(triton.cdiv(n_keys, tile.block_k) * chunks * batch * n_kv_heads,)](
+                *inputs, dk, dv, *strides, *batch_strides(dk, extras), *batch_strides(dv, extras), *shape,
+                chunks * heads_in_turn(1, group * n_queries * width, rules, query.device), rules.scale,
                 MASK=mask_kind(extras.attn_mask), **options, **tile.options(),
             )  # fmt: skip
         if dmask is not None and dmask.numel():

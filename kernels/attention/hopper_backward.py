@@ -27,12 +27,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )  # fmt: skip
 
 from kernels.attention.choice import takes_tma
-from kernels.attention.general import numbers
+from kernels.attention.general import heads_in_turn, numbers
 from kernels.attention.hopper_pieces import (
     BARRIER_A, clean_values, descriptor, hopper_options, keys_in_use, load_tile, named_barrier, store_tile,
     warp_group_barrier,
 )  # fmt: skip
-from kernels.attention.pieces import BOTH_BANDS, NO_BAND
+from kernels.attention.pieces import BOTH_BANDS, NO_BAND, find_work
 from kernels.attention.rules import Extras, Rules
 from kernels.launch import launch_on
 
@@ -48,6 +48,13 @@ def add_tile(desc: Any, coordinates: Any, source: Any, _semantic: Any = None) ->
     """Add a tile in shared memory to memory, by TMA; the language has no name for it yet."""
     coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coordinates, source.handle)
+
+
+@gluon.jit
+def find_keys(n_kv_heads, n_tiles, section):
+    """First key, key head and batch entry of this program. The first keys see the most queries: the longest first."""
+    head, tile = find_work(gl.program_id(0), gl.num_programs(0) // n_tiles, n_tiles, section)
+    return tile * 128, head % n_kv_heads, head // n_kv_heads
 
 
 @gluon.jit
@@ -77,15 +84,12 @@ def query_bounds(
 @gluon.jit
 def producer(
     q_desc, k_desc, v_desc, grad_desc, key_lengths_ptr, rows_s, keys_s, flags_s, signals,
-    n_kv_heads, group, L, S, left, right, n_tiles,
+    n_kv_heads, group, L, S, left, right, n_tiles, section,
     D: gl.constexpr, SLOTS: gl.constexpr,
     BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr, GUARDED: gl.constexpr,
 ):  # fmt: skip
     """Copy K and V once, then Q and dO of every tile of queries of every query head, in the order of the consumers."""
-    pid = gl.program_id(0)
-    start_k = pid % n_tiles * 128
-    h_kv = pid // n_tiles % n_kv_heads
-    b = pid // n_tiles // n_kv_heads
+    start_k, h_kv, b = find_keys(n_kv_heads, n_tiles, section)
     _, _, first, end, _, _ = query_bounds(
         start_k, b, L, S, left, right, key_lengths_ptr, BAND, BOTTOM_RIGHT, HAS_LENGTHS
     )
@@ -216,17 +220,14 @@ def consumer(
     INDEX: gl.constexpr,
     dq_desc, dk_desc, dv_desc, lse_ptr, delta_ptr, key_lengths_ptr, rows_s, keys_s, flags_s,
     stats_s, ds_s, dq_s, signals, n_kv_heads, group, L, S, left, right, scale, softcap,
-    score_scale, n_tiles,
+    score_scale, n_tiles, section,
     D: gl.constexpr, SLOTS: gl.constexpr, BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr, GUARDED: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of 64 keys, and half of the columns of what the program's 128 keys add to dQ."""
     tall: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    pid = gl.program_id(0)
-    start_k = pid % n_tiles * 128
-    h_kv = pid // n_tiles % n_kv_heads
-    b = pid // n_tiles // n_kv_heads
+    start_k, h_kv, b = find_keys(n_kv_heads, n_tiles, section)
     n_keys, offset, first, end, open_first, open_last = query_bounds(
         start_k, b, L, S, left, right, key_lengths_ptr, BAND, BOTTOM_RIGHT, HAS_LENGTHS
     )
@@ -295,7 +296,7 @@ def consumer(
 @gluon.jit
 def hopper_backward_kernel(
     q_desc, k_desc, v_desc, grad_desc, dq_desc, dk_desc, dv_desc, lse_ptr, delta_ptr, key_lengths_ptr,
-    n_kv_heads, group, L, S, left, right, scale, softcap, score_scale, n_tiles,
+    n_kv_heads, group, L, S, left, right, scale, softcap, score_scale, n_tiles, section,
     D: gl.constexpr, SLOTS: gl.constexpr, REGISTERS: gl.constexpr, DS_LAYOUT: gl.constexpr,
     BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     GUARDED: gl.constexpr, DTYPE: gl.constexpr,
@@ -305,7 +306,7 @@ def hopper_backward_kernel(
     q_desc, grad_desc: of (B, H, L, D) in boxes of 64 rows; k_desc, v_desc, dk_desc, dv_desc: of (B, n_kv_heads, S, D)
     in boxes of 128; dq_desc: of (B, H, L, D) float32, zero at first, in boxes of 64 rows and 64 columns.
     lse_ptr (B, H, L) float32: base-2 log-sum-exp, inf for a query that may attend to nothing. delta_ptr (B, H, L)
-    float32. n_tiles: of 128 keys. score_scale: factor of dS in dQ and dK.
+    float32. n_tiles: of 128 keys. section: key heads that are worked on in turn. score_scale: of dS in dQ and dK.
     """
     # Few allocations: each is handed to the warp groups as several registers.
     rows_s = gl.allocate_shared_memory(DTYPE, [2 * SLOTS, 1, 1, 64, D], q_desc.layout)  # Q and dO in turn
@@ -324,19 +325,19 @@ def hopper_backward_kernel(
     gl.warp_specialize([
         (producer, (
             q_desc, k_desc, v_desc, grad_desc, key_lengths_ptr, rows_s, keys_s, flags_s, signals,
-            n_kv_heads, group, L, S, left, right, n_tiles,
+            n_kv_heads, group, L, S, left, right, n_tiles, section,
             D, SLOTS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, GUARDED,
         )),
         (consumer, (
             0, dq_desc, dk_desc, dv_desc, lse_ptr, delta_ptr, key_lengths_ptr, rows_s, keys_s,
             flags_s, stats_s, ds_s, dq_s, signals, n_kv_heads, group, L, S, left, right,
-            scale, softcap, score_scale, n_tiles,
+            scale, softcap, score_scale, n_tiles, section,
             D, SLOTS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, HAS_SOFTCAP, GUARDED, DTYPE,
         )),
         (consumer, (
             1, dq_desc, dk_desc, dv_desc, lse_ptr, delta_ptr, key_lengths_ptr, rows_s, keys_s,
             flags_s, stats_s, ds_s, dq_s, signals, n_kv_heads, group, L, S, left, right,
-            scale, softcap, score_scale, n_tiles,
+            scale, softcap, score_scale, n_tiles, section,
             D, SLOTS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, HAS_SOFTCAP, GUARDED, DTYPE,
         )),
     ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
@@ -358,11 +359,12 @@ def launch_hopper_backward(
     grad = grad if takes_tma(grad) else grad.contiguous()
     lse = torch.where(row_sum == 0.0, torch.inf, row_max + row_sum.log2())
     with launch_on(query.device):
-        hopper_backward_kernel[(n_tiles * n_kv_heads * batch,)](  # key tiles fastest: they share the queries in L2
+        hopper_backward_kernel[(n_tiles * n_kv_heads * batch,)](
             descriptor(query, ROWS, dtype), descriptor(key, KEYS, dtype), descriptor(value, KEYS, dtype),
             descriptor(grad, ROWS, dtype), descriptor(total, ROWS, gl.float32, 64), descriptor(dk, KEYS, dtype),
             descriptor(dv, KEYS, dtype), lse, delta, extras.key_lengths,
             n_kv_heads, n_heads // n_kv_heads, n_queries, n_keys, left, right, scale, softcap, rules.scale, n_tiles,
+            heads_in_turn(1, 2 * n_heads // n_kv_heads * n_queries * d * query.itemsize, rules, query.device),
             D=d, SLOTS=SLOTS, REGISTERS=REGISTERS, DS_LAYOUT=gl.NVMMASharedLayout.get_default_for([128, 64], dtype),
             **options,
         )  # fmt: skip

@@ -24,12 +24,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
 )  # fmt: skip
 
-from kernels.attention.general import numbers
+from kernels.attention.general import heads_in_turn, numbers
 from kernels.attention.hopper_pieces import (
     BARRIER_A, BARRIER_B, BARRIER_C, clean_values, descriptor, hopper_options, load_tile, named_barrier, store_tile,
     tile_bounds, warp_group_barrier,
 )  # fmt: skip
-from kernels.attention.pieces import BOTH_BANDS, NO_BAND
+from kernels.attention.pieces import BOTH_BANDS, NO_BAND, find_work
 from kernels.attention.rules import Extras, Rules
 from kernels.attention.tiles import choose_consumers
 from kernels.launch import launch_on, multiprocessors
@@ -41,16 +41,6 @@ REGISTERS = {2: 224, 3: 160}
 SLOTS = 2  # tiles of K, and of V, in shared memory
 Q_FULL, Q_EMPTY, V_RAW = gl.constexpr(0), gl.constexpr(3), gl.constexpr(6)  # barriers, and where the others begin
 K_FULL, K_EMPTY, V_FULL, V_EMPTY = (gl.constexpr(7 + i * SLOTS) for i in range(4))
-L2_BYTES = 24 << 20  # of keys and values that are walked over together
-
-
-@gluon.jit
-def find_work(work, n_heads, n_tiles, section, ROWS: gl.constexpr):
-    """Head, over all batch entries, and first query of a piece of work: `section` heads at a time, last rows first."""
-    first = work // (section * n_tiles) * section
-    size = gl.minimum(section, n_heads - first)
-    place = work - first * n_tiles
-    return first + place % size, (n_tiles - 1 - place // size) * ROWS
 
 
 @gluon.jit
@@ -75,7 +65,8 @@ def producer(
     raw = 0  # tiles of V cleaned so far
     turn = 0  # pieces of work so far
     for work in range(gl.program_id(0), n_tiles * n_heads_total, gl.num_programs(0)):
-        head, start_q = find_work(work, n_heads_total, n_tiles, section, CONSUMERS * 64)
+        head, tile = find_work(work, n_heads_total, n_tiles, section)
+        start_q = (n_tiles - 1 - tile) * CONSUMERS * 64  # the longest first
         b = head // n_heads
         h = head % n_heads
         _, _, first, last, open_first, open_last = tile_bounds(
@@ -229,7 +220,8 @@ def consumer(
     count = 0
     turn = 0
     for work in range(gl.program_id(0), n_tiles * n_heads_total, gl.num_programs(0)):
-        head, start_q = find_work(work, n_heads_total, n_tiles, section, CONSUMERS * 64)
+        head, tile = find_work(work, n_heads_total, n_tiles, section)
+        start_q = (n_tiles - 1 - tile) * CONSUMERS * 64  # the longest first
         b = head // n_heads
         n_keys, offset, first, last, open_first, open_last = tile_bounds(
             start_q, b, L, S, left, right, key_lengths_ptr, CONSUMERS * 64, BLOCK_K, BAND, BOTTOM_RIGHT, HAS_LENGTHS
@@ -384,16 +376,13 @@ def launch_hopper_forward(
     block_k = 64 if d == 256 else 128
     options = hopper_options(query, extras, rules)
     dtype = options["DTYPE"]
-    section = group  # heads that share keys and values; tiles of equal length need no order
-    if options["BAND"] != NO_BAND.value:
-        section *= max(1, L2_BYTES // (2 * n_keys * d * query.element_size()))
+    section = heads_in_turn(group, 2 * n_keys * d * query.itemsize, rules, query.device)
     left, right, scale, softcap, *_ = numbers(rules)
     grid = (min(n_tiles * batch * n_heads, multiprocessors(query.device)),)  # programs stay; work in turns
     with launch_on(query.device):
         hopper_forward_kernel[grid](
             descriptor(query, ROWS, dtype), descriptor(key, block_k, dtype), descriptor(value, block_k, dtype),
             descriptor(output, ROWS, dtype), row_max, row_sum, extras.key_lengths,
-            batch * n_heads, n_heads, group, n_queries, n_keys, left, right, scale, softcap, n_tiles,
-            min(section, batch * n_heads),
+            batch * n_heads, n_heads, group, n_queries, n_keys, left, right, scale, softcap, n_tiles, section,
             BLOCK_K=block_k, D=d, SLOTS=SLOTS, CONSUMERS=consumers, REGISTERS=REGISTERS[consumers], **options,
         )  # fmt: skip

@@ -14,6 +14,16 @@ LEAST_BIAS = tl.constexpr(torch.finfo(torch.float32).min * 0.69)  # times log2(e
 
 
 @triton.jit
+def find_work(number, n_heads, n_tiles, section):
+    """Head and tile of piece of work `number`: the tiles of `section` heads at a time, one of each head in turn."""
+    section = tl.minimum(section, n_heads)  # so that the product below fits 32 bits
+    first = number // (section * n_tiles) * section
+    size = tl.minimum(section, n_heads - first)
+    place = number - first * n_tiles
+    return first + place % size, place // size
+
+
+@triton.jit
 def load_rows(
     ptr, start, n_rows, stride_row, stride_col, start_col,
     ROWS: tl.constexpr, N_COLS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
