@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,8 @@ BACKENDS = {
     "torch math": SDPBackend.MATH,
 }
 GENERAL = "the general kernel"  # ours for any shape, where another one would run; may be left out, unlike ours
-PROVIDERS = ["kernels", GENERAL, *BACKENDS, "FlexAttention compiled"]
+FLASH = {"FlashAttention-3": "flash_attn_interface", "FlashAttention-4": "flash_attn.cute"}  # their modules
+PROVIDERS = ["kernels", GENERAL, *BACKENDS, *FLASH, "FlexAttention compiled"]
 MATH_LENGTH = 4_096  # the longest sequence whose scores the math backend is asked to store
 
 
@@ -95,7 +97,7 @@ def build(provider: str, case: AttentionCase) -> Attention:
         if provider == "torch math" and case.length > MATH_LENGTH:
             raise ValueError(f"stores the scores; not asked for more than {MATH_LENGTH} keys")
         return functools.partial(_torch, case, BACKENDS[provider])
-    return _flex(case)
+    return _flash(case, FLASH[provider]) if provider in FLASH else _flex(case)
 
 
 def _general(case: AttentionCase, x: Inputs) -> torch.Tensor:
@@ -125,6 +127,20 @@ def _torch(case: AttentionCase, backend: SDPBackend, x: Inputs) -> torch.Tensor:
         return scaled_dot_product_attention(
             x.query, x.key, x.value, x.mask, case.dropout, case.is_causal, enable_gqa=case.groups > 1
         )
+
+
+def _flash(case: AttentionCase, module: str) -> Attention:
+    """FlashAttention's own package (Dao et al.), on (B, S, H, D); ImportError where it is not installed."""
+    if case.mask or case.dropout:
+        raise ValueError("has no masks and no dropout")
+    function = importlib.import_module(module).flash_attn_func
+
+    def run(x: Inputs) -> torch.Tensor:
+        result = function(*(tensor.transpose(1, 2) for tensor in x[:3]), causal=case.is_causal)
+        output: torch.Tensor = result[0] if isinstance(result, tuple) else result  # some give statistics too
+        return output.transpose(1, 2)
+
+    return run
 
 
 def _flex(case: AttentionCase) -> Attention:

@@ -3,10 +3,12 @@
 import math
 import statistics
 import sys
+import types
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from bench import attention, gpu_report, layer_norm, timing, training_speed
 from bench.accounting import AttentionCase, NormCase, Work, attention_cases, norm_cases, short_cases
@@ -140,6 +142,31 @@ def test_dropout_that_drops_nothing_is_rejected(monkeypatch):
     monkeypatch.setattr(attention, "build", lambda provider, case: without)
     with pytest.raises(WrongResult, match="dropout"):
         attention.check("torch math", case, inputs, backward=False)
+
+
+@pytest.mark.parametrize("with_statistics", [False, True])
+@pytest.mark.parametrize("provider", attention.FLASH)
+def test_flash_attention_is_asked_as_its_package_wants_it(monkeypatch, provider, with_statistics):
+    def flash_attn_func(q, k, v, causal):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        output = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(1, 2)
+        return (output, None) if with_statistics else output
+
+    module = attention.FLASH[provider]
+    for name in module.split(".")[0], module:
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(flash_attn_func=flash_attn_func))
+    case = AttentionCase(2, 4, 7, 5, True, torch.float32, kv_heads=2)
+    for backward in (False, True):
+        attention.check(provider, case, attention.make_inputs(case, CPU, requires_grad=backward), backward)
+    for other in (replace(case, dropout=0.1), replace(case, mask="padding")):
+        with pytest.raises(ValueError, match="no masks and no dropout"):
+            attention.build(provider, other)
+
+
+def test_flash_attention_that_is_not_installed_is_refused_with_a_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    with pytest.raises(ImportError):
+        attention.build("FlashAttention-3", AttentionCase(3, 2, 8, 5))
 
 
 @pytest.mark.parametrize("backward", [False, True])
