@@ -18,7 +18,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -70,34 +71,49 @@ class PretendedDriver:
         return GPUTarget("cuda", self.arch, 32)
 
 
-def compile_case(case: Case) -> list[Result]:
-    """Compile what the launchers of a case launch, for its chip, and read the machine code."""
+@contextmanager
+def compiling(arch: int, found: Callable[[str, dict[str, Any], Any], None]) -> Iterator[None]:
+    """Within it launchers compile for a chip and launch nothing.
+
+    Args:
+        found: called with a kernel's name, its options, and what was compiled or the error why it was not.
+    """
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    norm_backward = importlib.import_module("kernels.layer_norm.backward")
-
-    results: list[Result] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         try:
             compiled = run(self, *args, grid=grid, warmup=True, **options)
         except Exception as error:  # whatever the compiler raises is the finding
-            line = (str(error).strip().splitlines() or [""])[-1]
-            results.append(Result(self.fn.__name__, "", 0, 0, 0, 0, "", f"{type(error).__name__}: {line}"))
-        else:
-            results.append(judge(case, self.fn.__name__, options, compiled))
+            compiled = error
+        found(self.fn.__name__, options, compiled)
 
-    driver.set_active(PretendedDriver(case.arch))
-    names = ["general", "short", *(["hopper_forward", "hopper_backward"] if case.arch == 90 else [])]
-    attention = [importlib.import_module(f"kernels.attention.{name}") for name in names]
+    driver.set_active(PretendedDriver(arch))
+    names = ["attention.general", "attention.short", *(["attention.hopper_forward"] if arch == 90 else [])]
+    modules = [importlib.import_module(f"kernels.{name}") for name in (*names, "layer_norm.backward")]
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
-        for module in (*attention, norm_backward):
-            for name, value in ("capability", case.arch), ("multiprocessors", 132):
+        for module in modules:
+            for name, value in ("capability", arch), ("multiprocessors", 132):
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, lambda _, value=value: value))
+        yield
+
+
+def compile_case(case: Case) -> list[Result]:
+    """Compile what the launchers of a case launch, for its chip, and read the machine code."""
+    results: list[Result] = []
+
+    def add(kernel: str, options: dict[str, Any], compiled: Any) -> None:
+        if isinstance(compiled, Exception):
+            line = (str(compiled).strip().splitlines() or [""])[-1]
+            results.append(Result(kernel, "", 0, 0, 0, 0, "", f"{type(compiled).__name__}: {line}"))
+        else:
+            results.append(judge(case, kernel, options, compiled))
+
+    with compiling(case.arch, add):
         launch(case)
     return results
 

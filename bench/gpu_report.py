@@ -26,25 +26,39 @@ GRACE = 45.0  # seconds a stopped part has to write its results
 
 
 class Part(NamedTuple):
-    """One command. seconds: its time limit; is_bench: whether it takes --benchmark-json and --time-limit."""
+    """One command.
+
+    Args:
+        seconds: its time limit.
+        json: its option that takes a file for its results; it then takes --time-limit and --commit too.
+        hopper: whether the kernels for Hopper chips run where nothing is said of them (KERNELS_HOPPER).
+    """
 
     command: tuple[str, ...]
     seconds: float
-    is_bench: bool = False
+    json: str = ""
+    hopper: bool = True
+
+
+def benchmarks(file: str, seconds: float, *selected: str) -> Part:
+    """The benchmarks of a file."""
+    quiet = "-q", "--benchmark-columns=median,iqr,rounds", "--benchmark-sort=min", "--benchmark-warmup=off"
+    return Part((*PYTEST, f"bench/{file}", *selected, *quiet), seconds, "--benchmark-json")
 
 
 PARTS = {
-    "tests": Part((*PYTEST, "tests", "-m", "gpu", "-q", "--ignore=tests/test_hopper.py"), 450),
+    "tests": Part((*PYTEST, "tests", "-m", "gpu", "-q", "--ignore=tests/test_hopper.py"), 450, hopper=False),
     "hopper": Part((*PYTEST, "tests/test_hopper.py", "-m", "gpu", "-q"), 150),  # by itself: what hangs ends it
     "ceilings": Part((sys.executable, "-m", "bench.ceilings"), 60),
-    "attention-forward": Part((*PYTEST, "bench/bench_attention.py", "-m", "not short", "-k", "forward"), 420, True),
-    "attention-backward": Part((*PYTEST, "bench/bench_attention.py", "-m", "not short", "-k", "backward"), 420, True),
-    "attention-short": Part((*PYTEST, "bench/bench_attention.py", "-m", "short"), 240, True),
-    "layer-norm": Part((*PYTEST, "bench/bench_layer_norm.py"), 240, True),
-    "host": Part((*PYTEST, "bench/bench_host.py"), 60, True),
-    "no-loop": Part((*PYTEST, "bench/bench_no_loop.py"), 60, True),
-    "decoding": Part((*PYTEST, "bench/bench_decoding.py"), 60, True),
-    "training": Part((*PYTEST, "bench/bench_training.py"), 120, True),
+    "attention-forward": benchmarks("bench_attention.py", 420, "-m", "not short", "-k", "forward"),
+    "attention-backward": benchmarks("bench_attention.py", 420, "-m", "not short", "-k", "backward"),
+    "attention-short": benchmarks("bench_attention.py", 240, "-m", "short"),
+    "layer-norm": benchmarks("bench_layer_norm.py", 240),
+    "host": benchmarks("bench_host.py", 60),
+    "no-loop": benchmarks("bench_no_loop.py", 60),
+    "decoding": benchmarks("bench_decoding.py", 60),
+    "training": benchmarks("bench_training.py", 120),
+    "tuning": Part((sys.executable, "-m", "bench.tune"), 400, "--json"),
 }
 
 
@@ -59,16 +73,15 @@ def build_command(name: str, out: Path, commit: str, seconds: float) -> list[str
     """The command of a part that may take `seconds`."""
     part = PARTS[name]
     command = list(part.command)
-    if part.is_bench:
-        json = out / f"{stem(commit)}-{name}.json"
-        command += [f"--benchmark-json={json}", f"--time-limit={seconds:.0f}", f"--commit={commit}", "-q",
-                    "--benchmark-columns=median,iqr,rounds", "--benchmark-sort=min", "--benchmark-warmup=off"]
+    if part.json:
+        file = out / f"{stem(commit)}-{name}.json"
+        command += [f"{part.json}={file}", f"--time-limit={seconds:.0f}", f"--commit={commit}"]
     return command
 
 
-def run(command: list[str], seconds: float, log: Path) -> int:
+def run(command: list[str], seconds: float, log: Path, hopper: bool) -> int:
     """The exit code of a command whose output goes to the terminal and to `log`; 124 where it had to be stopped."""
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1", "KERNELS_HOPPER": "1"}
+    environment = {"KERNELS_HOPPER": "01"[hopper], **os.environ, "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as file:
         process = subprocess.Popen(command, cwd=machine.ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
         try:
@@ -111,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         print(f"== {name}: {' '.join(command)}", flush=True)
         begun = time.monotonic()
-        code = run(command, seconds, out / f"{stem(options.commit)}-{name}.log")
+        code = run(command, seconds, out / f"{stem(options.commit)}-{name}.log", PARTS[name].hopper)
         codes[name] = f"{'passed' if code == 0 else f'exit code {code}'} in {time.monotonic() - begun:.0f} s"
     for name, result in codes.items():
         print(f"{name:<20} {result}")

@@ -67,10 +67,10 @@ CURVES = "forward", 128  # direction and head size of the plot
 
 
 def read_result(path: Path) -> Result:
-    """A file that pytest-benchmark wrote."""
+    """A file that pytest-benchmark wrote; one of `bench.tune` has no rows."""
     content = json.loads(path.read_text())
     rows = [Row(entry["group"] or "", entry["extra_info"].get("provider", entry["name"]), entry["extra_info"])
-            for entry in content["benchmarks"]]  # fmt: skip
+            for entry in content.get("benchmarks", ())]  # fmt: skip
     return Result(path.name, content["machine_info"]["bench"], rows)
 
 
@@ -80,7 +80,7 @@ def read_results(folder: Path) -> list[Result]:
     for path in sorted(folder.glob("*.json"), key=lambda path: (re.findall(r"\d{4}-\d\d-\d\d", path.name), path.name)):
         result = read_result(path)
         match = re.search(r"\d{4}-\d\d-\d\d-[0-9a-z]+(?:-dirty)?-(.+)\.json$", path.name)
-        if match and result.machine["gpu"]:
+        if match and result.rows and result.machine["gpu"]:
             newest[match[1]] = result
     return list(newest.values())
 

@@ -1,0 +1,254 @@
+"""Which tiles are fastest: every candidate is compiled, on all cores, and where there is a GPU, timed on it.
+
+    python -m bench.tune [WORD ...] [--arch 90] [--json FILE] [--time-limit SECONDS] [--commit ID] [--jobs N] [--list]
+
+A search is one kernel at one size ("forward D128", "short backward L9 D16"); only those with every WORD in their name
+are made. For each it prints the tile of kernels/attention/tiles.py and the best others: by time, where there is a GPU,
+of causal and full attention together; else by spills alone. A candidate that gives other numbers than the table's tile
+is called wrong. The tables themselves are changed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from bench import machine
+from bench.compile_check import SHARED_MEMORY, compiling, read_resources
+from bench.timing import measure
+from kernels.attention import tiles
+from kernels.attention.rules import Extras, Rules
+from kernels.attention.tiles import ShortTile, Tile
+
+RULES = {"full": Rules(0.125), "causal": Rules(0.125, right=0)}
+SHORT_LENGTHS, SHORT_SIZES, SHORT_BATCH = (5, 9, 16, 32, 64), (16, 32, 64), 8_192
+SIZES = (64, 128, 256)
+SHOWN = 3  # best candidates of a search that are printed
+MAX_SPILLS = 512  # bytes; with more a candidate is not timed
+
+
+class Search(NamedTuple):
+    """A kernel ("forward", "query", "key_value", or of short sequences "short forward", "short backward") at a size."""
+
+    kernel: str
+    size: int
+    length: int
+    has_dropout: bool = False
+
+    def __str__(self) -> str:
+        length = f" L{self.length}" if self.is_short else ""
+        return f"{self.kernel}{length} D{self.size}{' dropout' if self.has_dropout else ''}"
+
+    @property
+    def is_short(self) -> bool:
+        return self.kernel.startswith("short")
+
+    def own(self, arch: int) -> Tile | ShortTile:
+        """The tile of the table."""
+        if self.is_short:
+            return tiles.choose_short_tile(self.kernel.split()[1], self.length, self.size, 2)
+        return tiles.choose_tile(self.kernel, self.size, 2, self.length, arch, self.has_dropout)
+
+    def candidates(self, arch: int) -> list[Tile | ShortTile]:
+        """The table's tile and others."""
+        found: list[Tile | ShortTile] = [self.own(arch)]
+        if self.is_short:
+            packs = (1, max(1, tiles.block_of(self.length) // self.length))
+            found += itertools.starmap(ShortTile, itertools.product((1, 2, 4, 8, 16), packs, (1, 2, 4, 8)))
+        else:
+            # A side of the tile is the program's own rows; along the other it walks.
+            walks = (16, 32, 64) if self.kernel == "key_value" else (32, 64, 128)
+            for own, walk, warps, stages in itertools.product((64, 128), walks, (4, 8), (1, 2, 3)):
+                sides = (walk, own) if self.kernel == "key_value" else (own, walk)
+                found.append(Tile(*sides, warps, stages))
+        return list(dict.fromkeys(found))
+
+
+class Try(NamedTuple):
+    """What is known of a candidate. problem: why it is not timed, or was stopped; seconds: by mask, on a GPU."""
+
+    search: str
+    tile: Tile | ShortTile
+    is_own: bool
+    registers: int
+    spills: int
+    problem: str = ""
+    seconds: dict[str, float] = {}
+
+    @property
+    def order(self) -> tuple[bool, float, int]:
+        return bool(self.problem), sum(self.seconds.values()), self.spills
+
+
+def searches(words: list[str]) -> list[Search]:
+    """All of them, or those whose names have every one of these words."""
+    every = [Search(f"short {kernel}", size, length)
+             for kernel in ("forward", "backward") for length in SHORT_LENGTHS for size in SHORT_SIZES]  # fmt: skip
+    every = [Search(kernel, size, 4096, has_dropout) for has_dropout in (False, True)
+             for kernel in ("forward", "query", "key_value") for size in SIZES] + every  # fmt: skip
+    return [search for search in every if set(words) <= set(str(search).split())]
+
+
+@contextmanager
+def forced(search: Search, tile: Tile | ShortTile) -> Iterator[None]:
+    """Within it the search's kernel takes this tile."""
+    from kernels.attention import general, general_backward, short
+
+    with ExitStack() as stack:
+        for module, name in (short, "choose_short_tile"), (general, "choose_tile"), (general_backward, "choose_tile"):
+            stack.enter_context(mock.patch.object(module, name, lambda *_: tile))
+        yield
+
+
+def prepare(search: Search, device: str) -> Callable[[Rules], list[torch.Tensor]]:
+    """The launch of a search's kernel on random inputs, as a function of the rules that gives what it wrote."""
+    from kernels.attention import general, general_backward, short, short_backward
+
+    batch = SHORT_BATCH if search.is_short else 16_384 // search.length
+    heads = 4 if search.is_short else 2_048 // search.size
+    shape = (batch, search.length, heads, search.size)
+    q, k, v, grad = (torch.randn(shape, dtype=torch.bfloat16, device=device).transpose(1, 2) for _ in range(4))
+    seed = torch.ones(1, dtype=torch.int64, device=device) if search.has_dropout else None
+    row_max, row_sum, delta = (torch.ones(q.shape[:3], dtype=torch.float32, device=device) for _ in range(3))
+    outputs = [torch.empty_like(x) for x in (q, k, v)]
+
+    def launch(rules: Rules) -> list[torch.Tensor]:
+        rules = rules._replace(dropout_p=0.1 if search.has_dropout else 0.0)
+        if search.kernel == "forward":
+            general.launch_forward(q, k, v, seed, Extras(), rules, outputs[0], row_max, row_sum)
+            return outputs[:1]
+        if search.kernel == "short forward":
+            short.launch_short_forward(q, k, v, seed, Extras(), rules, outputs[0])
+            return outputs[:1]
+        if search.kernel == "short backward":
+            short_backward.launch_short_backward(grad, q, k, v, seed, Extras(), rules, *outputs)
+            return outputs
+        dq, dk, dv = (outputs[0], None, None) if search.kernel == "query" else (None, *outputs[1:])
+        general_backward.launch_backward(
+            grad, q, k, v, seed, Extras(), rules, row_max, row_sum, delta, dq, dk, dv, None
+        )  # fmt: skip
+        return [x for x in (dq, dk, dv) if x is not None]
+
+    return launch
+
+
+def compile_candidate(search: Search, tile: Tile | ShortTile, arch: int) -> Try:
+    """Compile a candidate for a chip; Triton's cache then has it for the timing."""
+    registers = spills = 0
+    problem = ""
+
+    def add(_: str, __: dict[str, Any], compiled: Any) -> None:
+        nonlocal registers, spills, problem
+        if isinstance(compiled, Exception):
+            problem = f"{type(compiled).__name__}"
+            return
+        found = read_resources(compiled.asm["cubin"])
+        registers, spills = max(registers, found[0]), max(spills, found[1])
+        if compiled.metadata.shared > SHARED_MEMORY[arch]:
+            problem = f"{compiled.metadata.shared} bytes of shared memory"
+        elif spills > MAX_SPILLS:
+            problem = f"spills {spills} bytes"
+
+    launch = prepare(search, "meta")
+    with compiling(arch, add), forced(search, tile):
+        for rules in RULES.values():
+            launch(rules)
+    return Try(str(search), tile, tile == search.own(arch), registers, spills, problem)
+
+
+def time_candidates(search: Search, tries: list[Try], device: torch.device) -> list[Try]:
+    """The candidates with their times; the table's own first, whose results the others' are held to."""
+    launch = prepare(search, str(device))
+    expected: dict[str, list[torch.Tensor]] = {}
+    timed = []
+    for attempt in sorted(tries, key=lambda attempt: not attempt.is_own):
+        if attempt.problem and not attempt.is_own:
+            timed.append(attempt)
+            continue
+        seconds, problem = {}, ""
+        with forced(search, attempt.tile):
+            for name, rules in RULES.items():
+                try:
+                    results = [x.clone() for x in launch(rules)]
+                    right = expected.setdefault(name, results)
+                    if any((a - b).float().norm() > 0.02 * b.float().norm() for a, b in zip(results, right)):
+                        problem = "wrong"
+                        break
+                    seconds[name] = measure([lambda rules=rules: launch(rules)], device, 0.05).median  # type: ignore
+                except Exception as error:  # out of some resource
+                    problem = type(error).__name__
+                    break
+        timed.append(attempt._replace(problem=problem, seconds=seconds))
+    return timed
+
+
+def show(tries: list[Try]) -> Iterator[str]:
+    """The table's tile and the best others, a line each."""
+    own = next(attempt for attempt in tries if attempt.is_own)
+    best = sorted((attempt for attempt in tries if not attempt.is_own), key=lambda attempt: attempt.order)[:SHOWN]
+    for attempt in (own, *best):
+        times = "  ".join(f"{mask} {seconds * 1e6:8.1f} us" for mask, seconds in attempt.seconds.items())
+        tile = "x".join(map(str, attempt.tile))
+        mark = "table" if attempt.is_own else ""
+        line = f"{attempt.search:<24} {tile:<14} {mark:<6} {attempt.registers:>4} registers {attempt.spills:>4} spilled"
+        yield f"{line}  {times}{attempt.problem}".rstrip()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="WORD")
+    parser.add_argument("--arch", type=int, choices=sorted(SHARED_MEMORY), help="where there is no GPU (90)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="every candidate, and the machine")
+    parser.add_argument("--time-limit", type=float, default=400, metavar="SECONDS", help="no search begins later (400)")
+    parser.add_argument("--commit", default="", metavar="ID", help="where git cannot tell it")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile (one a core)")
+    parser.add_argument("--list", action="store_true", help="print the searches and make none")
+    options = parser.parse_args(argv)
+    chosen = searches(options.words)
+    if not chosen:
+        parser.error(f"no search has {' and '.join(map(repr, options.words))} in its name; see --list")
+    if options.list:
+        print("\n".join(map(str, chosen)))
+        return 0
+    os.environ["TRITON_INTERPRET"] = "0"
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    device = machine.pick_device()
+    on_gpu = device.type == "cuda" and options.arch is None
+    major, minor = torch.cuda.get_device_capability() if on_gpu else divmod(options.arch or 90, 10)
+    started, rows = time.monotonic(), []
+    workers = concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"))
+    with workers as pool:
+        compiled = [(search, [pool.submit(compile_candidate, search, tile, 10 * major + minor)
+                              for tile in search.candidates(10 * major + minor)]) for search in chosen]  # fmt: skip
+        for search, futures in compiled:
+            if time.monotonic() - started > options.time_limit:
+                print(f"{search} and what follows: left out, the time is used up")
+                pool.shutdown(cancel_futures=True)
+                break
+            tries = [future.result() for future in futures]
+            if on_gpu:
+                with torch.cuda.stream(torch.cuda.Stream()):  # graphs are not captured on the default one
+                    tries = time_candidates(search, tries, device)
+            print("\n".join(show(tries)), flush=True)
+            rows += [{**attempt._asdict(), "tile": attempt.tile._asdict()} for attempt in tries]
+    if options.json:
+        found = machine.describe() | ({"commit": options.commit} if options.commit else {})
+        options.json.write_text(json.dumps({"machine_info": {"bench": found}, "tuning": rows}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
