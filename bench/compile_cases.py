@@ -43,7 +43,7 @@ class Case(NamedTuple):
 class Feature(NamedTuple):
     """A kind of attention call: which optional tensors it has, by name, its rules, and what it is compiled for.
 
-    Each tile is compiled for every dtype and head size by the features that choose it; for the others, two head sizes
+    Each tile is compiled for every size of element and of heads by the features that choose it; for the others, two head sizes
     of bfloat16 stand for all. length: queries; keys too for short sequences. kernel: "general", "short" or "hopper".
     """
 
@@ -55,11 +55,11 @@ class Feature(NamedTuple):
     kernel: str = "general"
 
 
-EVERY: dict[str, Any] = {"dtypes": tuple(DTYPES), "sizes": HEAD_SIZES}
+EVERY: dict[str, Any] = {"dtypes": ("bf16", "fp32"), "sizes": HEAD_SIZES}  # float16 takes bfloat16's tiles
 EVERY_RULE = {"softcap": 30.0, "left": 512, "right": 64, "bottom_right": True}
 FEATURES = {
-    "plain": Feature(**EVERY),
-    "causal": Feature((), {"right": 0}, dtypes=("bf16", "fp32"), sizes=HEAD_SIZES),
+    "plain": Feature(dtypes=tuple(DTYPES), sizes=HEAD_SIZES),
+    "causal": Feature((), {"right": 0}, **EVERY),
     "mask": Feature(("mask",), {"right": 0}),
     "bool mask": Feature(("bool mask",)),
     "window": Feature((), {"left": 512, "right": 0}),

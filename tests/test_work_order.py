@@ -47,7 +47,7 @@ def test_heads_of_a_section_take_turns(device: str) -> None:
 
 
 def test_no_product_overflows_32_bits(device: str) -> None:
-    assert list_work(2, 3, 1 << 30, device)[:2] == [(0, 0), (1, 0)]
+    assert list_work(2, 4, 1 << 30, device) == [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2), (0, 3), (1, 3)]
 
 
 def test_heads_in_turn_are_those_whose_keys_fit_half_the_cache() -> None:

@@ -263,7 +263,6 @@ def consumer(
                     INDEX, D, SLOTS, BAND, HAS_SOFTCAP, GUARDED, PART != 1, DTYPE,
                 )  # fmt: skip
                 count += 1
-    tma.store_wait(0)
     named_barrier("sync", BARRIER_A)  # nobody reads the keys any more
     dk = dk * score_scale
     if HAS_LENGTHS:  # keys that are not in use: a weight of zero times NaN is NaN

@@ -290,8 +290,8 @@ def consumer(
 # barriers; queries number t are in phase t of theirs, cut tile number r in phase r of v_raw. Who waits for "full" waits
 # for the parity of that phase; who waits for "empty" for that of the phase before, which goes through where there was
 # none. An expected copy is the one arrival of its barrier. The turns go round: a consumer waits at the named barrier
-# ME for the one before it, and comes to NEXT when it has issued its products. tests/hopper_protocol.py runs this in
-# many orders.
+# ME for the one before it, and comes to NEXT when it has issued its products. tests/test_hopper.py runs this on a CPU
+# in many orders, and finds that each wait and each arrival is needed.
 
 
 @gluon.jit
