@@ -7,14 +7,18 @@ wherever a group waits: a seed is an order. Things happen as late as the chip ma
 - a matrix product reads shared memory when it is waited for, not when it is issued;
 - a copy between memory and shared memory happens at any time until somebody has waited for it; past the end of a
   tensor it reads zeros and writes nothing;
+- what the threads of a group have stored they may load after a barrier of the group; a product may read it after a
+  fence; it may be sent after a fence and then a barrier; what was sent may be overwritten after its sending was waited
+  for and then a barrier (Mark);
 - integers are divided towards zero, and a maximum passes NaN over.
 
-Layouts, registers, fences and the warps of a group are not modelled. If nobody can go on, Deadlock is raised.
+Layouts and registers are not modelled. If nobody can go on, Deadlock is raised.
 """
 
 from __future__ import annotations
 
 import builtins
+import enum
 import functools
 import inspect
 import random
@@ -55,30 +59,60 @@ def tensor(x: Any) -> Any:
     return (x if isinstance(x, torch.Tensor) else torch.tensor(x)).as_subclass(Tensor)
 
 
-class Shared:
-    """A view of shared memory."""
+class Mark(enum.IntEnum):
+    """What has become of an element of shared memory."""
 
-    def __init__(self, memory: torch.Tensor) -> None:
-        self.memory, self.dtype = memory, memory.dtype
+    NONE = 0  # nothing that restricts its use
+    STORED = 1
+    MET = 2  # stored, and after a barrier
+    FENCED = 3  # stored, and after a fence
+    SENT = 4
+    LEFT = 5  # its sending is over; one thread of the group knows
+
+
+AFTER_FENCE = {Mark.STORED: Mark.FENCED, Mark.MET: Mark.FENCED}
+AFTER_BARRIER = {Mark.STORED: Mark.MET, Mark.FENCED: Mark.NONE, Mark.LEFT: Mark.NONE}
+
+
+class Shared:
+    """A view of shared memory, and the marks of its elements."""
+
+    def __init__(self, chip: Chip, memory: torch.Tensor, marks: torch.Tensor) -> None:
+        self.chip, self.memory, self.marks, self.dtype = chip, memory, marks, memory.dtype
+
+    def view(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Shared:
+        return Shared(self.chip, change(self.memory), change(self.marks))
 
     def index(self, i: Any) -> Shared:
-        return Shared(self.memory[int(i)])
+        return self.view(lambda x: x[int(i)])
 
     def slice(self, start: int, length: int, dim: int = 0) -> Shared:
-        return Shared(self.memory.narrow(dim, start, length))
+        return self.view(lambda x: x.narrow(dim, start, length))
 
     def reshape(self, shape: list[int]) -> Shared:
-        return Shared(self.memory.view(shape))
+        return self.view(lambda x: x.view(shape))
 
     def permute(self, order: tuple[int, ...]) -> Shared:
-        return Shared(self.memory.permute(order))
+        return self.view(lambda x: x.permute(order))
 
     def load(self, layout: object) -> Any:
+        self.forbid(Mark.STORED, Mark.FENCED)
         return tensor(self.memory.clone())
 
     def store(self, x: torch.Tensor) -> None:
         assert x.shape == self.memory.shape and x.dtype == self.dtype
+        self.forbid(Mark.SENT, Mark.LEFT)
         self.memory.copy_(x)
+        self.mark(Mark.STORED)
+
+    def mark(self, mark: Mark) -> None:
+        self.marks.fill_(mark)
+        self.chip.current.marked.append(self.marks)
+
+    def forbid(self, *marks: Mark) -> None:
+        """None of its elements has one of these marks."""
+        for mark in marks:
+            assert not (self.marks == mark).any(), mark.name
 
 
 class Barrier:
@@ -162,6 +196,7 @@ class Group:
         self.is_done, self.error = False, None
         self.may_go: Callable[[], bool] = lambda: True
         self.products: list[Product] = []  # issued and not finished, in order
+        self.marked: list[torch.Tensor] = []  # marks that it has set
         self.told, self.paused = threading.Semaphore(0), threading.Semaphore(0)
 
         def body() -> None:
@@ -182,6 +217,13 @@ class Group:
         self.paused.acquire()
         if self.error:
             raise self.error
+
+    def change_marks(self, changes: dict[Mark, Mark]) -> None:
+        for marks in self.marked:
+            before = marks.clone()
+            for old, new in changes.items():
+                marks[before == old] = new
+        self.marked = [marks for marks in self.marked if marks.any()]
 
     def wait(self, may_go: Callable[[], bool]) -> None:
         """Called in its thread: let others run until the condition holds, and for as long as chance has it."""
@@ -240,6 +282,7 @@ class Chip:
 
     def load_tile(self, desc: Descriptor, place: list[Any], barrier: Barrier, target: Shared) -> None:
         part, inside = desc.at(place)
+        target.forbid(*set(Mark) - {Mark.NONE})
         target.memory.fill_(torch.nan)
 
         def arrive() -> None:
@@ -251,6 +294,8 @@ class Chip:
 
     def store_tile(self, desc: Descriptor, place: list[Any], source: Shared, adds: bool = False) -> None:
         part, inside = desc.at(place)
+        source.forbid(*set(Mark) - {Mark.NONE})
+        source.mark(Mark.SENT)
         self.copies.append(
             (self.current, lambda: part.copy_(source.memory[inside] + part if adds else source.memory[inside]))
         )
@@ -259,12 +304,27 @@ class Chip:
         assert pending == 0
         for copy in [copy for copy in self.copies if copy[0] is self.current]:
             self.finish(copy)
+        self.current.change_marks({Mark.SENT: Mark.LEFT})
+
+    def fence(self) -> None:
+        self.current.change_marks(AFTER_FENCE)
+
+    def meet(self) -> None:
+        """A barrier of the threads of a group."""
+        self.current.change_marks(AFTER_BARRIER)
+
+    def arrive(self, barrier: Barrier, count: int) -> None:
+        self.meet()  # the compiler puts one before
+        barrier.change(count, 0)
 
     def wait(self, barrier: Barrier, parity: Any) -> None:
         self.current.wait(lambda: barrier.phase % 2 != int(parity))
 
     def multiply(self, a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: bool = False) -> Product:
         assert is_async
+        for operand in (a, b):
+            if isinstance(operand, Shared):
+                operand.forbid(Mark.STORED, Mark.MET)
         self.current.products.append(Product(a, b, acc, use_acc))
         return self.current.products[-1]
 
@@ -277,6 +337,7 @@ class Chip:
         return deps[0].result
 
     def named_barrier(self, verb: str, number: str) -> None:
+        self.meet()
         barrier = self.named.setdefault(number, NamedBarrier())
         meeting = barrier.arrive()
         if verb == "sync":
@@ -293,10 +354,11 @@ def store(pointer: Pointer, x: torch.Tensor, mask: torch.Tensor) -> None:
     pointer.memory[pointer.offset[mask]] = x[mask]
 
 
-def allocate(dtype: torch.dtype, shape: list[int], layout: object) -> Any:
+def allocate(chip: Chip, dtype: torch.dtype, shape: list[int], layout: object) -> Any:
     if layout == "barriers":
         return Signals(Barrier() for _ in range(shape[0]))
-    return Shared(torch.full(shape, torch.nan if dtype.is_floating_point else -7, dtype=dtype))
+    memory = torch.full(shape, torch.nan if dtype.is_floating_point else -7, dtype=dtype)
+    return Shared(chip, memory, torch.zeros(shape, dtype=torch.int8))
 
 
 def greatest(x: torch.Tensor, axis: int) -> Any:
@@ -318,7 +380,8 @@ def make_language(chip: Chip) -> types.SimpleNamespace:
         NVMMADistributedLayout=layout, DotOperandLayout=layout, SliceLayout=layout, BlockedLayout=layout,
         SwizzledSharedLayout=layout, NVMMASharedLayout=types.SimpleNamespace(get_default_for=layout),
         static_range=range, program_id=lambda axis: tensor(chip.program), num_programs=lambda axis: chip.n_programs,
-        allocate_shared_memory=allocate, load=load, store=store, warp_specialize=chip.specialize, barrier=lambda: None,
+        allocate_shared_memory=functools.partial(allocate, chip), load=load, store=store,
+        warp_specialize=chip.specialize, barrier=chip.meet,
         arange=lambda start, end, layout: tensor(torch.arange(start, end)),
         full=lambda shape, x, dtype, layout: tensor(torch.full(shape, x, dtype=dtype)),
         zeros=lambda shape, dtype, layout: tensor(torch.zeros(shape, dtype=dtype)),
@@ -351,14 +414,14 @@ def emulate(seed: int, change: Callable[[str], str] = lambda source: source) -> 
     chip = Chip(seed)
     gl = make_language(chip)
     hopper = types.SimpleNamespace(
-        fence_async_shared=lambda: None, warpgroup_mma=chip.multiply, warpgroup_mma_wait=chip.wait_for_products,
+        fence_async_shared=chip.fence, warpgroup_mma=chip.multiply, warpgroup_mma_wait=chip.wait_for_products,
         tma=types.SimpleNamespace(
             async_load=chip.load_tile, async_store=chip.store_tile, store_wait=chip.wait_for_stores
         ),
         mbarrier=types.SimpleNamespace(
             MBarrierLayout=lambda: "barriers", init=lambda barrier, count: setattr(barrier, "count", count),
             expect=lambda barrier, nbytes: barrier.change(1, nbytes),
-            arrive=lambda barrier, count: barrier.change(count, 0), wait=chip.wait,
+            arrive=chip.arrive, wait=chip.wait,
         ),
     )  # fmt: skip
     gluon = types.SimpleNamespace(jit=lambda function: Kernel(function, chip), language=gl)

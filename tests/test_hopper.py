@@ -268,7 +268,9 @@ def test_every_order_gives_the_same(d: int) -> None:
             assert agree(launch.run(emulate(seed)), right)
 
 
-ORDER = re.compile(r"( +)((?:mbarrier\.(?:wait|arrive)|named_barrier|tma\.store_wait)\(.*)")
+ORDER = re.compile(
+    r"( +)((?:mbarrier\.(?:wait|arrive)|named_barrier|warp_group_barrier|fence_async_shared|tma\.store_wait)\(.*)"
+)
 LAUNCHES = [
     Launch((1, 3, 1, 130, 600, 128), Rules(0.1)), Launch((2, 3, 1, 192, 300, 64), Rules(0.1, right=0), (300, 100)),
     Launch((1, 3, 3, 300, 300, 128), Rules(0.1, left=70, right=60)),
@@ -277,7 +279,7 @@ LAUNCHES = [
 
 
 def steps_that_keep_order() -> Iterator[Any]:
-    """The lines of the kernels that wait for others or tell them something."""
+    """The lines of the kernels that wait for others, tell them something, or keep what is stored in order."""
     for name in "forward", "backward":
         path = Path(kernels.__file__).parent / "attention" / f"hopper_{name}.py"
         for number, line in enumerate(path.read_text().splitlines()):
