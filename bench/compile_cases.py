@@ -43,8 +43,9 @@ class Case(NamedTuple):
 class Feature(NamedTuple):
     """A kind of attention call: which optional tensors it has, by name, its rules, and what it is compiled for.
 
-    Each tile is compiled for every size of element and of heads by the features that choose it; for the others, two head sizes
-    of bfloat16 stand for all. length: queries; keys too for short sequences. kernel: "general", "short" or "hopper".
+    Each tile is compiled for every size of element and of heads by the features that choose it; for the others, two
+    head sizes of bfloat16 stand for all. length: queries; keys too for short sequences. kernel: "general", "short" or
+    "hopper".
     """
 
     tensors: tuple[str, ...] = ()
