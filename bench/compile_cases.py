@@ -123,8 +123,8 @@ TILE_FEATURES = ("plain", "causal", "all", "few", *(f"short {n}" for n in SHORT_
 
 
 def all_cases(archs: list[int], quick: bool, tiles: bool = False) -> Iterator[Case]:
-    """The cases of these chips; `tiles`: fewer features; `quick`: also two dtypes, two head sizes, three widths."""
-    dtypes = ["bf16", "fp32"] if quick else list(DTYPES)
+    """The cases of these chips; `tiles`: fewer features, an element size once; `quick`: few features, sizes, widths."""
+    dtypes = ["bf16"] if quick else ["bf16", "fp32"] if tiles else list(DTYPES)
     for arch, dtype in itertools.product(archs, dtypes):
         for feature, size in itertools.product(FEATURES, HEAD_SIZES):
             if (quick or arch == 120) and (feature not in QUICK_FEATURES or size not in (64, 128)):
@@ -139,7 +139,7 @@ def all_cases(archs: list[int], quick: bool, tiles: bool = False) -> Iterator[Ca
                 yield Case(arch, dtype, size, feature)
         yield Case(arch, dtype, 1024, "all")  # heads wider than a tile
         for feature, norm in NORMS.items():
-            if dtype == "fp16" and (tiles or feature != "norm"):
+            if dtype == "fp16" and feature != "norm":
                 continue  # a tile goes by the bytes of an element
             if not norm.every and (quick or tiles or arch == 120 or dtype != "bf16"):
                 continue

@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the check; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SHARED_MEMORY), default=sorted(SHARED_MEMORY))
-    parser.add_argument("--quick", action="store_true", help="two dtypes, two head sizes, three features, three widths")
+    parser.add_argument("--quick", action="store_true", help="one dtype, two head sizes, six features, three widths")
     parser.add_argument("--tiles", action="store_true", help="only the features that decide on a tile")
     parser.add_argument("--only", default="", metavar="WORD", help="only the features with this word in their name")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")

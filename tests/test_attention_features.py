@@ -162,6 +162,8 @@ def made(options: dict[str, Any], device: str) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("feature", FEATURES)
 def test_each_feature(feature: str, dtype: torch.dtype, device: str) -> None:
+    if dtype == torch.float16 and device == "cpu":
+        pytest.skip("in the interpreter bfloat16 stands for it")
     check({**call(SIZES, dtype, device), **made(FEATURES[feature], device)})
 
 
