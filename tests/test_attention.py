@@ -33,7 +33,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, devi
 
         monkeypatch.setattr("kernels.attention.ops.why_not_short", skip_or_take)
         if device == "cpu":
-            monkeypatch.setattr("kernels.attention.choice.MAX_SHORT_ELSEWHERE", tiles.MAX_SHORT)
+            monkeypatch.setattr("kernels.attention.ops.capability", lambda _: 90)
         return
     monkeypatch.setattr("kernels.attention.ops.why_not_short", lambda *_: "tested elsewhere")
     if device == "cuda" or request.node.get_closest_marker("real_tiles"):

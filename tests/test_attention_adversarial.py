@@ -34,7 +34,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, devi
     """
     if device == "cpu":
         set_tile(monkeypatch, 16, 32)
-        monkeypatch.setattr("kernels.attention.choice.MAX_SHORT_ELSEWHERE", tiles.MAX_SHORT)
+        monkeypatch.setattr("kernels.attention.ops.capability", lambda _: 90)
     if request.param == "general":
         monkeypatch.setattr("kernels.attention.ops.why_not_short", lambda *_: "tested elsewhere")
 

@@ -198,8 +198,8 @@ def shaped(*sizes: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tenso
 
 @pytest.mark.parametrize(("sizes", "extras", "statistics", "reason"), [
     ((64, 64, 128, 128), {}, "", ""), ((1, 1, 1, 1), {}, "", ""),
-    ((65, 5, 16, 16), {}, "", "up to 64 queries and keys here, found 65 and 5"),
-    ((5, 65, 16, 16), {}, "", "up to 64 queries and keys here, found 5 and 65"),
+    ((65, 5, 16, 16), {}, "", "up to 64 queries and keys of 16 16-bit numbers here, found 65 and 5"),
+    ((5, 65, 16, 16), {}, "", "up to 64 queries and keys of 16 16-bit numbers here, found 5 and 65"),
     ((5, 5, 16, 129), {}, "", "heads of up to 128, found 129"),
     ((0, 5, 16, 16), {}, "", "nothing to attend to"), ((5, 0, 16, 16), {}, "", "nothing to attend to"),
     ((5, 5, 16, 16), {}, "the log-sum-exp", "the log-sum-exp needs statistics"),
@@ -215,8 +215,11 @@ def test_which_calls_are_short_elsewhere_and_in_float32() -> None:
         return choice.why_not_short(*shaped(*sizes, dtype=dtype), Extras(), "", chip)
 
     assert why(32, 32, 128, 128) == why(64, 64, 16, 16, dtype=torch.float32, chip=90) == ""
-    assert "up to 32 queries and keys here, found 33 and 5" in why(33, 5, 16, 16)
-    assert "float32 up to 32 queries and keys of 20" in why(33, 5, 20, 20, dtype=torch.float32, chip=90)
+    assert why(64, 64, 16, 16) == why(64, 64, 128, 128, chip=100) == why(64, 64, 16, 16, chip=120) == ""
+    assert "up to 32 queries and keys of 17 16-bit numbers here, found 33 and 5" in why(33, 5, 17, 16)
+    assert "up to 32 queries" in why(33, 5, 32, 32, chip=120) and "up to 64" in why(65, 5, 32, 32, chip=100)
+    assert "up to 32 queries and keys of 20 float32 numbers" in why(33, 5, 20, 20, dtype=torch.float32, chip=90)
+    assert "up to 32 queries and keys of 16 float32 numbers" in why(33, 5, 16, 16, dtype=torch.float32, chip=100)
 
 
 def test_rows_far_apart_are_not_short() -> None:

@@ -7,9 +7,7 @@ import os
 import torch
 
 from kernels.attention.rules import Extras, Rules
-from kernels.attention.tiles import (
-    MAX_SHORT, MAX_SHORT_ELSEWHERE, MAX_SHORT_FLOAT32, MAX_SHORT_HEAD_SIZE, block_of,
-)  # fmt: skip
+from kernels.attention.tiles import MAX_SHORT_HEAD_SIZE, max_short
 
 __all__ = ["is_wide", "needs_statistics", "why_not_hopper", "why_not_short"]
 
@@ -46,19 +44,18 @@ def why_not_short(
         statistics: what needs the rows' statistics, which they do not keep (`needs_statistics`).
         capability: compute capability of the device times ten.
     """
-    lengths = query.shape[2], key.shape[2]
-    longest = MAX_SHORT if capability == 90 else MAX_SHORT_ELSEWHERE
     if extras.query_starts is not None:
         return "they take no packed sequences"
-    if max(lengths) > longest:
-        return f"they take up to {longest} queries and keys here, found {lengths[0]} and {lengths[1]}"
     if 0 in (*query.shape, *key.shape, *value.shape):
         return "there is nothing to attend to"
     head_size = max(query.shape[3], value.shape[3])
     if head_size > MAX_SHORT_HEAD_SIZE:
         return f"they take heads of up to {MAX_SHORT_HEAD_SIZE}, found {head_size}"
-    if query.dtype == torch.float32 and max(lengths) > MAX_SHORT_FLOAT32 // block_of(head_size):
-        return f"they take float32 up to {MAX_SHORT_FLOAT32 // block_of(head_size)} queries and keys of {head_size}"
+    lengths, longest = (query.shape[2], key.shape[2]), max_short(head_size, query.element_size(), capability)
+    if max(lengths) > longest:
+        numbers = "float32 numbers" if query.dtype == torch.float32 else "16-bit numbers"
+        what = f"{longest} queries and keys of {head_size} {numbers}"
+        return f"they take up to {what} here, found {lengths[0]} and {lengths[1]}"
     if statistics:
         return f"{statistics} needs statistics of the rows, which they do not keep"
     if is_wide(query, key, value, extras.attn_mask):

@@ -12,9 +12,7 @@ MAX_HEAD_SIZE = 2048  # largest E or Ev
 MAX_BLOCK = 256  # largest E or Ev that one tile holds; wider heads are worked on in chunks
 CHUNK_COLS = 128  # columns of a wide head that a program makes
 LOOP_COLS = 64  # columns of a wide head that it multiplies at a time
-MAX_SHORT = 64  # queries and keys of the kernels for short sequences on Hopper chips
-MAX_SHORT_ELSEWHERE = 32  # on others, where scores of 64 by 64 do not fit the registers beside the rest
-MAX_SHORT_FLOAT32 = 1024  # rows times columns of a tile of float32, whose products need registers for both operands
+MAX_SHORT = 64  # queries and keys of the kernels for short sequences
 MAX_SHORT_HEAD_SIZE = 128
 FEW_ROWS = 32  # up to this many queries a small query tile wastes less than the large one
 
@@ -160,6 +158,19 @@ class ShortTile(NamedTuple):
     def options(self) -> dict[str, int]:
         """Keyword arguments of a launch."""
         return {"HEADS": self.heads, "PACK": self.pack, "num_warps": self.num_warps, "num_stages": 1}
+
+
+def max_short(head_size: int, element_size: int, capability: int) -> int:
+    """Most queries and keys that fit the registers, by compiling, of the kernels for short sequences; see choose_tile.
+
+    Scores of 64 by 64 leave little room for the rest: on chips of the Ampere family for the narrowest heads only.
+    float32 products need registers for both operands.
+    """
+    is_ampere = capability < 90 or capability >= 120
+    columns = block_of(head_size)
+    if element_size == 4:
+        return min(MAX_SHORT if capability == 90 else 32, 1024 // columns)
+    return 32 if is_ampere and columns > 16 else MAX_SHORT
 
 
 def choose_short_tile(kernel: str, length: int, head_size: int, element_size: int) -> ShortTile:
