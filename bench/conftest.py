@@ -35,9 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info["bench"] = machine.describe()
-    if config.getoption("--commit"):
-        machine_info["bench"]["commit"] = config.getoption("--commit")
+    machine_info["bench"] = machine.describe(config.getoption("--commit"))
 
 
 @pytest.fixture(scope="session")

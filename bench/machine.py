@@ -37,8 +37,8 @@ def commit() -> str:
 
 
 @functools.cache
-def describe() -> dict[str, str | int]:
-    """Everything a reader needs to repeat a figure."""
+def describe(commit_id: str = "") -> dict[str, str | int]:
+    """Everything a reader needs to repeat a figure. commit_id: the commit, where git cannot tell it."""
     triton = ""
     if importlib.util.find_spec("triton"):
         import triton as module
@@ -59,5 +59,5 @@ def describe() -> dict[str, str | int]:
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "cpu_count": os.cpu_count() or 0,
         "torch_threads": torch.get_num_threads(),
-        "commit": commit(),
+        "commit": commit_id or commit(),
     }

@@ -32,6 +32,7 @@ from bench.timing import measure
 from kernels.attention import tiles
 from kernels.attention.rules import Extras, Rules
 from kernels.attention.tiles import ShortTile, Tile
+from kernels.launch import capability
 
 RULES = {"full": Rules(0.125), "causal": Rules(0.125, right=0)}
 SHORT_LENGTHS, SHORT_SIZES, SHORT_BATCH = (5, 9, 16, 32, 64), (16, 32, 64), 8_192
@@ -227,12 +228,14 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     device = machine.pick_device()
     on_gpu = device.type == "cuda" and options.arch is None
-    major, minor = torch.cuda.get_device_capability() if on_gpu else divmod(options.arch or 90, 10)
+    arch = capability(device) if on_gpu else options.arch or 90
     started, rows = time.monotonic(), []
     workers = concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"))
     with workers as pool:
-        compiled = [(search, [pool.submit(compile_candidate, search, tile, 10 * major + minor)
-                              for tile in search.candidates(10 * major + minor)]) for search in chosen]  # fmt: skip
+        compiled = [
+            (search, [pool.submit(compile_candidate, search, tile, arch) for tile in search.candidates(arch)])
+            for search in chosen
+        ]
         for search, futures in compiled:
             if time.monotonic() - started > options.time_limit:
                 print(f"{search} and what follows: left out, the time is used up")
@@ -245,8 +248,8 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(show(tries)), flush=True)
             rows += [{**attempt._asdict(), "tile": attempt.tile._asdict()} for attempt in tries]
     if options.json:
-        found = machine.describe() | ({"commit": options.commit} if options.commit else {})
-        options.json.write_text(json.dumps({"machine_info": {"bench": found}, "tuning": rows}, indent=1))
+        machine_info = {"bench": machine.describe(options.commit)}
+        options.json.write_text(json.dumps({"machine_info": machine_info, "tuning": rows}, indent=1))
     return 0
 
 

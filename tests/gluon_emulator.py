@@ -17,7 +17,6 @@ Layouts and registers are not modelled. If nobody can go on, Deadlock is raised.
 
 from __future__ import annotations
 
-import builtins
 import enum
 import functools
 import inspect
@@ -70,6 +69,7 @@ class Mark(enum.IntEnum):
     LEFT = 5  # its sending is over; one thread of the group knows
 
 
+ANY = set(Mark) - {Mark.NONE}
 AFTER_FENCE = {Mark.STORED: Mark.FENCED, Mark.MET: Mark.FENCED}
 AFTER_BARRIER = {Mark.STORED: Mark.MET, Mark.FENCED: Mark.NONE, Mark.LEFT: Mark.NONE}
 
@@ -167,12 +167,12 @@ class Descriptor:
         assert all(given == own or size == 1 for size, given, own in zip(shape, strides, x.stride()))
         self.block_type = types.SimpleNamespace(nbytes=x.element_size() * torch.Size(box).numel())
 
-    def at(self, place: list[Any]) -> tuple[torch.Tensor, tuple[builtins.slice, ...]]:
+    def at(self, place: list[Any]) -> tuple[torch.Tensor, tuple[slice, ...]]:
         """The part of the tensor that a box covers, and which part of the box that is."""
         starts = [int(start) for start in place]
         assert min(starts) >= 0
-        part = self.x[tuple(builtins.slice(start, start + side) for start, side in zip(starts, self.box))]
-        return part, tuple(builtins.slice(0, side) for side in part.shape)
+        part = self.x[tuple(slice(start, start + side) for start, side in zip(starts, self.box))]
+        return part, tuple(slice(0, side) for side in part.shape)
 
 
 class Product:
@@ -282,7 +282,7 @@ class Chip:
 
     def load_tile(self, desc: Descriptor, place: list[Any], barrier: Barrier, target: Shared) -> None:
         part, inside = desc.at(place)
-        target.forbid(*set(Mark) - {Mark.NONE})
+        target.forbid(*ANY)
         target.memory.fill_(torch.nan)
 
         def arrive() -> None:
@@ -294,7 +294,7 @@ class Chip:
 
     def store_tile(self, desc: Descriptor, place: list[Any], source: Shared, adds: bool = False) -> None:
         part, inside = desc.at(place)
-        source.forbid(*set(Mark) - {Mark.NONE})
+        source.forbid(*ANY)
         source.mark(Mark.SENT)
         self.copies.append(
             (self.current, lambda: part.copy_(source.memory[inside] + part if adds else source.memory[inside]))

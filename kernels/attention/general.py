@@ -270,7 +270,7 @@ def launch_forward(
     batch, n_queries, n_keys = lengths(query, key, extras, rules)
     tile = choose_tile("forward", *tile_arguments(query, value, seed, n_queries))
     sizes = column_blocks(e, ev)
-    chunks = triton.cdiv(ev, sizes["BLOCK_EV"])
+    chunks, group = triton.cdiv(ev, sizes["BLOCK_EV"]), n_heads // key.shape[1]
     grid = (triton.cdiv(n_queries, tile.block_q) * chunks * n_heads * batch,)
     if grid[0] == 0:
         return
@@ -280,8 +280,8 @@ def launch_forward(
             query, key, value, *pointers(seed, extras), extras.sinks, output, row_max, row_sum,
             *strides, *mask_strides(extras.attn_mask), *batch_strides(output, extras),
             *batch_strides(row_max, extras)[:2], head_stride(extras.alibi_slopes), head_stride(extras.sinks),
-            n_heads, n_heads // key.shape[1], n_queries, n_keys, *numbers(rules),
-            chunks * heads_in_turn(n_heads // key.shape[1], n_keys * (e + ev) * key.itemsize, rules, query.device),
+            n_heads, group, n_queries, n_keys, *numbers(rules),
+            chunks * heads_in_turn(group, n_keys * (e + ev) * key.itemsize, rules, query.device),
             MASK=mask_kind(extras.attn_mask), HAS_SINKS=extras.sinks is not None, **sizes, **tile.options(),
             **flags(query, seed, extras, rules, is_wide(query, key, value, extras.attn_mask)),
         )  # fmt: skip

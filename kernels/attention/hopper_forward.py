@@ -326,6 +326,7 @@ def hopper_forward_kernel(
         out_desc, row_max_ptr, row_sum_ptr, q_s, tiles_s, flags_s, signals,
         n_heads_total, n_heads, L, S, left, right, scale, softcap, n_tiles, section,
     )  # fmt: skip
+    # Two lists, each whole: of one that is put together from parts Triton forgets which values are compile-time ones.
     if CONSUMERS == 2:
         gl.warp_specialize([
             (producer, (
