@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch
+from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch, size_of_terms
 
 
 @dataclasses.dataclass
@@ -66,9 +66,9 @@ def allowed(p: Problem) -> torch.Tensor:
 
 
 def no_loop(
-    p: Problem, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *mask: torch.Tensor
+    p: Problem, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *mask: torch.Tensor, held: bool = False
 ) -> torch.Tensor:
-    """The formula, written out."""
+    """The formula, written out. held: gradients are those with the sums of the softmax held fixed."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores = query @ key.mT * (p.scale if p.scale is not None else 1 / math.sqrt(query.shape[-1]))
@@ -79,6 +79,7 @@ def no_loop(
     top = scores.amax(-1, keepdim=True).detach() if scores.shape[-1] else scores.sum(-1, keepdim=True)
     weights = torch.exp(scores - top.masked_fill(top == -math.inf, 0.0))
     total = weights.sum(-1, keepdim=True)
+    total = total.detach() if held else total
     weights = weights / total.masked_fill(total == 0.0, 1.0)
     if p.kept is not None:
         weights = weights * p.kept / (1 - p.dropout_p)
@@ -118,12 +119,11 @@ def check(p: Problem, attention: Callable[..., torch.Tensor]) -> None:
     inputs = p.inputs(torch.float64)
     if len(inputs) == 4:  # every entry by itself, to see how much cancels when they are summed
         inputs[3] = inputs[3].detach().expand(*p.query.shape[:-1], p.key.shape[-2]).clone().requires_grad_()
-    output = no_loop(p, *inputs)
-    exact = [output, *torch.autograd.grad(output, inputs, p.grad.double())]
-    magnitudes = [None] * 4
+    output, held = no_loop(p, *inputs), no_loop(p, *inputs, held=True)
+    whole, held = (torch.autograd.grad(x, inputs, p.grad.double()) for x in (output, held))
+    exact, magnitudes = [output, *whole], [None, *map(size_of_terms, whole, held, (x.dtype for x in ours[1:]))]
     if len(inputs) == 4:
-        magnitudes.append(exact[4].abs().sum_to_size(p.attn_mask.shape))
-        exact[4] = exact[4].sum_to_size(p.attn_mask.shape)
+        exact[4], magnitudes[4] = (x.sum_to_size(p.attn_mask.shape) for x in (exact[4], magnitudes[4]))
     names = ["output", "grad of query", "grad of key", "grad of value", "grad of attn_mask"]
     factors = [FORWARD] + [GRADIENT] * 4
     for a, b, c, factor, name, magnitude in zip(ours, theirs, exact, factors, names, magnitudes):

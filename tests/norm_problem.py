@@ -3,12 +3,14 @@
 Dropout's mask is read off a sum of ones and zeros, and given to PyTorch.
 """
 
+import functools
+
 import pytest
 import torch
 
 import kernels
 from kernels.layer_norm import backward, forward
-from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch
+from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch, size_of_terms
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 EPS = 1e-5
@@ -57,15 +59,24 @@ def ours(centre, eps=EPS, **options):
 
 
 def torchs(centre, eps=EPS, prenorm=False, keep=None, dropout_p=0.0):
-    """The same by PyTorch's functions one after the other; `keep` is dropout's mask."""
+    """The same by PyTorch's functions one after the other; `keep` is dropout's mask.
 
-    def call(input, residual, weight=None, bias=None):
+    The call's `held`: gradients are those with mean and variance of a row held fixed.
+    """
+
+    def call(input, residual, weight=None, bias=None, held=False):
         branch = input if keep is None else torch.where(keep.to(input.device), input / (1 - dropout_p), 0.0)
         total = branch if residual is None else residual + branch
         mixed = any(y is not None and y.dtype != total.dtype for y in (weight, bias))
         x, weight, bias = (y.float() if mixed and y is not None else y for y in (total, weight, bias))
         shape = x.shape[-1:] if weight is None else weight.shape
-        if centre:
+        if held:
+            rows = x.detach().flatten(-len(shape))
+            mean = rows.mean(-1) if centre else torch.zeros_like(rows[..., 0])
+            deviation = ((rows - mean.unsqueeze(-1)).square().mean(-1) + eps).sqrt()
+            mean, deviation = (y[(..., *(None for _ in shape))] for y in (mean, deviation))
+            output = (x - mean) / deviation * (1 if weight is None else weight) + (0 if bias is None else bias)
+        elif centre:
             output = torch.nn.functional.layer_norm(x, shape, weight, bias, eps)
         else:
             output = torch.nn.functional.rms_norm(x, shape, weight, eps)
@@ -89,10 +100,15 @@ def assert_no_worse(function, peer, tensors, upstreams, slack=1.0):
     exact_inputs = [None if x is None else x.double() for x in on_cpu]
     found = results(function, tensors, upstreams)
     peers = results(peer, on_cpu, [x.cpu() for x in upstreams])
-    exact = results(peer, exact_inputs, [x.cpu().double() for x in upstreams])
-    for factor, *kind in zip((FORWARD, slack * GRADIENT), found, peers, exact):
-        for place, triple in enumerate(zip(*kind, strict=True)):
-            assert_as_exact_as_torch(*triple, factor, f"{'output' if factor == FORWARD else 'gradient'} {place}")
+    exact, held = (
+        results(solve, exact_inputs, [x.cpu().double() for x in upstreams])
+        for solve in (peer, functools.partial(peer, held=True))
+    )
+    for place, triple in enumerate(zip(found[0], peers[0], exact[0], strict=True)):
+        assert_as_exact_as_torch(*triple, FORWARD, f"output {place}")
+    for place, (*triple, fixed) in enumerate(zip(found[1], peers[1], exact[1], held[1], strict=True)):
+        magnitude = size_of_terms(triple[2], fixed, triple[0].dtype)
+        assert_as_exact_as_torch(*triple, slack * GRADIENT, f"gradient {place}", magnitude)
 
 
 def kept(shape, dropout_p, device, seed=7, backend="triton", centre=True):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels.attention import tiles
-from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch
+from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch, size_of_terms
 
 attention = functools.partial(kernels.scaled_dot_product_attention, enable_gqa=True, backend="triton")
 SUMS = {"grad of attn_mask": 1, "grad of sinks": 1, "grad of alibi_slopes": 8}
@@ -50,8 +50,12 @@ def formula(
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     key_lengths: torch.Tensor | None = None,
+    held: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output, log-sum-exp and weights, each step in the dtype of the inputs, a float for a tensor of any dtype."""
+    """Output, log-sum-exp and weights, each step in the dtype of the inputs, a float for a tensor of any dtype.
+
+    held: gradients of output and weights are those with the log-sum-exp held fixed.
+    """
     dtype, device = query.dtype, query.device
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -81,7 +85,8 @@ def formula(
     if sinks is not None:
         scores = torch.cat((scores, sinks.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)), -1)
     lse = torch.logsumexp(scores, -1) if scores.shape[-1] else scores.new_full(scores.shape[:3], -math.inf)
-    weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None])[..., :n_keys]
+    pivot = lse.detach() if held else lse
+    weights = torch.exp(scores - pivot.masked_fill(pivot == -math.inf, 0.0)[..., None])[..., :n_keys]
     return weights @ value, lse, weights
 
 
@@ -104,7 +109,8 @@ def check(arguments: dict[str, Any], tiny: bool = False) -> None:
     upstream = torch.randn(shape, device=device), torch.randn(shape[:3], device=device)
     rest = {name: x for name, x in arguments.items() if name not in learned}
     found = []
-    for solve, dtype in ((attention, None), (formula, None), (formula, torch.float64)):
+    held = functools.partial(formula, held=True)
+    for solve, dtype in ((attention, None), (formula, None), (formula, torch.float64), (held, torch.float64)):
         leaves = {name: given_tensors[name].detach().to(dtype or given_tensors[name].dtype).requires_grad_()
                   for name in learned}  # fmt: skip
         if solve is attention:
@@ -116,15 +122,15 @@ def check(arguments: dict[str, Any], tiny: bool = False) -> None:
         gradients = [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves.values())]
         found.append([output, lse.nan_to_num(neginf=-99.0), weights, *gradients])
     names = ["output", "lse", "weights", *(f"grad of {name}" for name in learned)]
-    for name, ours, theirs, exact in zip(names, *found):
+    for name, ours, theirs, exact, held in zip(names, *found):
         factor = GRADIENT if name.startswith("grad") else FORWARD
         if name == "lse" and ours.dtype != theirs.dtype:  # ours is float32 always, the formula's of the inputs' dtype
             theirs = exact.to(theirs.dtype).to(ours.dtype)
-        magnitude = None
         if tiny:
             room = 100 * torch.finfo(ours.dtype).eps * (1.0 + exact.abs().max().item() if exact.numel() else 1.0)
             torch.testing.assert_close(ours.double(), exact, rtol=0.0, atol=room, msg=lambda m, n=name: f"{n}: {m}")
             continue
+        magnitude = size_of_terms(exact, held, ours.dtype)
         if name == "lse" or name in SUMS:  # of numbers larger than themselves, which cancel
             magnitude = SUMS.get(name, 1) * (exact.abs() + exact.abs().max() + 1.0)
         assert_as_exact_as_torch(ours, theirs, exact, factor, name, magnitude)

@@ -15,10 +15,10 @@ from torch.func import grad, jacfwd, jacrev, jvp, vmap
 import kernels
 from kernels.layer_norm import autograd, ops
 from kernels.reference import layer_norm_no_loop, layer_norm_two_loop
-from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch
 
 backward = pytest.importorskip("kernels.layer_norm.backward", reason="needs triton")
 forward = pytest.importorskip("kernels.layer_norm.forward", reason="needs triton")
+from tests.norm_problem import assert_no_worse, torchs  # noqa: E402 (it imports Triton)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-5
@@ -51,17 +51,10 @@ def output_and_gradients(function, tensors, upstream, shape, eps=EPS):
 
 
 def assert_no_worse_than_pytorch(function, tensors, upstream, shape=None, eps=EPS):
-    """Compare output and gradients of `function` with float64, allowing a small multiple of PyTorch's own error."""
+    """`assert_no_worse` of function(input, shape, weight, bias, eps)."""
     shape = tensors[0].shape[-1:] if shape is None else shape
-    peer = torch.nn.functional.layer_norm
-    on_cpu = [None if x is None else x.cpu() for x in tensors]
-    in_float64 = [None if x is None else x.double() for x in on_cpu]
-    found = output_and_gradients(function, tensors, upstream, shape, eps)
-    peers = output_and_gradients(peer, on_cpu, upstream.cpu(), shape, eps)
-    exact = output_and_gradients(peer, in_float64, upstream.cpu().double(), shape, eps)
-    names = ["output"] + [f"d{n}" for n, x in zip(("input", "weight", "bias"), tensors) if x is not None]
-    for name, *results in zip(names, found, peers, exact, strict=True):
-        assert_as_exact_as_torch(*results, FORWARD if name == "output" else GRADIENT, name)
+    alone = lambda x, residual, *parameters: (function(x, shape, *parameters, eps),)  # noqa: E731
+    assert_no_worse(alone, torchs(True, eps), (tensors[0], None, *tensors[1:]), [upstream])
 
 
 # Values
@@ -80,7 +73,7 @@ def test_two_loops_no_loop_pytorch_kernel(normal):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("n_cols", [3, 7, 63, 64, 65, 127, 129, 1000, 1024, 1025])
+@pytest.mark.parametrize("n_cols", [1, 2, 3, 7, 63, 64, 65, 127, 129, 1000, 1024, 1025])
 def test_widths_and_dtypes(normal, n_cols, dtype):
     n_rows = 67 if n_cols < 100 else 13
     tensors = normal(n_rows, n_cols, dtype=dtype) * 3 + 1, normal(n_cols, dtype=dtype), normal(n_cols, dtype=dtype)
@@ -89,7 +82,7 @@ def test_widths_and_dtypes(normal, n_cols, dtype):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("n_cols", [2, 15, 16, 17, 37, 64])
+@pytest.mark.parametrize("n_cols", [1, 2, 15, 16, 17, 37, 64])
 def test_rows_walked_in_chunks(normal, chunks_of_16, n_cols, dtype):
     tensors = normal(29, n_cols, dtype=dtype) * 3 + 1, normal(n_cols, dtype=dtype), normal(n_cols, dtype=dtype)
     assert_no_worse_than_pytorch(on_triton, tensors, normal(29, n_cols, dtype=dtype))
@@ -157,13 +150,17 @@ def test_constant_rows_of_large_numbers_stay_finite(device):
 
 @pytest.mark.parametrize("shape", [(5, 1), (5, 7)], ids=["one_column", "constant_rows"])
 def test_rows_without_variance(normal, device, shape):
-    """The output is the bias, and no gradient passes: a constant shift of a row changes nothing."""
+    """The output is the bias, and no gradient passes: a constant shift of a row changes nothing.
+
+    But for rounding, of what cancels: x and its mean, the gradients and their mean, over the root of eps.
+    """
     x = torch.arange(5.0, device=device).reshape(5, 1).expand(shape) * 0.1
     weight, bias = normal(shape[1]), normal(shape[1])
     output, dinput, dweight, _ = output_and_gradients(on_triton, (x, weight, bias), torch.ones_like(x), shape[1:])
-    torch.testing.assert_close(output, bias.expand(shape), rtol=0, atol=2e-5)
-    torch.testing.assert_close(dinput.sum(dim=1), torch.zeros(5, device=device), rtol=0, atol=2e-3)
-    torch.testing.assert_close(dweight, torch.zeros_like(weight), rtol=0, atol=5e-5)
+    unit = 2 * torch.finfo(x.dtype).eps / EPS**0.5
+    assert ((output - bias).abs() <= unit * (weight * x).abs() + unit * EPS**0.5 * bias.abs()).all()
+    assert (dinput.sum(dim=1).abs() <= unit * weight.abs().sum()).all()
+    assert (dweight.abs() <= unit * x.abs().sum(dim=0)).all()
 
 
 @pytest.mark.parametrize("shape, normalized", [((0, 7), (7,)), ((3, 0), (0,)), ((2, 0, 3, 5), (3, 5))])

@@ -3,6 +3,7 @@
 As in `test_layer_norm.py` the bound on an error is PyTorch's own at the same dtypes.
 """
 
+import functools
 import importlib.util
 import itertools
 import math
@@ -55,7 +56,7 @@ def test_hand_numbers(device):
 @pytest.mark.usefixtures("poisoned")
 @either_way
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-@pytest.mark.parametrize("n_cols", [3, 5, 63, 64, 65, 257])  # of one or two columns the gradient is mostly rounding
+@pytest.mark.parametrize("n_cols", [1, 2, 3, 5, 63, 64, 65, 257])
 def test_rms_norm_of_every_width(normal, chunked, n_cols, dtype):
     n_rows = chunked[0] - 2
     tensors = normal(n_rows, n_cols, dtype=dtype) * 3 + 1, None, normal(n_cols, dtype=dtype), None
@@ -178,7 +179,7 @@ def test_sum_far_from_zero(normal, chunked, centre):
 @either_norm
 def test_constant_rows(normal, device, centre):
     """Layer norm makes them the bias; RMS norm makes them plus or minus the weight."""
-    x = torch.tensor([[3.0], [-0.1], [2.0**40]], device=device).expand(3, 19)
+    x = torch.tensor([[3.0], [-10.1], [2.0**40]], device=device).expand(3, 19)
     weight, bias = normal(19), normal(19) if centre else None
     output = ours(centre)(x, x, weight, bias)[0]
     expected = bias.expand(3, 19) if centre else x.sign() * weight
@@ -413,7 +414,7 @@ def test_native_samples_of_pytorch(op_db, device):
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
-    leading=st.lists(st.integers(1, 5), max_size=2), n_cols=st.integers(2, 70), centre=st.booleans(),
+    leading=st.lists(st.integers(1, 5), max_size=2), n_cols=st.integers(1, 70), centre=st.booleans(),
     dtypes=st.sampled_from(list(MIXED.values())), has_weight=st.booleans(), dropout_p=st.sampled_from([0.0, 0.6]),
 )
 def test_any_shape(normal, device, leading, n_cols, centre, dtypes, has_weight, dropout_p):
@@ -423,6 +424,16 @@ def test_any_shape(normal, device, leading, n_cols, centre, dtypes, has_weight, 
     keep = kept(shape, dropout_p, device)[0]
     peer = torchs(centre, prenorm=True, keep=keep, dropout_p=dropout_p)
     assert_no_worse(ours(centre, prenorm=True, dropout_p=dropout_p), peer, tensors, upstreams)
+
+
+@either_norm
+@pytest.mark.parametrize("n_cols", [1, 2, 37])
+def test_a_gradient_without_that_of_the_statistics_is_rejected(normal, centre, n_cols):
+    """Also where it is all there is: of a layer norm of one column the exact gradient is 0."""
+    tensors, upstreams = sample(normal, centre, (29, n_cols))
+    assert_no_worse(ours(centre), torchs(centre), tensors, upstreams[:1])
+    with pytest.raises(AssertionError, match="gradient 0: error"):
+        assert_no_worse(functools.partial(torchs(centre), held=True), torchs(centre), tensors, upstreams[:1])
 
 
 # Named after what went wrong elsewhere

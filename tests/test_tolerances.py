@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.attention_problem import Problem, allowed, check, problem
+from tests.attention_problem import Problem, allowed, check, no_loop, problem
 from tests.tolerances import assert_as_exact_as_torch
 
 P_DROP = 0.25
@@ -142,6 +142,24 @@ def test_a_backward_that_does_not_replay_dropout_is_rejected(p: Problem) -> None
     rejected(dropped, lambda p, q, k, v, m: ForgetsDropout.apply(q, k, v, p))
     rejected(dropped, lambda p, q, k, v, m: solve(q, k, v, allowed(p)))  # no dropout at all
     rejected(dropped, lambda p, q, k, v, m: (1 - P_DROP) * right(p, q, k, v, m))  # weights kept but not enlarged
+
+
+@pytest.mark.parametrize("n_keys", [1, 2, 53])
+def test_a_delta_left_out_or_off_by_3_percent_is_rejected(p: Problem, n_keys: int) -> None:
+    """Also where it is all there is: to the only key to attend to, the exact gradient is 0."""
+    few = dataclasses.replace(p, key=p.key[:, :, :n_keys], value=p.value[:, :, :n_keys])
+    run(few, right)
+    rejected(few, lambda p, q, k, v, m: no_loop(p, q, k, v, held=True))
+    rejected(few, lambda p, q, k, v, m: 0.97 * right(p, q, k, v, m) + 0.03 * no_loop(p, q, k, v, held=True))
+
+
+@pytest.mark.parametrize(("n", "units"), [(2, 2), (2_000, 1)])
+def test_few_numbers_have_more_room(n: int, units: int) -> None:
+    """Beside a peer that is exact by luck: 2 (1 + 2 / sqrt(n)) times half a unit in the last place."""
+    exact, unit = torch.ones(n), torch.finfo(torch.float32).eps
+    assert_as_exact_as_torch(exact + units * unit, exact, exact.double())
+    with pytest.raises(AssertionError, match="by norm"):
+        assert_as_exact_as_torch(exact + (units + 1) * unit, exact, exact.double())
 
 
 def test_shape_and_dtype_are_compared() -> None:

@@ -5,28 +5,55 @@ of `ours`) is: 2 for results, 3 for gradients, whose chain of roundings is longe
 the error; its largest entry, a matter of luck among few numbers, may be twice as far again. So neither a small error
 everywhere nor a large one somewhere passes.
 
-Where PyTorch is luckily exact, its error counts as a quarter of a unit in the last place by norm, and as one unit for
-the largest entry. The unit is relative to the result; for a sum whose terms cancel, to the sum of their sizes
-(`magnitude`).
+PyTorch's rounding differs from processor to processor, and no verdict may rest on its luck:
+
+- The norms of two random errors of n numbers differ by some 1 / sqrt(n) of themselves: `factor` grows by 2 / sqrt(n).
+- Where PyTorch is luckily exact, its error counts as half a unit in the last place by norm in float32, in which every
+  step rounds, as a quarter in 16 bits, in which the result alone does, and as one unit for the largest entry.
+- The unit is relative to the result; where larger numbers cancel, to their size (`magnitude`, for gradients
+  `size_of_terms`).
 """
+
+import math
+import os
 
 import torch
 
 FORWARD = 2.0
 GRADIENT = 3.0
+margins: dict[str, float] = {}  # of each test, the least by which an error was smaller than allowed: allowed / found
+
+
+def unit_of_float32(dtype: torch.dtype) -> float:
+    """The rounding of float32, in which 16-bit results are computed too, in units in the last place of `dtype`."""
+    return min(torch.finfo(torch.float32).eps / torch.finfo(dtype).eps, 1.0)
+
+
+def size_of_terms(whole: torch.Tensor, held: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What the rounding of a gradient that passes a softmax or a norm is relative to, in units of its dtype.
+
+    Both divide by a statistic of the row. The gradient is what comes out with the statistic held fixed, less what the
+    statistic's own change takes off: P dP - P delta for a score of weight P, delta the row's sum of P dP. With one key
+    to attend to, or one column to normalise, nothing is left but rounding: of the two in float32, of what is left in
+    `dtype`.
+
+    Args:
+        whole: the exact gradient. held: the same with the statistic held fixed.
+    """
+    return whole.abs() + (held.abs() + (held - whole).abs()) * unit_of_float32(dtype)
 
 
 def error_ratios(
-    ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor | None = None
+    ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor
 ) -> tuple[float, float]:
     """Our error over PyTorch's (or over the floor): by Euclidean norm, and by largest entry."""
     exact, ours_error, theirs_error = exact.double(), ours.double() - exact, theirs.double() - exact
     if exact.numel() == 0:
         return 0.0, 0.0
-    magnitude = exact if magnitude is None else magnitude.cpu()
     eps = torch.finfo(ours.dtype).eps
+    by_norm = 0.5 if ours.dtype.itemsize > 2 else 0.25
     ratios = []
-    for measure, units in ((torch.linalg.vector_norm, 0.25), (lambda x: x.abs().max(), 1.0)):
+    for measure, units in ((torch.linalg.vector_norm, by_norm), (lambda x: x.abs().max(), 1.0)):
         floor = max(measure(magnitude).item() * eps * units, torch.finfo(ours.dtype).tiny)
         ratios.append(measure(ours_error).item() / max(measure(theirs_error).item(), floor))
     return ratios[0], ratios[1]
@@ -46,9 +73,13 @@ def assert_as_exact_as_torch(
     assert ours.dtype == theirs.dtype, f"{what}: dtype {ours.dtype}, PyTorch's is {theirs.dtype}"
     nowhere = torch.isnan(exact)
     assert torch.equal(torch.isnan(ours), nowhere), f"{what}: NaN in {int(torch.isnan(ours).sum())} entries"
-    ours, theirs, exact = (x.masked_fill(nowhere, 0.0) for x in (ours, theirs, exact))
+    magnitude = exact if magnitude is None else magnitude.detach().cpu()
+    ours, theirs, exact, magnitude = (x.masked_fill(nowhere, 0.0) for x in (ours, theirs, exact, magnitude))
     by_norm, by_entry = error_ratios(ours, theirs, exact, magnitude)
+    factor *= 1 + 2 / max(exact.numel(), 1) ** 0.5
     assert by_norm <= factor and by_entry <= 2 * factor, (
-        f"{what}: error {by_norm:.2f} x PyTorch's by norm (allowed {factor}), "
-        f"{by_entry:.2f} x by largest entry (allowed {2 * factor})"
+        f"{what}: error {by_norm:.2f} x PyTorch's by norm (allowed {factor:.2f}), "
+        f"{by_entry:.2f} x by largest entry (allowed {2 * factor:.2f})"
     )
+    test, used = os.environ.get("PYTEST_CURRENT_TEST", "").split(" (")[0], max(by_norm, by_entry / 2) / factor
+    margins[test] = min(margins.get(test, math.inf), 1 / used if used else math.inf)
