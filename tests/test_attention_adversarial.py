@@ -112,9 +112,12 @@ def test_any_call(call: dict, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_large_numbers_in_half_precision(dtype: torch.dtype, device: str) -> None:
-    """Scores in the thousands and gradients of weights beyond what float16 could square."""
+    """Scores in the thousands and gradients of weights beyond what float16 could square.
+
+    In whole numbers, of which the largest is often there twice: rounding must not decide who is ahead.
+    """
     p = problem((1, 2, 1, 33, 47, 24, 24), dtype, device, is_causal=True)
-    p = Problem(p.query * 16, p.key * 16, p.value * 30, is_causal=True, grad=p.grad * 50)
+    p = Problem(p.query.round() * 16, p.key.round() * 16, p.value * 30, is_causal=True, grad=p.grad * 10)
     check(p, triton_attention)
 
 

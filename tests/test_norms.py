@@ -427,7 +427,7 @@ def test_any_shape(normal, device, leading, n_cols, centre, dtypes, has_weight, 
 
 
 @either_norm
-@pytest.mark.parametrize("n_cols", [1, 2, 37])
+@pytest.mark.parametrize("n_cols", [1, 37])
 def test_a_gradient_without_that_of_the_statistics_is_rejected(normal, centre, n_cols):
     """Also where it is all there is: of a layer norm of one column the exact gradient is 0."""
     tensors, upstreams = sample(normal, centre, (29, n_cols))

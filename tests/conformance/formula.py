@@ -43,7 +43,6 @@ def attention(
     key_lengths: torch.Tensor | None = None,
     kept: torch.Tensor | None = None,
     dropout_p: float = 0.0,
-    held: bool = False,
 ) -> Answer:
     """Attention as above; differentiable in every floating-point tensor.
 
@@ -53,7 +52,6 @@ def attention(
         attn_mask: bool (True = may attend) or added to the scores, broadcastable to (..., Hq, L, S).
         alibi_slopes: (Hq,) or (B, Hq). sinks: (Hq,). key_lengths: (B,).
         kept: (..., Hq, L, S) bool, the weights that dropout with probability `dropout_p` keeps.
-        held: the gradients of output and weights are those with the sums of the softmax held fixed.
     """
     n_queries, n_keys = query.shape[-2], key.shape[-2]
     key, value = (repeat_heads(x, query) for x in (key, value))
@@ -89,7 +87,7 @@ def attention(
     exponentials = torch.exp(scores - top)
     total = exponentials.sum(-1, keepdim=True) + torch.exp(sink - top)
     empty = total == 0.0
-    weights = exponentials / (total.detach() if held else total).masked_fill(empty, 1.0)
+    weights = exponentials / total.masked_fill(empty, 1.0)
     lse = (top + torch.log(total.masked_fill(empty, 1.0))).masked_fill(empty, -math.inf).squeeze(-1)
     weights = weights.to(query.dtype)
     used = weights if kept is None else weights * kept / (1 - dropout_p)

@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.conformance import formula
-from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch, size_of_terms, unit_of_float32
+from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch, unit_of_float32
 
 Attention = Callable[..., Any]
 # A backward from log-sum-exps, as PyTorch's fused kernels have it, loses 9 times as much to rounding as the formula on
@@ -103,11 +103,10 @@ def with_gradients(
     return {"output": output.detach(), **{f"gradient of {name}": x for name, x in zip(call.learned, found)}}
 
 
-def exact(call: Call, dtype: torch.dtype = torch.float64, held: bool = False) -> dict[str, torch.Tensor]:
-    """The same through the formula; float64 makes it exact. held: with the sums of the softmax held fixed."""
+def exact(call: Call, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+    """The same through the formula; float64 makes it exact."""
     arguments = exact_arguments(call, dtype)
-    output = formula.attention(**arguments, held=held).output
-    return with_gradients(call, arguments, output, call.grad.to(dtype))
+    return with_gradients(call, arguments, formula.attention(**arguments).output, call.grad.to(dtype))
 
 
 def pytorch(call: Call, backends: tuple[SDPBackend, ...] = ()) -> dict[str, torch.Tensor]:
@@ -137,29 +136,37 @@ def pytorch(call: Call, backends: tuple[SDPBackend, ...] = ()) -> dict[str, torc
         return {}
 
 
-def magnitudes(call: Call) -> dict[str, torch.Tensor]:
-    """Of each tensor of the answer, the sizes of the numbers that it is the sum of: (same shape), float64.
+def magnitudes(call: Call, exact_answer: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the rounding of each tensor of the answer is relative to, in units of the dtype: (same shape), float64.
 
-    A weight is exp(score - lse), each rounded in float32 relative to itself: what it is multiplied with counts as much
-    more, but in a row of finfo.min, where all are rounded to the same. Gradients of queries and keys are differences
-    (`size_of_terms`), that of a mask a sum of such.
+    That is the result, and the sizes of all terms that are added up to it, in float32, as kernels add: a query with one
+    key has gradient 0, all of it cancels. A weight is exp(score - lse), whose rounding grows with the two; but in a row
+    of finfo.min all are rounded to the same.
     """
-    learns_mask = "attn_mask" in call.learned
-    answer = formula.attention(**exact_arguments(call, torch.float64))
-    weights, lse = answer.weights.detach(), answer.lse.detach().unsqueeze(-1)
-    each = call.replace(attn_mask=call.attn_mask.expand(weights.shape)) if learns_mask else call
-    whole, held = exact(each), exact(each, held=True)
-    found = {name: size_of_terms(x, held[name], call.query.dtype) for name, x in whole.items()}
-    if learns_mask:
-        found["gradient of attn_mask"] = reduce_to(found["gradient of attn_mask"], call.attn_mask)
-    value, grad = formula.repeat_heads(call.value, call.query).double().abs(), call.grad.double().abs()
+    arguments = exact_arguments(call, torch.float64)
+    answer = formula.attention(**arguments)
+    query, key, value = (arguments[name].detach() for name in ("query", "key", "value"))
+    lse, grad = answer.lse.detach().unsqueeze(-1), call.grad.double().abs()
+    weights = answer.weights.detach()
     exponents = torch.where((weights > 0) & (lse > -1e30), (lse + weights.log()).abs() + lse.abs(), 0.0)
-    rounded = weights * (1 + exponents * unit_of_float32(call.query.dtype))
-    found["output"], found["gradient of value"] = rounded @ value, reduce_to(rounded.mT @ grad, call.value)
+    weights = weights * (1 + exponents)
+    shared_value, shared_key = (formula.repeat_heads(x, query).abs() for x in (value, key))
+    grad_weights = grad @ shared_value.mT  # (..., Hq, L, S)
+    delta = (weights * grad_weights).sum(-1, keepdim=True)
+    grad_scores = weights * (grad_weights + delta)
+    scale = abs(query.shape[-1] ** -0.5 if call.scale is None else call.scale)
+    found = {
+        "output": weights @ shared_value,
+        "gradient of query": reduce_to(scale * grad_scores @ shared_key, query),
+        "gradient of key": reduce_to(scale * grad_scores.mT @ query.abs(), key),
+        "gradient of value": reduce_to(weights.mT @ grad, value),
+    }
+    if "attn_mask" in call.learned:
+        found["gradient of attn_mask"] = reduce_to(grad_scores, call.attn_mask)
     if "sinks" in call.learned:
-        delta = (weights * (grad @ value.mT)).sum(-1, keepdim=True)
-        found["gradient of sinks"] = ((1 - weights.sum(-1, keepdim=True)) * delta).sum((0, 2, 3))
-    return found
+        found["gradient of sinks"] = ((1 - answer.weights.detach().sum(-1, keepdim=True)) * delta).sum((0, 2, 3))
+    unit = unit_of_float32(call.query.dtype)
+    return {name: exact_answer[name].abs() + unit * size for name, size in found.items()}
 
 
 def reduce_to(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -200,7 +207,7 @@ def judge(attention: Attention, call: Call, what: str = "") -> None:
     found = solve(call, attention)
     assert found["output"].dtype == call.query.dtype, f"output is {found['output'].dtype}, query {call.query.dtype}"
     answer = exact(call)
-    sizes = magnitudes(call)
+    sizes = magnitudes(call, answer)
     rulers = yardstick(call, answer, found)
     for name, right in answer.items():
         factor = FORWARD if name == "output" else GRADIENT
