@@ -105,7 +105,7 @@ def test_any_call(call: dict, device: str) -> None:
     exact = no_loop(p, *exact_inputs)
     grads = torch.autograd.grad(output, inputs, p.grad)
     exact_grads = torch.autograd.grad(exact, exact_inputs, p.grad.double())
-    # Not check(): a query that sees a single key has gradients of exactly 0, of which any rounding is infinitely far.
+    # Not check(): of so few numbers, scores of any size and cancelling sums, PyTorch's error is a matter of luck.
     for a, b in zip((output, *grads), (exact, *exact_grads)):
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=2e-4 * max(1.0, b.abs().max().item()))
 

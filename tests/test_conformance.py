@@ -14,7 +14,7 @@ import torch
 
 from tests.conformance import (  # noqa: F401  (importing them enters their checks into the list)
     checks_behaviour, checks_features, checks_masks, checks_memory, checks_properties, checks_shapes, errors, formula,
-    opinfo, providers,
+    opinfo, providers, registry,
 )  # fmt: skip
 from tests.conformance.judge import Attention, make, solve
 from tests.conformance.registry import CHECKS, GPU, OURS, TORCH_KEYWORDS, Check, Outcome, check, keywords, run
@@ -50,6 +50,12 @@ def test_ours(name: str, provider: str, device: str, dtype: torch.dtype) -> None
     if (provider, name) in KNOWN and outcome.kind != "pass":
         pytest.xfail(KNOWN[provider, name])
     assert outcome.kind == "pass", outcome.message
+
+
+@pytest.fixture(autouse=True)
+def other_numbers(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """With --seed the checks draw others too."""
+    monkeypatch.setattr(registry, "SEED", registry.SEED + request.config.option.seed)
 
 
 def two_loops(call: Any) -> torch.Tensor:

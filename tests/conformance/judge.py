@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.conformance import formula
-from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch, unit_of_float32
+from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch
 
 Attention = Callable[..., Any]
 # A backward from log-sum-exps, as PyTorch's fused kernels have it, loses 9 times as much to rounding as the formula on
@@ -136,37 +136,45 @@ def pytorch(call: Call, backends: tuple[SDPBackend, ...] = ()) -> dict[str, torc
         return {}
 
 
-def magnitudes(call: Call, exact_answer: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the rounding of each tensor of the answer is relative to, in units of the dtype: (same shape), float64.
+def magnitudes(call: Call, right: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the rounding of each tensor of the exact answer is relative to, in units of its dtype: float64, same shape.
 
-    That is the result, and the sizes of all terms that are added up to it, in float32, as kernels add: a query with one
-    key has gradient 0, all of it cancels. A weight is exp(score - lse), whose rounding grows with the two; but in a row
-    of finfo.min all are rounded to the same.
+    To the tensor itself; to what is rounded to the dtype of the call on the way: the output, of which delta is made,
+    and the gradients of the scores; and in float32 to the size of every term that is added up, since terms cancel: all
+    of them for a query with one key, whose gradient is 0. A weight exp(score - lse) is off by (|score| + |lse|) units
+    of float32, and its terms count as much more. Rows of finfo.min are left out: their scores all round to one number.
     """
     arguments = exact_arguments(call, torch.float64)
     answer = formula.attention(**arguments)
     query, key, value = (arguments[name].detach() for name in ("query", "key", "value"))
-    lse, grad = answer.lse.detach().unsqueeze(-1), call.grad.double().abs()
-    weights = answer.weights.detach()
+    output, lse, weights = answer.output.detach(), answer.lse.detach().unsqueeze(-1), answer.weights.detach()
+    shared_value, shared_key = (formula.repeat_heads(x, query) for x in (value, key))
+    narrow = torch.finfo(call.query.dtype).eps
+    wide = min(narrow, torch.finfo(torch.float32).eps)
+
+    grad = call.grad.double()
+    off_delta = (grad * (output.to(call.query.dtype).double() - output)).sum(-1, keepdim=True).abs()
+    grad_scores = weights * (grad @ shared_value.mT - (grad * output).sum(-1, keepdim=True))
     exponents = torch.where((weights > 0) & (lse > -1e30), (lse + weights.log()).abs() + lse.abs(), 0.0)
-    weights = weights * (1 + exponents)
-    shared_value, shared_key = (formula.repeat_heads(x, query).abs() for x in (value, key))
-    grad_weights = grad @ shared_value.mT  # (..., Hq, L, S)
-    delta = (weights * grad_weights).sum(-1, keepdim=True)
-    grad_scores = weights * (grad_weights + delta)
+    sizes = weights * (1 + exponents) * wide
+    terms = grad.abs() @ shared_value.abs().mT
+    delta_terms = (weights * terms).sum(-1, keepdim=True)
+    off_scores = narrow * grad_scores.abs() + weights * off_delta + sizes * (terms + delta_terms)  # (..., Hq, L, S)
+
     scale = abs(query.shape[-1] ** -0.5 if call.scale is None else call.scale)
-    found = {
-        "output": weights @ shared_value,
-        "gradient of query": reduce_to(scale * grad_scores @ shared_key, query),
-        "gradient of key": reduce_to(scale * grad_scores.mT @ query.abs(), key),
-        "gradient of value": reduce_to(weights.mT @ grad, value),
+    off = {
+        "output": sizes @ shared_value.abs(),
+        "gradient of query": reduce_to(scale * off_scores @ shared_key.abs(), query),
+        "gradient of key": reduce_to(scale * off_scores.mT @ query.abs(), key),
+        "gradient of value": reduce_to(sizes.mT @ grad.abs(), value),
     }
     if "attn_mask" in call.learned:
-        found["gradient of attn_mask"] = reduce_to(grad_scores, call.attn_mask)
+        off["gradient of attn_mask"] = reduce_to(off_scores, call.attn_mask)
     if "sinks" in call.learned:
-        found["gradient of sinks"] = ((1 - answer.weights.detach().sum(-1, keepdim=True)) * delta).sum((0, 2, 3))
-    unit = unit_of_float32(call.query.dtype)
-    return {name: exact_answer[name].abs() + unit * size for name, size in found.items()}
+        spare = 1 - weights.sum(-1, keepdim=True)
+        off["gradient of sinks"] = (spare * (off_delta + wide * delta_terms)).sum((0, 2, 3))
+    tensors = {"output": call.query, **{f"gradient of {name}": x for name, x in call.tensors().items()}}
+    return {name: x.abs() + off.get(name, 0.0) / torch.finfo(tensors[name].dtype).eps for name, x in right.items()}
 
 
 def reduce_to(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -177,13 +185,13 @@ def reduce_to(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def yardstick(
-    call: Call, answer: dict[str, torch.Tensor], found: dict[str, torch.Tensor]
+    call: Call, answer: dict[str, torch.Tensor], found: dict[str, torch.Tensor], sizes: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Whose error the tolerance is relative to: PyTorch's own, or where it has none, or is wrong, the formula's.
 
     PyTorch's own is the farther from the exact answer of its two ways, fused and one operation after the other, since
     either may be luckily near. The formula is computed at the dtype of the call. PyTorch counts as wrong when it is
-    more than WRONG times as far as the nearest of the three.
+    more than WRONG times as far as the nearest of the three, and as rounding of its `sizes` explains.
     """
     plain = exact(call, call.query.dtype)
     theirs = [pytorch(call), pytorch(call, (SDPBackend.MATH,))]
@@ -191,7 +199,7 @@ def yardstick(
     for name, right in answer.items():
         ways = [way[name] for way in (*theirs, plain) if name in way]
         errors = [torch.linalg.vector_norm(x.double() - right).nan_to_num(torch.inf).item() for x in ways]
-        tiny = torch.linalg.vector_norm(right).item() * torch.finfo(found[name].dtype).eps
+        tiny = torch.linalg.vector_norm(sizes[name]).item() * torch.finfo(found[name].dtype).eps
         limit = WRONG * max(min(errors), tiny)
         own = [(error, i) for i, error in enumerate(errors[:-1]) if error <= limit]
         chosen[name] = ways[max(own)[1] if own else -1].to(found[name].dtype)
@@ -208,11 +216,11 @@ def judge(attention: Attention, call: Call, what: str = "") -> None:
     assert found["output"].dtype == call.query.dtype, f"output is {found['output'].dtype}, query {call.query.dtype}"
     answer = exact(call)
     sizes = magnitudes(call, answer)
-    rulers = yardstick(call, answer, found)
+    rulers = yardstick(call, answer, found, sizes)
     for name, right in answer.items():
         factor = FORWARD if name == "output" else GRADIENT
         title = f"{what}: {name}" if what else name
-        assert_as_exact_as_torch(found[name], rulers[name], right, factor, title, sizes.get(name))
+        assert_as_exact_as_torch(found[name], rulers[name], right, factor, title, sizes[name])
 
 
 def agree(a: torch.Tensor, b: torch.Tensor, what: str, slack: float = 16.0) -> None:
