@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import kernels
 from kernels.attention import tiles
 from tests.attention_problem import Problem, check, no_loop, problem
+from tests.tolerances import GRADIENT, assert_as_exact_as_torch
 
 triton_attention = functools.partial(kernels.scaled_dot_product_attention, backend="triton")
 torch_attention = functools.partial(kernels.scaled_dot_product_attention, backend="torch")
@@ -284,14 +285,16 @@ def test_a_key_nobody_sees_gets_no_gradient(kind: str, n_queries: int, device: s
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("how", ["all one tensor", "query from key", "value from mask"])
 def test_inputs_that_depend_on_each_other(how: str, create_graph: bool, device: str) -> None:
-    x = torch.randn(1, 2, 11, 8, device=device, requires_grad=True)
+    numbers = torch.randn(1, 4, 11, 8, device=device) / 3  # or every query would see itself alone
     results = []
-    for attention in (triton_attention, torch_attention):
+    single, double = torch.float32, torch.float64
+    for attention, dtype in (triton_attention, single), (torch_attention, single), (torch_attention, double):
+        x = numbers.to(dtype, copy=True).requires_grad_()
         key, mask = x * 1, None
         query, value = (key * 2, key) if how == "query from key" else (key, key)
         if how == "value from mask":
             mask = x[..., :1] * 2
-            value = mask.expand(1, 2, 11, 8) * 3
+            value = mask.expand(1, 4, 11, 8) * 3
         output = attention(query, key, value, mask)
         results.append(torch.autograd.grad(output.square().sum(), x, create_graph=create_graph)[0].detach())
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert_as_exact_as_torch(*results, GRADIENT)

@@ -145,12 +145,12 @@ def test_a_backward_that_does_not_replay_dropout_is_rejected(p: Problem) -> None
 
 
 @pytest.mark.parametrize("n_keys", [1, 2, 53])
-def test_a_delta_left_out_or_off_by_3_percent_is_rejected(p: Problem, n_keys: int) -> None:
+def test_a_delta_left_out_or_off_by_5_percent_is_rejected(p: Problem, n_keys: int) -> None:
     """Also where it is all there is: to the only key to attend to, the exact gradient is 0."""
     few = dataclasses.replace(p, key=p.key[:, :, :n_keys], value=p.value[:, :, :n_keys])
     run(few, right)
     rejected(few, lambda p, q, k, v, m: no_loop(p, q, k, v, held=True))
-    rejected(few, lambda p, q, k, v, m: 0.97 * right(p, q, k, v, m) + 0.03 * no_loop(p, q, k, v, held=True))
+    rejected(few, lambda p, q, k, v, m: 0.95 * right(p, q, k, v, m) + 0.05 * no_loop(p, q, k, v, held=True))
 
 
 @pytest.mark.parametrize(("n", "units"), [(2, 2), (2_000, 1)])
