@@ -119,9 +119,10 @@ def check(p: Problem, attention: Callable[..., torch.Tensor]) -> None:
     inputs = p.inputs(torch.float64)
     if len(inputs) == 4:  # every entry by itself, to see how much cancels when they are summed
         inputs[3] = inputs[3].detach().expand(*p.query.shape[:-1], p.key.shape[-2]).clone().requires_grad_()
-    output, held = no_loop(p, *inputs), no_loop(p, *inputs, held=True)
-    whole, held = (torch.autograd.grad(x, inputs, p.grad.double()) for x in (output, held))
-    exact, magnitudes = [output, *whole], [None, *map(size_of_terms, whole, held, (x.dtype for x in ours[1:]))]
+    output = no_loop(p, *inputs)
+    whole = torch.autograd.grad(output, inputs, p.grad.double())
+    fixed = torch.autograd.grad(no_loop(p, *inputs, held=True), inputs, p.grad.double())
+    exact, magnitudes = [output, *whole], [None, *map(size_of_terms, whole, fixed, (x.dtype for x in ours[1:]))]
     if len(inputs) == 4:
         exact[4], magnitudes[4] = (x.sum_to_size(p.attn_mask.shape) for x in (exact[4], magnitudes[4]))
     names = ["output", "grad of query", "grad of key", "grad of value", "grad of attn_mask"]

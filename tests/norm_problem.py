@@ -71,10 +71,9 @@ def torchs(centre, eps=EPS, prenorm=False, keep=None, dropout_p=0.0):
         x, weight, bias = (y.float() if mixed and y is not None else y for y in (total, weight, bias))
         shape = x.shape[-1:] if weight is None else weight.shape
         if held:
-            rows = x.detach().flatten(-len(shape))
-            mean = rows.mean(-1) if centre else torch.zeros_like(rows[..., 0])
-            deviation = ((rows - mean.unsqueeze(-1)).square().mean(-1) + eps).sqrt()
-            mean, deviation = (y[(..., *(None for _ in shape))] for y in (mean, deviation))
+            axes, numbers = tuple(range(-len(shape), 0)), x.detach()
+            mean = numbers.mean(axes, keepdim=True) if centre else 0.0
+            deviation = ((numbers - mean).square().mean(axes, keepdim=True) + eps).sqrt()
             output = (x - mean) / deviation * (1 if weight is None else weight) + (0 if bias is None else bias)
         elif centre:
             output = torch.nn.functional.layer_norm(x, shape, weight, bias, eps)

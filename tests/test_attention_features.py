@@ -122,7 +122,7 @@ def check(arguments: dict[str, Any], tiny: bool = False) -> None:
         gradients = [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves.values())]
         found.append([output, lse.nan_to_num(neginf=-99.0), weights, *gradients])
     names = ["output", "lse", "weights", *(f"grad of {name}" for name in learned)]
-    for name, ours, theirs, exact, held in zip(names, *found):
+    for name, ours, theirs, exact, fixed in zip(names, *found):
         factor = GRADIENT if name.startswith("grad") else FORWARD
         if name == "lse" and ours.dtype != theirs.dtype:  # ours is float32 always, the formula's of the inputs' dtype
             theirs = exact.to(theirs.dtype).to(ours.dtype)
@@ -130,7 +130,7 @@ def check(arguments: dict[str, Any], tiny: bool = False) -> None:
             room = 100 * torch.finfo(ours.dtype).eps * (1.0 + exact.abs().max().item() if exact.numel() else 1.0)
             torch.testing.assert_close(ours.double(), exact, rtol=0.0, atol=room, msg=lambda m, n=name: f"{n}: {m}")
             continue
-        magnitude = size_of_terms(exact, held, ours.dtype)
+        magnitude = size_of_terms(exact, fixed, ours.dtype)
         if name == "lse" or name in SUMS:  # of numbers larger than themselves, which cancel
             magnitude = SUMS.get(name, 1) * (exact.abs() + exact.abs().max() + 1.0)
         assert_as_exact_as_torch(ours, theirs, exact, factor, name, magnitude)

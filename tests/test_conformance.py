@@ -37,6 +37,12 @@ KNOWN = {
 }
 
 
+@pytest.fixture(autouse=True)
+def other_numbers(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """With --seed the checks draw others too."""
+    monkeypatch.setattr(registry, "SEED", registry.SEED + request.config.option.seed)
+
+
 @pytest.mark.parametrize("name", CHECK)
 @pytest.mark.parametrize(("provider", "device", "dtype"), SUBJECTS)
 def test_ours(name: str, provider: str, device: str, dtype: torch.dtype) -> None:
@@ -50,12 +56,6 @@ def test_ours(name: str, provider: str, device: str, dtype: torch.dtype) -> None
     if (provider, name) in KNOWN and outcome.kind != "pass":
         pytest.xfail(KNOWN[provider, name])
     assert outcome.kind == "pass", outcome.message
-
-
-@pytest.fixture(autouse=True)
-def other_numbers(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """With --seed the checks draw others too."""
-    monkeypatch.setattr(registry, "SEED", registry.SEED + request.config.option.seed)
 
 
 def two_loops(call: Any) -> torch.Tensor:
