@@ -15,8 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import kernels
-from bench.accounting import AttentionCase
+from bench.accounting import AttentionCase, Direction
 from bench.check import WrongResult, require_right
+from bench.record import Job, attempt
+from bench.timing import Call, input_sets
 from kernels.attention import ops
 from kernels.attention.explanation import HOPPER, SHORT, TRITON, Explanation
 
@@ -29,7 +31,7 @@ BACKENDS = {
 GENERAL = "the general kernel"  # ours for any shape, where another one would run; may be left out, unlike ours
 FLASH = {"FlashAttention-3": "flash_attn_interface", "FlashAttention-4": "flash_attn.cute"}  # their modules
 PROVIDERS = ["kernels", GENERAL, *BACKENDS, *FLASH, "FlexAttention compiled"]
-MATH_LENGTH = 4_096  # the longest sequence whose scores the math backend is asked to store
+MATH_LENGTH = 2_048  # the longest sequence whose scores the math backend is asked to store: 70 GB at 4,096
 
 
 class Inputs(NamedTuple):
@@ -213,8 +215,18 @@ def exact(case: AttentionCase, inputs: Inputs, backward: bool) -> list[torch.Ten
     return list(torch.autograd.grad(output, leaves, grad_output)) if backward else [output]
 
 
-def check(provider: str, case: AttentionCase, inputs: Inputs, backward: bool) -> None:
-    """Raise WrongResult where the provider's result or gradients are wrong.
+@functools.lru_cache(maxsize=1)  # shared by the providers of a case, which come one after the other
+def problem(case: AttentionCase, device: torch.device, backward: bool) -> tuple[Inputs, list[torch.Tensor]]:
+    """Inputs of a case, the same in every run, and what `exact` says of them."""
+    torch.manual_seed(20_260_101)
+    inputs = make_inputs(case, device, requires_grad=backward)
+    return inputs, exact(case, inputs, backward)
+
+
+def check(
+    provider: str, case: AttentionCase, inputs: Inputs, backward: bool, right: list[torch.Tensor] | None = None
+) -> None:
+    """Raise WrongResult where the provider's result or gradients are wrong; right: the exact ones, where known.
 
     With dropout no two providers drop the same weights: then the check is made without, and beside it the mean of what
     weights are left, which must be 1, and their spread, which must not be 0.
@@ -225,8 +237,39 @@ def check(provider: str, case: AttentionCase, inputs: Inputs, backward: bool) ->
     if backward:
         with running(provider):
             found = list(torch.autograd.grad(output, inputs.differentiable(), inputs.grad_output))
-    require_right(provider, take(case, inputs, found), exact(case, inputs, backward), backward)
+    right = exact(case, inputs, backward) if right is None else right
+    require_right(provider, take(case, inputs, found), right, backward)
     if case.dropout:
         rows = build(provider, case)(inputs._replace(value=torch.ones_like(inputs.value))).detach()[..., 0].float()
         if not (abs(rows.mean().item() - 1) < 1e-2 and rows.std().item() > 1e-3):
             raise WrongResult(f"{provider}: dropout leaves weights of mean {rows.mean():.4f}, spread {rows.std():.4f}")
+
+
+def prepare(provider: str, case: AttentionCase, direction: Direction, device: torch.device) -> Job:
+    """The calls of a provider whose result was found right: forward without gradients, as in inference, or
+    `torch.autograd.grad` alone, on a graph that was made before and is kept; a learned bias gets its gradient too.
+
+    Raises:
+        Refused: a peer does not take the case. WrongResult: the provider is wrong.
+    """
+    backward, work = direction == "backward", case.work(direction)
+    first, right = problem(case, device, backward)
+    attempt(provider, lambda: check(provider, case, first, backward, right))
+    function = build(provider, case)
+    others = (make_inputs(case, device, requires_grad=backward) for _ in range(input_sets(work.bytes, device) - 1))
+
+    def call(x: Inputs) -> Call:
+        if not backward:
+            return lambda: function(x)
+        output = function(x)
+
+        def gradients() -> object:
+            with running(provider):
+                return torch.autograd.grad(output, x.differentiable(), x.grad_output, retain_graph=True)
+
+        return gradients
+
+    calls = [call(x) for x in (first, *others)]
+    # PyTorch keeps a dropout seed that was drawn outside a graph where a backward pass inside one cannot read it.
+    graph = not (backward and case.dropout)
+    return Job(f"attention {direction} {case}", label(provider, case, first), calls, work, graph)

@@ -17,7 +17,7 @@ import kernels
 from bench.accounting import AttentionCase
 from bench.attention import name_of
 from bench.check import require_right
-from bench.record import name_row, time_row
+from bench.record import Job, time_row
 from bench.timing import Call, input_sets
 
 PROVIDERS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
@@ -34,13 +34,10 @@ def test_no_loop(benchmark: BenchmarkFixture, positions: int, provider: str, dev
     work = AttentionCase(sequences, 1, positions, 2_048, dtype=torch.float32).work("forward")
     function = PROVIDERS[provider]
     sets = [torch.randn(3, sequences, positions, 2_048, device=device) for _ in range(input_sets(work.bytes, device))]
-    name = provider
-    if provider == "kernels":
-        name = name_of(kernels.explain(*sets[0]))
-    name_row(benchmark, f"S0 attention forward N{sequences} K{positions} M2048 full fp32", name)
+    name = name_of(kernels.explain(*sets[0])) if provider == "kernels" else provider
     query, key, value = sets[0][:, -1].double()
     weights = torch.softmax(query @ key.T / math.sqrt(2_048), dim=-1)
     calls: list[Call] = [lambda x=x: function(*x) for x in sets]  # type: ignore[misc]
-    with torch.no_grad():
-        require_right(name, [function(*sets[0])[-1]], [weights @ value])
-        time_row(benchmark, calls, work, device)
+    require_right(name, [function(*sets[0])[-1]], [weights @ value])
+    group = f"S0 attention forward N{sequences} K{positions} M2048 full fp32"
+    time_row(benchmark, lambda: Job(group, name, calls, work), device)

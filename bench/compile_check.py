@@ -18,11 +18,14 @@ import re
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
+
+import torch
 
 from bench.compile_cases import Case, all_cases, launch
 
@@ -32,6 +35,7 @@ SHARED_MEMORY = {80: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 # Bytes that may be spilled, by kernel and whether all features come together: forward, outside of its loops; backward,
 # numbers that the threads share, of which each step loads some ten.
 SPILLS = {
+    ("hopper_forward_kernel", False): 8,
     ("hopper_forward_kernel", True): 32,
     ("hopper_backward_kernel", False): 256,
     ("hopper_backward_kernel", True): 640,
@@ -71,9 +75,17 @@ class PretendedDriver:
         return GPUTarget("cuda", self.arch, 32)
 
 
+class Chip(NamedTuple):
+    """What launchers ask of a device: compute capability times ten, multiprocessors, bytes of L2."""
+
+    arch: int = 90
+    multiprocessors: int = 132
+    l2_bytes: int = 50 << 20
+
+
 @contextmanager
-def compiling(arch: int, found: Callable[[str, dict[str, Any], Any], None]) -> Iterator[None]:
-    """Within it launchers compile for a chip and launch nothing.
+def compiling(chip: Chip, found: Callable[[str, dict[str, Any], Any], None]) -> Iterator[None]:
+    """Within it launchers compile for a chip and launch nothing; public functions take tensors of the meta device.
 
     Args:
         found: called with a kernel's name, its options, and what was compiled or the error why it was not.
@@ -90,15 +102,24 @@ def compiling(arch: int, found: Callable[[str, dict[str, Any], Any], None]) -> I
             compiled = error
         found(self.fn.__name__, options, compiled)
 
-    driver.set_active(PretendedDriver(arch))
-    names = ["attention.general", "attention.short", *(["attention.hopper_forward"] if arch == 90 else [])]
-    modules = [importlib.import_module(f"kernels.{name}") for name in (*names, "layer_norm.backward")]
+    driver.set_active(PretendedDriver(chip.arch))
+    names = ["attention.general", "attention.ops", "attention.short", "layer_norm.backward", "layer_norm.ops"]
+    names += ["attention.hopper_forward", "attention.hopper_backward"] if chip.arch == 90 else []
+    modules = [importlib.import_module(f"kernels.{name}") for name in ("backend", *names)]
+    patches: list[tuple[Any, str, Any]] = [(JITFunction, "run", compile_only)]
+    for module in modules:
+        patches += [(module, name, lambda _, value=value: value)
+                    for name, value in (("capability", chip.arch), *chip._asdict().items()) if hasattr(module, name)]
+        patches += [(module, "why_not_triton", lambda *_: "")] if hasattr(module, "why_not_triton") else []
+    attention, norm = (importlib.import_module(f"kernels.{name}.ops") for name in ("attention", "layer_norm"))
+    for kind, module in (("attention", attention), ("norm", norm)):
+        for name in "forward", "backward":
+            getattr(torch.ops.kernels, f"{kind}_{name}")  # the namespace finds its operations when they are asked for
+            operation = types.SimpleNamespace(default=getattr(module, f"_{name}"))
+            patches.append((torch.ops.kernels, f"{kind}_{name}", operation))
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
-        for module in modules:
-            for name, value in ("capability", arch), ("multiprocessors", 132):
-                if hasattr(module, name):
-                    stack.enter_context(mock.patch.object(module, name, lambda _, value=value: value))
+        for target, name, value in patches:
+            stack.enter_context(mock.patch.object(target, name, value))
         yield
 
 
@@ -113,7 +134,7 @@ def compile_case(case: Case) -> list[Result]:
         else:
             results.append(judge(case, kernel, options, compiled))
 
-    with compiling(case.arch, add):
+    with compiling(Chip(case.arch), add):
         launch(case)
     return results
 

@@ -22,7 +22,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
                     help="skip the benchmarks that would begin after this time, and still write the JSON")
     group.addoption("--threads", type=int, default=1, help="CPU threads (1: more of them wait for each other wherever "
                     "another program runs); the training benchmark has thread counts of its own")
-    group.addoption("--commit", default="", help="the commit to name in the JSON where git cannot tell it")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,8 +33,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.filterwarnings("default"))
 
 
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info["bench"] = machine.describe(config.getoption("--commit"))
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    machine_info["bench"] = machine.describe()
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ from torch.nn import functional
 import kernels
 from bench.accounting import Direction, NormCase
 from bench.check import WrongResult, require_right
+from bench.record import Job, attempt
+from bench.timing import Call, input_sets
 from kernels.backend import why_not_triton
 
 COPY = "device copy"  # the ceiling: the same bytes, read and written without arithmetic
@@ -189,9 +191,30 @@ def check(provider: str, case: NormCase, inputs: Inputs, backward: bool) -> None
     require_right(provider, found, exact(case, inputs, factors, backward), backward)
 
 
-def copies(case: NormCase, direction: Direction, device: torch.device, sets: int) -> list[Callable[[], object]]:
+def copies(case: NormCase, direction: Direction, device: torch.device, sets: int) -> list[Call]:
     """Copies that move as many bytes as the work does, each between buffers of its own."""
     count = case.work(direction).bytes // 2 // 4
     sources = [torch.randn(count, device=device) for _ in range(sets)]
     targets = [torch.empty_like(source) for source in sources]
     return [lambda x=x, y=y: y.copy_(x) for x, y in zip(sources, targets)]  # type: ignore[misc]
+
+
+def prepare(provider: str, case: NormCase, direction: Direction, device: torch.device) -> Job:
+    """The calls of a provider whose result was found right, as `bench.attention.prepare` makes them."""
+    backward, work = direction == "backward", case.work(direction)
+    sets = input_sets(work.bytes, device)
+    group, name = case.group(direction), label(provider, case, device)
+    if provider == COPY:
+        return Job(group, name, copies(case, direction, device, sets), work)
+    torch.manual_seed(20_260_101)
+    inputs = [make_inputs(case, device, requires_grad=backward) for _ in range(sets)]
+    attempt(provider, lambda: check(provider, case, inputs[0], backward))
+    function = build(provider, case, device)
+
+    def call(x: Inputs) -> Call:
+        if not backward:
+            return lambda: function(x)
+        results, differentiable, upstream = function(x), x.differentiable(), x.upstream()
+        return lambda: torch.autograd.grad(results, differentiable, upstream, retain_graph=True)
+
+    return Job(group, name, [call(x) for x in inputs], work)

@@ -7,11 +7,10 @@ import importlib.util
 import os
 import platform
 import subprocess
-from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent
+from bench.rows import ROOT
 
 
 def pick_device() -> torch.device:
@@ -30,15 +29,20 @@ def run_text(*command: str) -> str:
 
 @functools.cache
 def commit() -> str:
-    """The commit that is checked out, with "-dirty" where tracked files differ; "unknown" without git."""
+    """The commit that is checked out, with "-dirty" where tracked files differ; "unknown" without git.
+
+    The environment variable BENCH_COMMIT says it for a copy without git.
+    """
+    if "BENCH_COMMIT" in os.environ:
+        return os.environ["BENCH_COMMIT"]
     found = run_text("git", "rev-parse", "--short=12", "HEAD")
     dirty = found and run_text("git", "status", "--porcelain", "--untracked-files=no")
     return f"{found}-dirty" if dirty else found or "unknown"
 
 
 @functools.cache
-def describe(commit_id: str = "") -> dict[str, str | int]:
-    """Everything a reader needs to repeat a figure. commit_id: the commit, where git cannot tell it."""
+def describe() -> dict[str, str | int]:
+    """Everything a reader needs to repeat a figure."""
     triton = ""
     if importlib.util.find_spec("triton"):
         import triton as module
@@ -59,5 +63,5 @@ def describe(commit_id: str = "") -> dict[str, str | int]:
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "cpu_count": os.cpu_count() or 0,
         "torch_threads": torch.get_num_threads(),
-        "commit": commit_id or commit(),
+        "commit": commit(),
     }

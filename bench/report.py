@@ -1,10 +1,10 @@
-"""README's GPU tables and its plot, from the raw JSON of the benchmarks.
+"""README's GPU tables and its plot, from bench/results: rows of bench.gpu_first, and JSON of pytest-benchmark.
 
     python -m bench.report [--results FOLDER] [--check]
 
 Rewrites what stands between the two marks in README.md and draws bench/results/attention.png. --check changes nothing
-and exits with 1 where README and JSON disagree. Of several results of a part the newest counts. Without any, README
-says that no GPU has run the benchmarks.
+and exits with 1 where README and results disagree. Of several results of the same work the newest counts. Without any,
+README says that no GPU has run the benchmarks.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.machine import ROOT
+from bench.rows import RESULTS, ROOT, age, read_rows, standings
 
-RESULTS = ROOT / "bench" / "results"
 PICTURE = "attention.png"
 MARKS = "<!-- GPU results: python -m bench.report -->", "<!-- end of GPU results -->"
 NOTHING = "No GPU has run them yet: until one has, this page shows no GPU number."
 
 
 class Row(NamedTuple):
-    """One provider's figures for one piece of work: what its benchmark calls extra_info."""
+    """One provider's figures for one piece of work, and the seconds that it took."""
 
     group: str
     provider: str
     info: dict[str, Any]
+    seconds: float
 
 
 class Result(NamedTuple):
@@ -67,22 +67,27 @@ CURVES = "forward", 128  # direction and head size of the plot
 
 
 def read_result(path: Path) -> Result:
-    """A file that pytest-benchmark wrote; one of `bench.tune` has no rows."""
-    content = json.loads(path.read_text())
-    rows = [Row(entry["group"] or "", entry["extra_info"].get("provider", entry["name"]), entry["extra_info"])
-            for entry in content.get("benchmarks", ())]  # fmt: skip
-    return Result(path.name, content["machine_info"]["bench"], rows)
+    """A file of bench.gpu_first, bench.gpu_second or pytest-benchmark."""
+    if path.suffix == ".jsonl":
+        content = read_rows(path)
+        machine = next((row for row in content if row["kind"] == "machine"), {"gpu": ""})
+        timed = (row for row in content if row["kind"] == "time")
+        rows = [Row(row["group"], row["provider"], row["info"], row["seconds"]) for row in timed]
+        return Result(path.name, machine, rows)
+    report = json.loads(path.read_text())
+    rows = [Row(entry["group"] or "", entry["extra_info"].get("provider", entry["name"]), entry["extra_info"],
+                entry["stats"]["median"]) for entry in report["benchmarks"]]  # fmt: skip
+    return Result(path.name, report["machine_info"]["bench"], rows)
 
 
 def read_results(folder: Path) -> list[Result]:
-    """The newest GPU result of each part: files are named GPU-DATE-COMMIT-PART.json."""
-    newest: dict[str, Result] = {}
-    for path in sorted(folder.glob("*.json"), key=lambda path: (re.findall(r"\d{4}-\d\d-\d\d", path.name), path.name)):
-        result = read_result(path)
-        match = re.search(r"\d{4}-\d\d-\d\d-[0-9a-z]+(?:-dirty)?-(.+)\.json$", path.name)
-        if match and result.rows and result.machine["gpu"]:
-            newest[match[1]] = result
-    return list(newest.values())
+    """All results of a GPU, each with the groups of which it is the newest; providers of a group come from one run."""
+    paths = sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")], key=age)
+    results = [result for result in map(read_result, paths) if result.rows and result.machine["gpu"]]
+    newest = {row.group: result.name for result in results for row in result.rows}
+    for place, result in enumerate(results):
+        results[place] = result._replace(rows=[row for row in result.rows if newest[row.group] == result.name])
+    return [result for result in results if result.rows]
 
 
 def cells(table: Table, rows: Iterable[Row]) -> dict[str, dict[int, float]]:
@@ -127,7 +132,15 @@ def make_section(results: Sequence[Result]) -> str:
         lines += [f"![attention in TFLOP/s by sequence length](bench/results/{PICTURE})", ""]
     for table in TABLES:
         lines += make_table(table, rows)
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join([*lines, *losses(rows)]).rstrip() + "\n"
+
+
+def losses(rows: Iterable[Row]) -> list[str]:
+    """A list in Markdown of what a peer does faster, the worst first."""
+    timed = [{"kind": "time", **row._asdict()} for row in rows]
+    behind = [(ratio, group, ours, peer) for ratio, group, ours, peer in standings(timed) if ratio < 1]
+    lines = [f"- {group}: {ours} has {ratio:.2f} of the rate of {peer}" for ratio, group, ours, peer in behind]
+    return ["Where a peer is faster:", "", *lines, ""] if lines else []
 
 
 def plot_rows(rows: Iterable[Row]) -> dict[str, dict[str, dict[int, float]]]:

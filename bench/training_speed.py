@@ -160,8 +160,8 @@ def warm_up(epochs: dict[tuple[str, str], Epoch]) -> None:
             raise AssertionError(f"{provider}, {way} does not learn: mean loss {first:.3f}, then {second:.3f}")
 
 
-def measure(device: torch.device, seconds: float, ways: Sequence[str], batch_size: int = BATCH) -> Speeds:
-    """Train in turns for about `seconds`, after warming up."""
+def turns(device: torch.device, seconds: float, ways: Sequence[str], batch_size: int = BATCH) -> Iterator[Speeds]:
+    """Train in turns for about `seconds`, after warming up; what is known so far after the second turn, and each."""
     torch.manual_seed(0)
     with build_epochs(device, ways, batch_size) as epochs:
         warm_up(epochs)
@@ -176,7 +176,13 @@ def measure(device: torch.device, seconds: float, ways: Sequence[str], batch_siz
                     epochs[key]()  # ends with a number on the host, so nothing is left running
                     speeds[key].seconds.append(time.perf_counter() - started)
                     speeds[key].cpu_seconds.append(time.process_time() - cpu_started)
-    return speeds
+            if turn + 1 >= TURNS[0]:
+                yield speeds
+
+
+def measure(device: torch.device, seconds: float, ways: Sequence[str], batch_size: int = BATCH) -> Speeds:
+    """What is known after the last turn."""
+    return list(turns(device, seconds, ways, batch_size))[-1]
 
 
 def best(speeds: Speeds, provider: str) -> float:

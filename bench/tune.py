@@ -1,11 +1,11 @@
 """Which tiles are fastest: every candidate is compiled, on all cores, and where there is a GPU, timed on it.
 
-    python -m bench.tune [WORD ...] [--arch 90] [--json FILE] [--time-limit SECONDS] [--commit ID] [--jobs N] [--list]
+    python -m bench.tune [WORD ... [or WORD ...]] [--arch 90] [--rows FILE] [--time-limit SECONDS] [--jobs N] [--list]
 
 A search is one kernel at one size ("forward D128", "short backward L9 D16"); only those with every WORD in their name
-are made. For each it prints the tile of kernels/attention/tiles.py and the best others: by time, where there is a GPU,
-of causal and full attention together; else by spills alone. A candidate that gives other numbers than the table's tile
-is called wrong. The tables themselves are changed by hand.
+are made, or with every WORD after an "or". For each it prints the tile of kernels/attention/tiles.py and the best
+others: by time, where there is a GPU, of causal and full attention together; else by spills alone. A candidate that
+gives other numbers than the table's tile is called wrong. What is found is entered into measured.py by hand.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import itertools
-import json
 import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -27,7 +26,9 @@ from unittest import mock
 import torch
 
 from bench import machine
-from bench.compile_check import SHARED_MEMORY, compiling, read_resources
+from bench.compile_check import SHARED_MEMORY, Chip, compiling, read_resources
+from bench.rows import write_row
+from bench.stages import die_with_parent
 from bench.timing import measure
 from kernels.attention import tiles
 from kernels.attention.rules import Extras, Rules
@@ -95,12 +96,15 @@ class Try(NamedTuple):
 
 
 def searches(words: list[str]) -> list[Search]:
-    """All of them, or those whose names have every one of these words."""
+    """All of them, or those whose names have all of these words, of which "or" parts alternatives, in their order."""
     every = [Search(f"short {kernel}", size, length)
              for kernel in ("forward", "backward") for length in SHORT_LENGTHS for size in SHORT_SIZES]  # fmt: skip
     every = [Search(kernel, size, 4096, has_dropout) for has_dropout in (False, True)
              for kernel in ("forward", "query", "key_value") for size in SIZES] + every  # fmt: skip
-    return [search for search in every if set(words) <= set(str(search).split())]
+    alternatives = [set(part.split()) for part in " ".join(words).split(" or ")]
+    return list(dict.fromkeys(
+        search for part in alternatives for search in every if part <= set(str(search).split())
+    ))  # fmt: skip
 
 
 @contextmanager
@@ -164,20 +168,19 @@ def compile_candidate(search: Search, tile: Tile | ShortTile, arch: int) -> Try:
             problem = f"spills {spills} bytes"
 
     launch = prepare(search, "meta")
-    with compiling(arch, add), forced(search, tile):
+    with compiling(Chip(arch), add), forced(search, tile):
         for rules in RULES.values():
             launch(rules)
     return Try(str(search), tile, tile == search.own(arch), registers, spills, problem)
 
 
-def time_candidates(search: Search, tries: list[Try], device: torch.device) -> list[Try]:
+def time_candidates(search: Search, tries: list[Try], device: torch.device) -> Iterator[Try]:
     """The candidates with their times; the table's own first, whose results the others' are held to."""
     launch = prepare(search, str(device))
     expected: dict[str, list[torch.Tensor]] = {}
-    timed = []
     for attempt in sorted(tries, key=lambda attempt: not attempt.is_own):
         if attempt.problem and not attempt.is_own:
-            timed.append(attempt)
+            yield attempt
             continue
         seconds, problem = {}, ""
         with forced(search, attempt.tile):
@@ -192,8 +195,7 @@ def time_candidates(search: Search, tries: list[Try], device: torch.device) -> l
                 except Exception as error:  # out of some resource
                     problem = type(error).__name__
                     break
-        timed.append(attempt._replace(problem=problem, seconds=seconds))
-    return timed
+        yield attempt._replace(problem=problem, seconds=seconds)
 
 
 def show(tries: list[Try]) -> Iterator[str]:
@@ -212,15 +214,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="WORD")
     parser.add_argument("--arch", type=int, choices=sorted(SHARED_MEMORY), help="where there is no GPU (90)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="every candidate, and the machine")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="append a row for every candidate (bench/rows.py)")
     parser.add_argument("--time-limit", type=float, default=400, metavar="SECONDS", help="no search begins later (400)")
-    parser.add_argument("--commit", default="", metavar="ID", help="where git cannot tell it")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile (one a core)")
     parser.add_argument("--list", action="store_true", help="print the searches and make none")
     options = parser.parse_args(argv)
     chosen = searches(options.words)
     if not chosen:
-        parser.error(f"no search has {' and '.join(map(repr, options.words))} in its name; see --list")
+        parser.error(f"no search is called {' '.join(options.words)!r}; see --list")
     if options.list:
         print("\n".join(map(str, chosen)))
         return 0
@@ -229,8 +230,10 @@ def main(argv: list[str] | None = None) -> int:
     device = machine.pick_device()
     on_gpu = device.type == "cuda" and options.arch is None
     arch = capability(device) if on_gpu else options.arch or 90
-    started, rows = time.monotonic(), []
-    workers = concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"))
+    started = time.monotonic()
+    workers = concurrent.futures.ProcessPoolExecutor(
+        options.jobs, multiprocessing.get_context("spawn"), initializer=die_with_parent
+    )
     with workers as pool:
         compiled = [
             (search, [pool.submit(compile_candidate, search, tile, arch) for tile in search.candidates(arch)])
@@ -241,15 +244,14 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{search} and what follows: left out, the time is used up")
                 pool.shutdown(cancel_futures=True)
                 break
-            tries = [future.result() for future in futures]
-            if on_gpu:
-                with torch.cuda.stream(torch.cuda.Stream()):  # graphs are not captured on the default one
-                    tries = time_candidates(search, tries, device)
-            print("\n".join(show(tries)), flush=True)
-            rows += [{**attempt._asdict(), "tile": attempt.tile._asdict()} for attempt in tries]
-    if options.json:
-        machine_info = {"bench": machine.describe(options.commit)}
-        options.json.write_text(json.dumps({"machine_info": machine_info, "tuning": rows}, indent=1))
+            tries, known = [future.result() for future in futures], []
+            stream = torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext()  # no graphs on the default one
+            with stream:
+                for attempt in time_candidates(search, tries, device) if on_gpu else tries:
+                    known.append(attempt)
+                    if options.rows:
+                        write_row(options.rows, "tile", **{**attempt._asdict(), "tile": attempt.tile._asdict()})
+            print("\n".join(show(known)), flush=True)
     return 0
 
 

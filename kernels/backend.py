@@ -24,10 +24,14 @@ class Choice(NamedTuple):
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
+# The kinds of device that have autocast. Asked once, here: PyTorch 2.11's compiler cannot trace the question.
+_KINDS = ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "maia", "ipu", "xla", torch._C._get_privateuse1_backend_name())
+AUTOCAST_KINDS = frozenset(kind for kind in _KINDS if torch.amp.is_autocast_available(kind))
+
 
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for this kind of device."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return device.type in AUTOCAST_KINDS and torch.is_autocast_enabled(device.type)
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:

@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
+from tests.interpreter import round_bfloat16_to_nearest
 from tests.tolerances import margins
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic PyTorch wants of cuBLAS
@@ -21,8 +22,9 @@ torch.set_num_threads(1)  # the tensors of the tests are small
 
 
 def runs_on_gpu(config: pytest.Config) -> bool:
-    """Whether this session tests on a GPU: asked for, and there."""
-    return config.option.markexpr == "gpu" and torch.cuda.is_available()
+    """Whether this session tests on a GPU: asked for, as by `-m gpu` or `-m "gpu and not slow"`, and there."""
+    asked = {term.strip(" ()") for term in re.split(r"\band\b", config.option.markexpr)}
+    return "gpu" in asked and torch.cuda.is_available()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,32 +46,21 @@ def pytest_configure(config: pytest.Config) -> None:
     """Switch the interpreter on or off, before the tests import any kernel."""
     os.environ["TRITON_INTERPRET"] = "0" if runs_on_gpu(config) else "1"
     if not runs_on_gpu(config):
-        _round_bfloat16_to_nearest()
+        round_bfloat16_to_nearest()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what this session cannot run, with the reason."""
     if runs_on_gpu(config):
+        if hasattr(config, "workerinput"):  # of pytest-xdist: other workers want memory too
+            for item in items:
+                if item.get_closest_marker("large"):
+                    item.add_marker(pytest.mark.skip(reason="takes up to 100 GiB of GPU memory: run it without -n"))
         return
     reason = "run by: pytest -m gpu" if torch.cuda.is_available() else "needs a CUDA GPU"
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
-
-
-def _round_bfloat16_to_nearest() -> None:
-    """Make Triton's interpreter round float32 to bfloat16 to the nearest, as GPUs do; by itself it cuts off bits."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def to_nearest(x: np.ndarray, source: object, target: object, rounding_mode: object) -> np.ndarray:
-        if source != tl.float32 or target != tl.bfloat16:
-            return convert(x, source, target, rounding_mode)
-        return torch.from_numpy(np.array(x)).bfloat16().view(torch.int16).numpy().view(np.uint16)
-
-    interpreter._convert_float = to_nearest
 
 
 @pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)])

@@ -10,7 +10,7 @@ import torch
 
 import kernels
 from kernels.layer_norm import backward, forward
-from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch, size_of_terms
+from tests.tolerances import FORWARD, GRADIENT, Comparison, size_of_terms
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 EPS = 1e-5
@@ -93,8 +93,8 @@ def results(function, tensors, upstreams, seed=7):
     return [x.detach() for x in outputs], list(torch.autograd.grad(outputs, given, upstreams))
 
 
-def assert_no_worse(function, peer, tensors, upstreams, slack=1.0):
-    """Outputs, gradients against float64, within a small multiple of PyTorch's own error, gradients `slack` times."""
+def compare(function, peer, tensors, upstreams, slack=1.0):
+    """Outputs and gradients beside float64 and PyTorch on the CPU, of whose error a small multiple is allowed."""
     on_cpu = [None if x is None else x.cpu() for x in tensors]
     exact_inputs = [None if x is None else x.double() for x in on_cpu]
     found = results(function, tensors, upstreams)
@@ -104,10 +104,16 @@ def assert_no_worse(function, peer, tensors, upstreams, slack=1.0):
         for solve in (peer, functools.partial(peer, held=True))
     )
     for place, triple in enumerate(zip(found[0], peers[0], exact[0], strict=True)):
-        assert_as_exact_as_torch(*triple, FORWARD, f"output {place}")
+        yield Comparison(f"output {place}", *triple, FORWARD)
     for place, (*triple, fixed) in enumerate(zip(found[1], peers[1], exact[1], held[1], strict=True)):
         magnitude = size_of_terms(triple[2], fixed, triple[0].dtype)
-        assert_as_exact_as_torch(*triple, slack * GRADIENT, f"gradient {place}", magnitude)
+        yield Comparison(f"gradient {place}", *triple, slack * GRADIENT, magnitude)
+
+
+def assert_no_worse(function, peer, tensors, upstreams, slack=1.0):
+    """Outputs, gradients against float64, within a small multiple of PyTorch's own error, gradients `slack` times."""
+    for one in compare(function, peer, tensors, upstreams, slack):
+        one.judge()
 
 
 def kept(shape, dropout_p, device, seed=7, backend="triton", centre=True):

@@ -344,9 +344,11 @@ def test_kernels_imports_without_triton() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("path", ["torch", "triton"])
 def test_one_graph_serves_all_sizes(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     monkeypatch.setattr("kernels.backend.INTERPRETED", path == "triton")
     torch._dynamo.reset()
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    graphs = CompileCounterWithBackend("aot_eager")
     call = torch.compile(lambda *x: attention(*x, scale=0.3), fullgraph=True, dynamic=True, backend=graphs)
     counts = []
     for batch, length in ((3, 5), (6, 7), (4, 11)):  # unlike each other and the heads: Dynamo unites equal sizes

@@ -41,7 +41,7 @@ ON_GPU = (
 @pytest.fixture
 def asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with KERNELS_HOPPER=1."""
-    monkeypatch.setattr(choice, "HOPPER_ASKED_FOR", True)
+    monkeypatch.setattr(choice, "HOPPER_ASKED_FOR", choice.hopper_calls("1"))
 
 
 @pytest.fixture(params=[pytest.param("cpu", id="emulated"), pytest.param("cuda", id="gpu", marks=ON_GPU)])
@@ -96,8 +96,22 @@ def test_which_calls_it_takes() -> None:
     assert "found query" in why(torch.empty(2 * 8 * 256 * 64 + 1, dtype=q.dtype)[1:].view(q.shape), k, k)
 
 
-def test_it_must_be_asked_for_until_a_gpu_has_run_it() -> None:
-    assert "KERNELS_HOPPER=1" in why(*(shaped((1, 1, 256, 64)) for _ in range(3)))
+def test_it_must_be_asked_for_where_no_gpu_has_shown_it_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = shaped((1, 1, 256, 64))
+    monkeypatch.setattr(choice, "HOPPER_ASKED_FOR", choice.hopper_calls("0"))
+    assert "KERNELS_HOPPER=1" in why(q, q, q)
+    monkeypatch.setattr(choice, "HOPPER_ASKED_FOR", choice.hopper_calls("backward64 forward128"))
+    assert "KERNELS_HOPPER=1" in why(q, q, q)
+    assert choice.why_not_hopper(q, q, q, Extras(), Rules(1.0), 90, is_backward=True) == ""
+    assert why(*(shaped((1, 1, 256, 128)) for _ in range(3))) == ""
+
+
+def test_what_may_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "HOPPER", {("forward", 256): "a file"})
+    assert choice.hopper_calls(None) == {("forward", 256)} and choice.hopper_calls("0") == frozenset()
+    assert len(choice.hopper_calls("1")) == 5 and choice.hopper_calls("forward64") == {("forward", 64)}
+    with pytest.raises(ValueError, match="must be 0, 1 or some of forward64, .* found 'backward256'"):
+        choice.hopper_calls("forward64 backward256")
 
 
 def test_three_consumers_where_rows_are_narrow_and_tiles_well_filled() -> None:

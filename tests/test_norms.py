@@ -466,6 +466,7 @@ def test_partial_sums_where_programs_do_not_divide_the_rows(normal, monkeypatch,
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 @either_norm
 def test_more_than_two_to_the_31_elements(centre):
     """The last rows, whose offsets need 64 bits, are bit for bit those by themselves; so are their gradients."""

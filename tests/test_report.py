@@ -7,30 +7,42 @@ from typing import Any
 import pytest
 
 from bench import report
+from bench.rows import write_row
 from tests.pictures import is_picture
 
 pytest.importorskip("matplotlib")
 MACHINE = {"gpu": "A GPU", "torch": "2.0", "triton": "3.0", "commit": "abc"}
 
 
-def write(folder: Path, name: str, figures: dict[tuple[str, str], dict[str, float]], **machine: Any) -> None:
-    rows = [{"group": group, "name": provider, "extra_info": {"provider": provider, **info}}
+Figures = dict[tuple[str, str], dict[str, float]]  # by group and provider
+
+
+def write(folder: Path, name: str, figures: Figures, **machine: Any) -> None:
+    """A result as bench.gpu_first writes it, or as pytest-benchmark does."""
+    machine = {**MACHINE, **machine}
+    if name.endswith(".jsonl"):
+        write_row(folder / name, "machine", **machine)
+        for (group, provider), info in figures.items():
+            write_row(folder / name, "time", group=group, provider=provider, seconds=1.0, info=info)
+        return
+    rows = [{"group": group, "name": provider, "stats": {"median": 1.0}, "extra_info": {"provider": provider, **info}}
             for (group, provider), info in figures.items()]  # fmt: skip
-    content = {"machine_info": {"bench": {**MACHINE, **machine}}, "benchmarks": rows}
-    (folder / name).write_text(json.dumps(content))
+    (folder / name).write_text(json.dumps({"machine_info": {"bench": machine}, "benchmarks": rows}))
 
 
-@pytest.fixture
-def results(tmp_path: Path) -> Path:
+GROUP = "attention forward B8 H16 S{} D128 causal bf16".format
+
+
+@pytest.fixture(params=["json", "jsonl"])
+def results(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """Forward figures of two days, of which the later count, and one of a CPU, which never does."""
-    group = "attention forward B8 H16 S{} D128 causal bf16".format
     for day, ours in ("2001-01-01", 100.0), ("2001-01-02", 300.0):
-        figures = {(group(length), provider): {"tflops_per_second": value + length / 1024}
+        figures = {(GROUP(length), provider): {"tflops_per_second": value + length / 1024}
                    for provider, value in (("kernels (general)", ours), ("torch cuDNN", 200.0))
                    for length in (1024, 2048)}
-        write(tmp_path, f"a-gpu-{day}-abc-attention-forward.json", figures)
-    figures = {(group(4096), "torch math"): {"tflops_per_second": 1.0}}
-    write(tmp_path, "cpu-2001-01-03-abc-attention-forward.json", figures, gpu="")
+        write(tmp_path, f"a-gpu-{day}-abc.{request.param}", figures)
+    figures = {(GROUP(4096), "torch math"): {"tflops_per_second": 1.0}}
+    write(tmp_path, f"cpu-2001-01-03-abc.{request.param}", figures, gpu="")
     return tmp_path
 
 
@@ -47,6 +59,22 @@ def test_the_newest_result_of_a_gpu_counts(results: Path) -> None:
         "![attention in TFLOP/s by sequence length](bench/results/attention.png)", "",
         "| Attention forward, D = 128, causal, TFLOP/s by sequence length | 1,024 | 2,048 |", "|---|---|---|",
         "| kernels (general) | **301** | **302** |", "| torch cuDNN | 201 | 202 |",
+    ]  # fmt: skip
+
+
+def test_a_newer_result_of_one_group_leaves_the_others(results: Path) -> None:
+    """And the last row of a provider counts."""
+    figures = {(GROUP(1024), provider): {"tflops_per_second": value}
+               for provider, value in (("kernels (hopper)", 7.0), ("torch cuDNN", 9.0))}  # fmt: skip
+    write(results, "a-gpu-2001-01-04-abd-second.jsonl", figures, commit="abd")
+    write_row(results / "a-gpu-2001-01-04-abd-second.jsonl", "time", group=GROUP(1024), provider="kernels (hopper)",
+              seconds=1.0, info={"tflops_per_second": 8.0})
+    lines = report.make_section(report.read_results(results)).splitlines()
+    assert "commit abc" in lines[0] and "commit abd" in lines[0]
+    assert lines[-7:] == [
+        "| kernels (general) | – | **302** |", "| torch cuDNN | **9** | 202 |", "| kernels (hopper) | 8 | – |", "",
+        "Where a peer is faster:", "",
+        "- attention forward B8 H16 S1024 D128 causal bf16: kernels (hopper) has 0.89 of the rate of torch cuDNN",
     ]  # fmt: skip
 
 
@@ -73,5 +101,5 @@ def test_every_group_that_a_benchmark_names_has_a_table_or_none_by_choice() -> N
     groups += [case.group(direction) for case in norm_cases(True) for direction in directions]
     groups += ["S1 training step B125 fp32 on GPU"]
     figures = {"tflops_per_second": 1.0, "gb_per_second": 1.0, "examples_per_second": 1.0}
-    rows = [report.Row(group, "kernels", figures) for group in groups]
+    rows = [report.Row(group, "kernels", figures, 1.0) for group in groups]
     assert all(report.make_table(table, rows) for table in report.TABLES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 from bench import tune  # noqa: E402
+from bench.rows import read_rows  # noqa: E402
 from bench.tune import Search, Try  # noqa: E402
 from kernels.attention.rules import Rules  # noqa: E402
 from kernels.attention.tiles import ShortTile, Tile  # noqa: E402
@@ -27,6 +27,8 @@ def test_searches_are_found_by_words(capsys: pytest.CaptureFixture[str]) -> None
     assert list(map(str, tune.searches(["query", "D64"]))) == ["query D64", "query D64 dropout"]
     assert tune.main(["short", "forward", "L9", "--list"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"short forward L9 D{size}" for size in (16, 32, 64)]
+    found = tune.searches("key_value D256 or forward D64 dropout".split())  # alternatives, in their order
+    assert list(map(str, found)) == ["key_value D256", "key_value D256 dropout", "forward D64 dropout"]
     with pytest.raises(SystemExit):
         tune.main(["sideways"])
 
@@ -44,7 +46,7 @@ def test_candidates_are_timed_and_agree(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(tune, "SHORT_BATCH", 2)
     others = [ShortTile(1, 1, 4), ShortTile(2, 1, 1), ShortTile(8, 16, 4)]  # sixteen sequences fit no tile
     tries = [Try(str(search), tile, False, 0, 0) for tile in others]
-    timed = tune.time_candidates(search, [*tries, Try(str(search), search.own(90), True, 0, 0)], CPU)
+    timed = list(tune.time_candidates(search, [*tries, Try(str(search), search.own(90), True, 0, 0)], CPU))
     assert timed[0].is_own and [attempt.problem == "" for attempt in timed] == [True, True, True, False]
     assert all(set(attempt.seconds) == {"full", "causal"} for attempt in timed[:3])
 
@@ -98,9 +100,9 @@ def test_the_best_come_first() -> None:
 
 @pytest.mark.slow
 def test_without_a_gpu_it_compiles(tmp_path: Path) -> None:
-    file = tmp_path / "found.json"
+    file = tmp_path / "rows.jsonl"
     command = [sys.executable, "-m", "bench.tune", "short", "forward", "L5", "D16", "--jobs", "1", "--arch", "90"]
-    subprocess.run([*command, f"--json={file}"], env={**os.environ, "TRITON_INTERPRET": "0"}, check=True, timeout=300)
-    rows = json.loads(file.read_text())["tuning"]
+    subprocess.run([*command, f"--rows={file}"], env={**os.environ, "TRITON_INTERPRET": "0"}, check=True, timeout=300)
+    rows = read_rows(file)
     assert len(rows) == len(Search("short forward", 16, 5).candidates(90))
     assert all(row["registers"] > 0 or row["problem"] for row in rows) and rows[0]["is_own"]

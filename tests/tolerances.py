@@ -16,6 +16,7 @@ PyTorch's rounding differs from processor to processor, and no verdict may rest 
 
 import math
 import os
+from typing import NamedTuple
 
 import torch
 
@@ -78,3 +79,19 @@ def assert_as_exact_as_torch(
         f"{what}: error {by_norm:.2f} x PyTorch's by norm (allowed {factor:.2f}), "
         f"{by_entry:.2f} x by largest entry (allowed {2 * factor:.2f})"
     )
+
+
+class Comparison(NamedTuple):
+    """One tensor and what it is held to, as `assert_as_exact_as_torch` takes it."""
+
+    name: str
+    ours: torch.Tensor
+    theirs: torch.Tensor
+    exact: torch.Tensor
+    factor: float
+    magnitude: torch.Tensor | None = None
+
+    def judge(self, what: str = "") -> None:
+        """Fail unless it is within the tolerance; what: the case, for the message."""
+        title = f"{what}: {self.name}" if what else self.name
+        assert_as_exact_as_torch(self.ours, self.theirs, self.exact, self.factor, title, self.magnitude)

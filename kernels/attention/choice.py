@@ -6,16 +6,34 @@ import os
 
 import torch
 
+from kernels.attention.measured import HOPPER
 from kernels.attention.rules import Extras, Rules
 from kernels.attention.tiles import MAX_SHORT_HEAD_SIZE, max_short
 
 __all__ = ["is_wide", "needs_statistics", "why_not_hopper", "why_not_short"]
 
-HOPPER_HEAD_SIZES = (64, 128, 256)
 HOPPER_QUERIES = 128  # fewer leave one of its two warp groups without work
-# The Gluon kernels have been compiled, and their protocol checked, but no GPU has run them: until one has, they are for
-# those who ask.
-HOPPER_ASKED_FOR = os.environ.get("KERNELS_HOPPER", "0") == "1"
+HOPPER_HEAD_SIZES = {"forward": (64, 128, 256), "backward": (64, 128)}
+
+
+def hopper_calls(asked: str | None) -> frozenset[tuple[str, int]]:
+    """Directions and head sizes that the Gluon kernels take.
+
+    Args:
+        asked: the environment variable KERNELS_HOPPER. None: those that a GPU has shown to be right and faster
+            (measured.py); 0: none; 1: all; else some by name: "forward64 backward128".
+    """
+    if asked is None:
+        return frozenset(HOPPER)
+    names = {f"{name}{size}": (name, size) for name, sizes in HOPPER_HEAD_SIZES.items() for size in sizes}
+    wanted = list(names) if asked == "1" else [] if asked == "0" else asked.split()
+    for name in wanted:
+        if name not in names:
+            raise ValueError(f"KERNELS_HOPPER must be 0, 1 or some of {', '.join(names)}, found {name!r}")
+    return frozenset(names[name] for name in wanted)
+
+
+HOPPER_ASKED_FOR = hopper_calls(os.environ.get("KERNELS_HOPPER"))
 
 
 def is_wide(*tensors: torch.Tensor | None) -> bool:
@@ -80,7 +98,8 @@ def why_not_hopper(
         capability: compute capability of the device times ten.
     """
     e, ev = query.shape[3], value.shape[3]
-    head_sizes = HOPPER_HEAD_SIZES[:2] if is_backward else HOPPER_HEAD_SIZES
+    direction = "backward" if is_backward else "forward"
+    head_sizes = HOPPER_HEAD_SIZES[direction]
     if capability != 90:
         return f"it is for compute capability 9.0, found {capability / 10}"
     if query.dtype not in (torch.float16, torch.bfloat16):
@@ -99,6 +118,6 @@ def why_not_hopper(
     for name, x in ("query", query), ("key", key), ("value", value):
         if not takes_tma(x):
             return f"TMA wants rows at multiples of 16 bytes, found {name} with strides {tuple(x.stride())}"
-    if not HOPPER_ASKED_FOR:
-        return "it has not run on a GPU yet: the environment variable KERNELS_HOPPER=1 lets it"
+    if (direction, e) not in HOPPER_ASKED_FOR:
+        return "no GPU has shown that it is right and faster here: the environment variable KERNELS_HOPPER=1 lets it"
     return ""

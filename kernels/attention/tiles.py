@@ -1,12 +1,15 @@
 """Tile sizes of the attention kernels: pure functions of kernel, head sizes, dtype, lengths, features and chip.
 
 The tables were found by compiling candidates and reading the machine code (`python -m bench.compile_check`): the
-largest tile that does not spill registers and, on sm_90, uses warp-group matrix instructions.
+largest tile that does not spill registers and, on sm_90, uses warp-group matrix instructions. Where a GPU has found a
+faster one, measured.py has it.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from kernels.attention.measured import TILES
 
 MAX_HEAD_SIZE = 2048  # largest E or Ev
 MAX_BLOCK = 256  # largest E or Ev that one tile holds; wider heads are worked on in chunks
@@ -136,6 +139,8 @@ def choose_tile(
     table = _FLOAT32 if element_size == 4 else _TABLES[kernel, chip]
     block = block_of(head_size) if head_size <= MAX_BLOCK else CHUNK_COLS
     tile = next(tiles for size, tiles in table.items() if size >= block)[has_dropout]
+    if element_size == 2 and (kernel, chip, block, has_dropout) in TILES:
+        tile = Tile(*TILES[kernel, chip, block, has_dropout][0])
     return tile._replace(block_q=16) if n_queries <= FEW_ROWS else tile
 
 

@@ -16,6 +16,7 @@ from tests.conformance.judge import Attention, Call, agree, exact_arguments, mak
 from tests.conformance.registry import check, keywords
 
 EXAMPLES = 200
+GPU_EXAMPLES = 20  # there most calls are compiled, half a second a kernel
 
 
 def for_calls(examples: int, test: Callable[[Call, Random], None], device: str, dtype: torch.dtype) -> None:
@@ -25,6 +26,7 @@ def for_calls(examples: int, test: Callable[[Call, Random], None], device: str, 
     modules are imported.
     """
     refused: list[RuntimeError] = []
+    examples = min(examples, GPU_EXAMPLES) if device == "cuda" else examples
 
     @settings(phases=[Phase.explicit], deadline=None, suppress_health_check=list(HealthCheck))
     @given(seed=st.integers())

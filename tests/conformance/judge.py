@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.conformance import formula
-from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch
+from tests.tolerances import FORWARD, GRADIENT, Comparison
 
 Attention = Callable[..., Any]
 # A backward from log-sum-exps, as PyTorch's fused kernels have it, loses 9 times as much to rounding as the formula on
@@ -206,21 +206,30 @@ def yardstick(
     return chosen
 
 
+def compare(attention: Attention, call: Call, exact_call: Call | None = None) -> Iterator[Comparison]:
+    """Output and gradients beside what they are held to.
+
+    Args:
+        exact_call: the call as the formula is to see it, where that is told more, such as which weights dropout keeps.
+    """
+    found, exact_call = solve(call, attention), exact_call or call
+    assert found["output"].dtype == call.query.dtype, f"output is {found['output'].dtype}, query {call.query.dtype}"
+    answer = exact(exact_call)
+    sizes = magnitudes(exact_call, answer)
+    rulers = yardstick(exact_call, answer, found, sizes)
+    for name, right in answer.items():
+        factor = FORWARD if name == "output" else GRADIENT
+        yield Comparison(name, found[name], rulers[name], right, factor, sizes[name])
+
+
 def judge(attention: Attention, call: Call, what: str = "") -> None:
     """Hold output and gradients to the tolerance: 2 times the yardstick's error forward, 3 times for gradients.
 
     Args:
         what: the case, for the message of a failure.
     """
-    found = solve(call, attention)
-    assert found["output"].dtype == call.query.dtype, f"output is {found['output'].dtype}, query {call.query.dtype}"
-    answer = exact(call)
-    sizes = magnitudes(call, answer)
-    rulers = yardstick(call, answer, found, sizes)
-    for name, right in answer.items():
-        factor = FORWARD if name == "output" else GRADIENT
-        title = f"{what}: {name}" if what else name
-        assert_as_exact_as_torch(found[name], rulers[name], right, factor, title, sizes[name])
+    for one in compare(attention, call):
+        one.judge(what)
 
 
 def agree(a: torch.Tensor, b: torch.Tensor, what: str, slack: float = 16.0) -> None:

@@ -1,0 +1,14 @@
+"""What GPUs have decided, each entry with the file of results it rests on (`python -m bench.gpu_first`). Nothing yet.
+
+What is not here goes by what compiling shows: the tables of tiles.py, and no Gluon kernel unless KERNELS_HOPPER asks.
+"""
+
+from __future__ import annotations
+
+# The Gluon kernels for Hopper chips that were right and faster than the kernel for any shape, by direction and head
+# size: ("forward", 128): "bench/results/....jsonl".
+HOPPER: dict[tuple[str, int], str] = {}
+
+# Tiles that were faster than those of tiles.py, by kernel, chip, block of the head size and whether there is dropout:
+# ("key_value", 90, 128, False): ((32, 128, 8, 2), "bench/results/....jsonl"). For elements of 2 bytes.
+TILES: dict[tuple[str, int, int, bool], tuple[tuple[int, int, int, int], str]] = {}

@@ -1,0 +1,384 @@
+"""The two commands for a GPU that is there for minutes: each stage ends in time, nothing is lost, what is wrong is called
+so; and a rehearsal of all of it on the CPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import kernels  # noqa: E402
+from bench import ahead, correctness, gpu_first, gpu_plan, gpu_second, gpu_work, stages  # noqa: E402
+from bench.rows import ROOT, Row, by_group, newest_results, read_rows, standings, write_row  # noqa: E402
+from bench.stages import ROWS, Stage, run_stages  # noqa: E402
+from kernels.attention import choice, measured  # noqa: E402
+
+posix = pytest.mark.skipif(os.name != "posix", reason="process groups as POSIX has them")
+
+
+def python(code: str) -> tuple[str, ...]:
+    return sys.executable, "-c", textwrap.dedent(code)
+
+
+def run(out: Path, *stages: Stage, seconds: float = 60.0) -> list[Row]:
+    assert run_stages(stages, out, seconds, lambda *_: {})
+    return [row for row in read_rows(out / ROWS) if row["kind"] == "stage"]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+# Stages
+
+
+@posix
+def test_what_hangs_is_killed_with_all_it_started_and_the_next_stage_runs(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    hangs = python(f"""
+        import os, signal, subprocess, sys, time
+        signal.signal(signal.SIGTERM, signal.SIG_IGN), signal.signal(signal.SIGINT, signal.SIG_IGN)
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        open({str(pids)!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
+        print("begun", flush=True)
+        while True: pass
+    """)
+    started = time.monotonic()
+    beside, then = python("print('beside')"), python("print('then')")
+    rows = run(tmp_path, Stage("hangs", 3, (hangs, beside)), Stage("next", 60, (then,)))
+    assert [(row["stage"], row["result"]) for row in rows] == [
+        ("hangs", "passed"), ("hangs", "killed at its limit"), ("next", "passed")]  # fmt: skip
+    assert time.monotonic() - started < 20
+    log = (tmp_path / stages.LOG).read_text()
+    assert all(word in log for word in ("begun", "beside", "then"))
+    assert wait_for(lambda: not any(is_alive(int(pid)) for pid in pids.read_text().split()))
+
+
+@posix
+def test_what_crashes_is_started_again_and_costs_no_other(tmp_path: Path) -> None:
+    crashes = python("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    again = python(f"""
+        import os, sys
+        path = {str(tmp_path / 'starts')!r}
+        open(path, "a").write("x")
+        sys.exit(4 if len(open(path).read()) < 3 else 0)
+    """)
+    fails = python("raise SystemExit(1)")
+    rows = run(tmp_path, Stage("crash", 40, (crashes, again, fails)), Stage("next", 60, (python("print('then')"),)))
+    found = {row["command"].split()[-1]: (row["result"], row["starts"]) for row in rows}
+    assert sorted(found.values()) == [
+        ("died of SIGSEGV", stages.MOST_STARTS), ("exit code 1", 1), ("passed", 1), ("passed", 3)]  # fmt: skip
+    assert rows[-1]["stage"] == "next"
+
+
+def test_a_stage_whose_time_is_gone_is_left_out_and_said_to_be(tmp_path: Path) -> None:
+    sleeps = Stage("long", 2, (python("import time; time.sleep(60)"),))
+    rows = run(tmp_path, sleeps, Stage("short", 2.01, (python("pass"),)), seconds=2.01)
+    assert [row["result"] for row in rows] == ["killed at its limit", "left out, the time is used up"]
+
+
+@posix
+def test_rows_before_a_kill_of_the_parent_are_there_and_nothing_runs_on(tmp_path: Path) -> None:
+    writes = f"""
+        import os, time
+        from pathlib import Path
+        from bench.rows import write_row
+        for i in range(10**6):
+            write_row(Path({str(tmp_path / ROWS)!r}), "time", number=i, pid=os.getpid())
+            time.sleep(0.01)
+    """
+    parent = python(f"""
+        import sys
+        from pathlib import Path
+        from bench.stages import Stage, run_stages
+        command = sys.executable, "-c", {textwrap.dedent(writes)!r}
+        run_stages([Stage("writes", 60, (command, command))], Path({str(tmp_path)!r}), 60.0, lambda *_: {{}})
+    """)
+    process = subprocess.Popen(parent, cwd=ROOT)
+    assert wait_for(lambda: len(read_rows(tmp_path / ROWS)) > 40)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    pids = {row["pid"] for row in read_rows(tmp_path / ROWS)}
+    assert len(pids) == 2 and wait_for(lambda: not any(map(is_alive, pids)))
+    text = (tmp_path / ROWS).read_text()
+    for pid in pids:  # each process's rows, none lost and none torn
+        numbers = [row["number"] for row in read_rows(tmp_path / ROWS) if row["pid"] == pid]
+        assert numbers == list(range(len(numbers)))
+    assert text.endswith("\n") and len(text.splitlines()) == len(read_rows(tmp_path / ROWS))
+
+
+def test_of_rows_whose_last_was_torn_the_others_are_read(tmp_path: Path) -> None:
+    write_row(tmp_path / ROWS, "time", number=1)
+    with (tmp_path / ROWS).open("a") as file:
+        file.write('{"kind": "time", "num')
+    assert read_rows(tmp_path / ROWS) == [{"kind": "time", "number": 1}] and read_rows(tmp_path / "none") == []
+
+
+def test_the_parents_import_neither_torch_nor_triton() -> None:
+    code = "import sys, bench.gpu_first, bench.gpu_second; print({'torch', 'triton', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_line_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_first.main(["--out", str(tmp_path / "out")]) == 2
+    assert "there is no CUDA GPU here; --rehearse" in capsys.readouterr().err
+    (tmp_path / ROWS).write_text("")
+    for main in gpu_first.main, gpu_second.main:  # results are not written over
+        with pytest.raises(SystemExit):
+            main(["--out", str(tmp_path)])
+        assert "is there already" in capsys.readouterr().err
+
+
+# What is decided by rows
+
+
+def test_only_hopper_kernels_that_passed_run_later() -> None:
+    stage = Stage("any", 1, (("python", "--rows"),))
+    rows = [{"kind": "verdict", "kernel": name, "passed": name != "forward128", "failed": []}
+            for name in ("general", "forward64", "forward128", "backward64")]  # fmt: skip
+    assert gpu_first.environment(stage, rows)["KERNELS_HOPPER"] == "forward64 backward64"
+    assert gpu_first.environment(stage, [])["KERNELS_HOPPER"] == "0"
+    assert [name for names in gpu_first.HOPPER.values() for name in names] == [
+        f"{direction}{size}" for direction, sizes in choice.HOPPER_HEAD_SIZES.items() for size in sizes]  # fmt: skip
+
+
+def timed(group: str, **providers: float) -> list[Row]:
+    return [{"kind": "time", "group": group, "provider": name.replace("_", " "), "seconds": 1 / rate, "samples": [],
+             "info": {"tflops_per_second": rate}} for name, rate in providers.items()]  # fmt: skip
+
+
+LOST = [
+    *timed("attention forward B4 H16 S4096 D128 causal bf16", kernels_hopper=500.0, torch_cuDNN=1e3, torch_math=1.0),
+    *timed("attention backward B4 H16 S4096 D64 full dropout 0.1 bf16", kernels_general=90.0, torch_flash=100.0),
+    *timed("attention forward B8192 H4 S9 D32 full bf16", kernels_short=9.0, torch_flash=10.0),
+    *timed("attention forward B4 H16 S4096 D64 causal bf16", kernels_general=9.0, torch_flash=8.0),
+]
+
+
+def test_searches_are_made_where_the_first_run_lost() -> None:
+    assert [round(ratio, 2) for ratio, *_ in standings(LOST)] == [0.5, 0.9, 0.9, 1.12]
+    found = gpu_second.lost_searches(LOST)
+    assert found[0] == "forward D128" and set(found) == {
+        "forward D128", "key_value D64 dropout", "query D64 dropout", "short forward L9 D32"}  # fmt: skip
+    from bench import tune
+
+    names = [str(search) for search in tune.searches(" or ".join(found).split())]
+    assert set(found) <= set(names)
+
+
+def test_a_limit_is_no_peer_and_the_last_row_counts() -> None:
+    rows = timed("norm", kernels=1.0, device_copy=9.0, torch_eager=2.0) + timed("norm", kernels=4.0)
+    assert standings(rows) == [(2.0, "norm", "kernels", "torch eager")]
+    assert by_group(rows)["norm"]["kernels"]["info"]["tflops_per_second"] == 4.0
+
+
+def test_decisions_rest_on_results_that_are_there() -> None:
+    for file in [*measured.HOPPER.values(), *(file for _, file in measured.TILES.values())]:
+        assert (ROOT / file).exists(), file
+    for (direction, size), file in measured.HOPPER.items():
+        verdicts = [row for row in read_rows(ROOT / file) if row["kind"] == "verdict"]
+        assert any(row["kernel"] == f"{direction}{size}" and row["passed"] for row in verdicts)
+
+
+def test_a_measured_tile_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kernels.attention.tiles import Tile, choose_tile
+
+    monkeypatch.setitem(measured.TILES, ("key_value", 90, 128, False), ((32, 128, 8, 2), "a file"))
+    assert choose_tile("key_value", 96, 2, 4096, 90, False) == Tile(32, 128, 8, 2)
+    assert choose_tile("key_value", 96, 2, 16, 90, False) == Tile(16, 128, 8, 2)  # few queries
+    for other in (("key_value", 96, 4, 4096, 90, False), ("key_value", 96, 2, 4096, 90, True),
+                  ("key_value", 96, 2, 4096, 80, False), ("query", 96, 2, 4096, 90, False)):  # fmt: skip
+        assert choose_tile(*other) != Tile(32, 128, 8, 2)
+
+
+def test_the_newest_results_go_by_date(tmp_path: Path) -> None:
+    assert newest_results(tmp_path) is None
+    for name in ("h200-2026-01-02-abc.jsonl", "h100-2026-01-03-abc.jsonl", "h200-2025-12-30-abc.jsonl"):
+        (tmp_path / name).touch()
+    newest = newest_results(tmp_path)
+    assert newest and newest.name == "h100-2026-01-03-abc.jsonl"
+
+
+# Right or wrong
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> gpu_plan.Context:
+    return gpu_plan.Context(tmp_path / ROWS, torch.device("cpu"), rehearse=True)
+
+
+def rows_of(context: gpu_plan.Context, *kinds: str) -> list[Row]:
+    return [row for row in read_rows(context.rows) if row["kind"] in kinds]
+
+
+def test_a_wrong_kernel_is_called_wrong_and_not_timed(context: gpu_plan.Context, monkeypatch: pytest.MonkeyPatch
+                                                      ) -> None:
+    right = kernels.scaled_dot_product_attention
+    monkeypatch.setattr(kernels, "scaled_dot_product_attention", lambda *args, **options: 1.05 * right(*args, **options))
+    case = gpu_plan.ATTENTION[0]
+    jobs = gpu_work.attention_jobs(context, [case], "forward", ["kernels", "torch math"])
+    gpu_work.time_all("attention-forward", context, jobs)
+    assert [row["provider"] for row in rows_of(context, "time")] == ["torch math"]
+    wrong, = rows_of(context, "wrong")
+    assert wrong["provider"] == "kernels" and "from the exact one" in wrong["problem"]
+    assert any("WRONG, not timed" in line for line in gpu_first.summarise(read_rows(context.rows)))
+
+    monkeypatch.setattr(gpu_plan.Context, "some", lambda self, cases: [gpu_plan.rehearsed(case) for case in cases[:2]])
+    gpu_work.judge("short", context)
+    verdict, = rows_of(context, "verdict")
+    assert not verdict["passed"] and len(verdict["failed"]) == 2 and "output: error" in verdict["failed"][0]
+
+
+def test_a_case_that_crashed_is_not_tried_again_and_is_not_right(context: gpu_plan.Context) -> None:
+    problems = context.some(correctness.short())
+    context.write("trying", work="short", case=str(problems[0]))  # and then the process died
+    gpu_work.judge("short", context)
+    tried = [row["case"] for row in rows_of(context, "trying")]
+    assert tried == list(map(str, problems))
+    verdict, = rows_of(context, "verdict")
+    assert verdict["failed"] == [f"{problems[0]}: crashed"]
+
+
+def test_a_peer_that_fails_or_refuses_leaves_the_rest(context: gpu_plan.Context) -> None:
+    def refuse() -> Any:
+        raise gpu_work.Refused("not for me")
+
+    def fail() -> Any:
+        raise MemoryError("too large")
+
+    prepare = gpu_work.norm_jobs(context, ["torch eager"])
+    gpu_work.time_all("norms", context, [("a", "x", refuse), ("a", "y", fail), next(iter(prepare))])
+    assert [(row["kind"], row["problem"]) for row in rows_of(context, "refused", "failed")] == [
+        ("refused", "not for me"), ("failed", "MemoryError: too large")]  # fmt: skip
+    assert len(rows_of(context, "time")) == 1
+
+
+def test_each_kind_of_problem_has_a_name_of_its_own_and_rejects_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, make in correctness.PROBLEMS.items():
+        problems = list(map(str, make()))
+        assert len(set(problems)) == len(problems) >= 10, name
+    norm = correctness.NormProblem((3, 64), True, (torch.bfloat16, torch.bfloat16, torch.bfloat16), 0.1)
+    assert not any(finding.problem for finding in correctness.find(norm, "cpu"))
+    right = kernels.add_layer_norm
+    monkeypatch.setattr(kernels, "add_layer_norm", lambda *args, **options: tuple(
+        x + 0.02 for x in right(*args, **options)))
+    assert "output 0" in [finding.tensor for finding in correctness.find(norm, "cpu") if finding.problem]
+
+
+# Compiled ahead
+
+
+@pytest.mark.slow
+def test_what_is_compiled_ahead_is_what_is_launched(tmp_path: Path) -> None:
+    """The same kernels come out for tensors without memory and for real ones."""
+    code = """
+        from bench import ahead, correctness, gpu_plan
+        from bench.compile_check import Chip, compiling
+        import functools, torch
+
+        general, short, norms = (correctness.PROBLEMS[name]() for name in ("general", "short", "norms"))
+        problems = [general[3], general[9], short[9], short[12], norms[3], norms[13]]
+        found = {"meta": set(), "cpu": set()}
+        for device, kernels in found.items():
+            for problem in problems:
+                with compiling(Chip(), lambda name, _, compiled: kernels.add((name, compiled.hash))):
+                    problem.run(device)
+        assert found["meta"] == found["cpu"] and len(found["meta"]) > 8, found
+        print(len(found["meta"]), "kernels")
+    """
+    settings = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
+    variables = {**os.environ, **settings}
+    done = subprocess.run(python(code), cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_everything_that_is_timed_or_judged_can_be_launched_ahead() -> None:
+    whole = gpu_plan.Context(Path(), torch.device("cpu"), rehearse=False)
+    for work in ahead.COMPILED:
+        assert len(ahead.launches(work, whole)) >= 5, work
+    for _, end, work in gpu_first.PLAN:
+        assert set(work) <= set(gpu_work.WORK) and end < gpu_first.END
+
+
+# All of it
+
+
+@pytest.mark.slow
+@posix
+def test_rehearsal_of_both_commands(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    variables = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    for module, out, more in (("gpu_first", first, ()), ("gpu_second", second, ("--first", str(first / ROWS)))):
+        command = [sys.executable, "-m", f"bench.{module}", "--out", str(out), "--rehearse", "--commit", "abc", *more]
+        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stdout + done.stderr + (out / stages.LOG).read_text()[-3000:]
+        rows = read_rows(out / ROWS)
+        results = {(row["stage"], row["result"]) for row in rows if row["kind"] == "stage"}
+        assert {result for _, result in results} == {"passed"}, results
+        assert "a rehearsal on a CPU" in done.stdout and "ours over the best peer" in done.stdout
+    rows = read_rows(first / ROWS)
+    assert next(row for row in rows if row["kind"] == "machine")["commit"] == "abc"
+    assert len({row["stage"] for row in rows if row["kind"] == "stage"}) == len(gpu_first.PLAN)
+    verdicts = {row["kernel"]: row["passed"] for row in rows if row["kind"] == "verdict"}
+    assert [verdicts.pop(name) for name in ("general", "short", "norms")] == [True] * 3
+    assert len(verdicts) == 5 and not any(verdicts.values())  # no Hopper chip
+    groups = by_group(rows)
+    for word in "attention forward", "attention backward", "norm forward", "norm backward", "training", "host time":
+        assert any(word in group and len(providers) > 1 for group, providers in groups.items()), word
+    assert not [row for row in rows if row["kind"] in ("wrong", "failed")]
+    assert any(row["kind"] == "tile" for row in read_rows(second / ROWS))
+    assert any(row["kind"] == "test" and row.get("skipped") for row in read_rows(second / ROWS))
+
+
+def test_failures_of_tests_are_rows_at_once_and_come_first_the_next_time(tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text(
+        "def test_a(): pass\ndef test_b(): assert 1 == 2, 'why'\ndef test_c(): pass\ndef test_d(): assert 0\n"
+    )
+    plugin = ["-p", "bench.pytest_rows", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", "-v", *plugin, "--rows", str(tmp_path / ROWS), str(tmp_path)]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for last in ([], ["--last", str(tmp_path / ROWS)]):
+        done = subprocess.run([*command, *last], env=variables, capture_output=True, text=True, cwd=tmp_path)
+    rows = read_rows(tmp_path / ROWS)
+    assert [row["id"] for row in rows[:3]] == ["test_some.py::test_b", "test_some.py::test_d", ""]
+    assert rows[0]["message"].startswith("AssertionError: why") and rows[2] == {
+        "kind": "test", "id": "", "passed": 2, "failed": 2}  # fmt: skip
+    order = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("test_some.py::")]
+    assert order[:4] == [f"test_some.py::test_{x}" for x in "bdac"]
+
+
+@pytest.mark.parametrize("markexpr, asked", [
+    ("gpu", True), ("gpu and not large", True), ("not slow and gpu", True), ("(gpu and not slow)", True),
+    ("not gpu", False), ("gpu or slow", False), ("", False), ("slow", False),
+])  # fmt: skip
+def test_which_mark_expressions_ask_for_a_gpu(markexpr: str, asked: bool, monkeypatch: pytest.MonkeyPatch,
+                                              request: pytest.FixtureRequest) -> None:
+    conftest = next(p for p in request.config.pluginmanager.get_plugins() if hasattr(p, "runs_on_gpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = type("Config", (), {"option": type("Option", (), {"markexpr": markexpr})})
+    assert conftest.runs_on_gpu(config) == asked
