@@ -174,7 +174,7 @@ def training_plan(work: str, context: Context) -> list[tuple[int, tuple[str, ...
 def train(work: str, context: Context) -> None:
     """Training steps of S1's model in these ways; the rows are written anew after every turn."""
     for batch_size, ways in training_plan(work, context):
-        for speeds in training_speed.turns(context.device, 0.0 if context.rehearse else 15.0, ways, batch_size):
+        for speeds in training_speed.turns(context.device, 0.0 if context.rehearse else 12.0, ways, batch_size):
             for (provider, way), speed in speeds.items():
                 context.write(
                     "time", group=f"S1 training step B{batch_size} fp32 on GPU", provider=f"{provider}, {way}",

@@ -1,5 +1,5 @@
-"""The two commands for a GPU that is there for minutes: each stage ends in time, nothing is lost, what is wrong is called
-so; and a rehearsal of all of it on the CPU."""
+"""The two commands for a GPU that is there for minutes: each stage ends in time, nothing is lost, what is wrong is
+called so; and a rehearsal of all of it on the CPU."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def rows_of(context: gpu_plan.Context, *kinds: str) -> list[Row]:
 def test_a_wrong_kernel_is_called_wrong_and_not_timed(context: gpu_plan.Context, monkeypatch: pytest.MonkeyPatch
                                                       ) -> None:
     right = kernels.scaled_dot_product_attention
-    monkeypatch.setattr(kernels, "scaled_dot_product_attention", lambda *args, **options: 1.05 * right(*args, **options))
+    monkeypatch.setattr(kernels, "scaled_dot_product_attention", lambda *x, **options: 1.05 * right(*x, **options))
     case = gpu_plan.ATTENTION[0]
     jobs = gpu_work.attention_jobs(context, [case], "forward", ["kernels", "torch math"])
     gpu_work.time_all("attention-forward", context, jobs)
