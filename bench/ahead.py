@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-from bench import attention, correctness, layer_norm
+from bench import attention, bench_host, correctness, layer_norm
 from bench.accounting import AttentionCase, NormCase
 from bench.compile_check import Chip, compiling
 from bench.gpu_plan import ATTENTION, NORMS, SHORT, Context, brief
-from bench.stages import die_with_parent
+from bench.stages import cores, die_with_parent
 from kernels.attention import choice
 from kernels.launch import capability, l2_bytes, multiprocessors
 
-COMPILED = [*correctness.PROBLEMS, "attention", "short-sequences", "norms-timed"]  # in the order of need
+COMPILED = [*correctness.PROBLEMS, "attention", "short-sequences", "norms-timed", "host-time"]  # in the order of need
 
 
 def launches(work: str, context: Context) -> list[tuple[str, Callable[[str], None]]]:
@@ -33,6 +33,8 @@ def launches(work: str, context: Context) -> list[tuple[str, Callable[[str], Non
         return [(str(problem), problem.run) for problem in context.some(correctness.PROBLEMS[work]())]
     if work == "norms-timed":
         return [(case.group(), functools.partial(launch_norm, case)) for case in context.some(NORMS)]
+    if work == "host-time":
+        return [(case, functools.partial(launch_tiny, case)) for case in bench_host.CASES]
     cases = ATTENTION if work == "attention" else SHORT
     return [(str(case), functools.partial(launch_attention, case)) for case in context.some(cases)]
 
@@ -47,6 +49,10 @@ def launch_attention(case: AttentionCase, device: str) -> None:
                 with torch.no_grad():
                     attention.build("kernels", case)(x)
                 torch.autograd.grad(attention.build("kernels", case)(x), x.differentiable(), x.grad_output)
+
+
+def launch_tiny(case: str, device: str) -> None:
+    bench_host.make_call(case, "kernels", torch.device(device))()
 
 
 def launch_norm(case: NormCase, device: str) -> None:
@@ -90,9 +96,9 @@ def compile_all(context: Context) -> None:
     chip = Chip()
     if context.device.type == "cuda":
         chip = Chip(*(ask(context.device) for ask in (capability, multiprocessors, l2_bytes)))
-    works = COMPILED[-1:] if context.rehearse else COMPILED
+    works = COMPILED[-2:] if context.rehearse else COMPILED
     pool = concurrent.futures.ProcessPoolExecutor(
-        os.cpu_count(), multiprocessing.get_context("spawn"), initializer=die_with_parent
+        cores(), multiprocessing.get_context("spawn"), initializer=die_with_parent, initargs=(os.getpid(),)
     )
     with pool:
         tasks = [pool.submit(compile_ahead, work, place, context, chip)

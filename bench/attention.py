@@ -17,10 +17,12 @@ from torch.nn.functional import scaled_dot_product_attention
 import kernels
 from bench.accounting import AttentionCase, Direction
 from bench.check import WrongResult, require_right
-from bench.record import Job, attempt
+from bench.record import Job, Refused, attempt
 from bench.timing import Call, input_sets
 from kernels.attention import ops
 from kernels.attention.explanation import HOPPER, SHORT, TRITON, Explanation
+from kernels.attention.rules import Extras, Rules
+from kernels.launch import capability
 
 BACKENDS = {
     "torch flash": SDPBackend.FLASH_ATTENTION,
@@ -28,7 +30,7 @@ BACKENDS = {
     "torch efficient": SDPBackend.EFFICIENT_ATTENTION,
     "torch math": SDPBackend.MATH,
 }
-GENERAL = "the general kernel"  # ours for any shape, where another one would run; may be left out, unlike ours
+GENERAL = "the general kernel"  # ours for any shape, where a special one would run
 FLASH = {"FlashAttention-3": "flash_attn_interface", "FlashAttention-4": "flash_attn.cute"}  # their modules
 PROVIDERS = ["kernels", GENERAL, *BACKENDS, *FLASH, "FlexAttention compiled"]
 MATH_LENGTH = 2_048  # the longest sequence whose scores the math backend is asked to store: 70 GB at 4,096
@@ -71,13 +73,22 @@ def make_inputs(case: AttentionCase, device: torch.device, requires_grad: bool =
     return inputs
 
 
-def label(provider: str, case: AttentionCase, inputs: Inputs) -> str:
+def label(provider: str, case: AttentionCase, inputs: Inputs, direction: Direction = "forward") -> str:
     """The provider, and for ours what it runs on here: Triton's kernels or, on a CPU, PyTorch's own."""
+    if provider == GENERAL:
+        return "kernels (general)"
     if provider != "kernels":
         return provider
-    return name_of(kernels.explain(
-        inputs.query, inputs.key, inputs.value, inputs.mask, case.dropout, case.is_causal, enable_gqa=case.groups > 1
+    x = inputs
+    forward = name_of(kernels.explain(
+        x.query, x.key, x.value, x.mask, case.dropout, case.is_causal, enable_gqa=case.groups > 1
     ))  # fmt: skip
+    if direction == "forward" or forward not in ("kernels (general)", "kernels (hopper)"):
+        return forward
+    rules = Rules(1.0, case.dropout, right=0 if case.is_causal else None)
+    chip = capability(x.query.device)
+    reason = ops.why_not_hopper(x.query, x.key, x.value, Extras(x.mask), rules, chip, is_backward=True)
+    return "kernels (general)" if reason else "kernels (hopper)"
 
 
 def name_of(explanation: Explanation) -> str:
@@ -103,9 +114,7 @@ def build(provider: str, case: AttentionCase) -> Attention:
 
 
 def _general(case: AttentionCase, x: Inputs) -> torch.Tensor:
-    """Ours by the kernel for any shape; ValueError where that is what runs anyway."""
-    if label("kernels", case, x) not in ("kernels (short)", "kernels (hopper)"):
-        raise ValueError("runs the same as ours")
+    """Ours by the kernel for any shape."""
     with running(GENERAL):
         return build("kernels", case)(x)
 
@@ -254,6 +263,9 @@ def prepare(provider: str, case: AttentionCase, direction: Direction, device: to
     """
     backward, work = direction == "backward", case.work(direction)
     first, right = problem(case, device, backward)
+    name = label(provider, case, first, direction)
+    if provider == GENERAL and label("kernels", case, first, direction) not in ("kernels (short)", "kernels (hopper)"):
+        raise Refused(f"{provider} runs the same as ours")
     attempt(provider, lambda: check(provider, case, first, backward, right))
     function = build(provider, case)
     others = (make_inputs(case, device, requires_grad=backward) for _ in range(input_sets(work.bytes, device) - 1))
@@ -272,4 +284,4 @@ def prepare(provider: str, case: AttentionCase, direction: Direction, device: to
     calls = [call(x) for x in (first, *others)]
     # PyTorch keeps a dropout seed that was drawn outside a graph where a backward pass inside one cannot read it.
     graph = not (backward and case.dropout)
-    return Job(f"attention {direction} {case}", label(provider, case, first), calls, work, graph)
+    return Job(f"attention {direction} {case}", name, calls, work, graph)

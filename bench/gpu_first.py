@@ -14,12 +14,18 @@ What to do with the results: bench/README.md.
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import math
 import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
-from bench.rows import Row, by_group, read_rows, standings
+from bench.rows import Row, commit, read_rows
 from bench.stages import LOG, ROWS, Stage, run_stages
+from bench.summary import summarise
 
 HOPPER = {"forward": ("forward64", "forward128", "forward256"), "backward": ("backward64", "backward128")}
 # Name, end in seconds, and pieces of work (bench/gpu_work.py) that run side by side.
@@ -37,6 +43,10 @@ PLAN = [
     ("host time", 472, ("host-time",)),
 ]
 END = 480  # a summary is printed until then
+LEAST = 60  # seconds with which any of it makes sense
+NEEDED = "torch", "triton", "numpy", "safetensors", "tqdm", "pytest", "hypothesis"
+
+Environment = Callable[[Stage, list[Row]], dict[str, str]]
 
 
 def commands(work: tuple[str, ...], out: Path, rehearse: bool) -> tuple[tuple[str, ...], ...]:
@@ -57,53 +67,70 @@ def environment(stage: Stage, rows: list[Row]) -> dict[str, str]:
     }  # fmt: skip
 
 
-def summarise(rows: list[Row]) -> list[str]:
-    """What the rows say, in few lines: what did not end, what is wrong, ours against the best peer."""
-    lines = [f"{row['stage']}: {row['result']}" for row in rows if row["kind"] == "stage" and row["result"] != "passed"]
-    for row in rows:
-        if row["kind"] == "compile" and row["failures"]:
-            lines.append(f"does not compile: {row['work']}, {row['case']}: {row['failures'][0]}")
-        elif row["kind"] == "verdict":
-            told = "right" if row["passed"] else f"NOT RIGHT: {'; '.join(row['failed'][:3])}"
-            lines.append(f"{row['kernel']}: {told}")
-        elif row["kind"] in ("wrong", "failed"):
-            lines.append(f"{row['kind'].upper()}, not timed: {row['group']}, {row['provider']}: {row['problem']}")
-        elif row["kind"] == "ceiling":
-            unit, figure = next((k, v) for k, v in row.items() if k.endswith("per_second"))
-            lines.append(f"{row['what']}: {figure:,.0f} {unit.replace('_per_second', '/s')}")
-    if any(row["kind"] == "machine" and not row["gpu"] for row in rows):
-        lines.append("a rehearsal on a CPU: its times mean nothing")
-    compiled = [row for row in rows if row["kind"] == "compile"]
-    kernels = {name for row in compiled for name in row["kernels"]}
-    lines.append(f"{len(kernels)} kernels compiled in {sum(row['cpu_seconds'] for row in compiled):.0f} s of CPU time")
-    lines.append("ours over the best peer:")
-    compared = standings(rows)
-    lines += [f"{ratio:6.2f}  {group}: {ours} against {peer}" for ratio, group, ours, peer in compared]
-    alone = set(by_group(rows)) - {group for _, group, _, _ in compared}
-    return lines + [f"     –  {group}: only {', '.join(by_group(rows)[group])}" for group in sorted(alone)]
+def parser_of(name: str, description: str | None, end: float) -> argparse.ArgumentParser:
+    """The options that both commands have."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m bench.{name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="made if it is not there")
+    parser.add_argument("--seconds", type=float, default=end, help=f"for everything ({end}); the stages share them")
+    parser.add_argument("--commit", metavar="ID", help="what the results are of, in a copy without git")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU: the same on the CPU, on a few numbers")
+    return parser
+
+
+def prepare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Path:
+    """Check what can be known before anything runs; the folder for the results."""
+    if not (math.isfinite(options.seconds) and options.seconds >= LEAST):
+        parser.error(f"--seconds must be {LEAST} or more, found {options.seconds:g}")
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(f"these packages are missing: {', '.join(missing)}; pip install {' '.join(missing)}")
+    out: Path = options.out.resolve()
+    if (out / ROWS).exists():
+        parser.error(f"{out / ROWS} is there already; name another folder, or move the file away")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / LOG).touch()
+    except OSError as error:
+        parser.error(f"cannot write to --out: {error}")
+    os.environ["BENCH_COMMIT"] = options.commit or commit()
+    if os.environ["BENCH_COMMIT"].endswith(("unknown", "-dirty")) and not options.rehearse:
+        print(f"note: the commit is {os.environ['BENCH_COMMIT']}; results should name one (--commit), without changes")
+    return out
+
+
+def run(stages: list[Stage], out: Path, seconds: float, environment: Environment) -> int:
+    """Run the stages and print what the rows say, also where the run is stopped; the exit code."""
+
+    def stop(*_: int | FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    for name in "SIGTERM", "SIGHUP":
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), stop)
+    code = 0
+    try:
+        if not run_stages(stages, out, seconds, environment):
+            print((out / LOG).read_text(errors="replace").strip().splitlines()[-1], file=sys.stderr)
+            for file in ROWS, LOG:
+                (out / file).unlink()
+            return 2
+    except KeyboardInterrupt:
+        print("\nstopped; what is known so far:")
+        code = 130
+    name = f"bench/results/GPU-DATE-{os.environ['BENCH_COMMIT']}-CALL.jsonl"
+    print("", *summarise(read_rows(out / ROWS), name), "", sep="\n")
+    print(f"rows: {out / ROWS}, what was printed: {out / LOG}")
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu_first", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="made if it is not there")
-    parser.add_argument("--seconds", type=float, default=END, help=f"for everything ({END}); shorter or longer stages")
-    parser.add_argument("--commit", metavar="ID", help="what the results are of, in a copy without git")
-    parser.add_argument("--rehearse", action="store_true", help="without a GPU: the same on the CPU, on a few numbers")
+    parser = parser_of("gpu_first", __doc__, END)
     options = parser.parse_args(argv)
-    if options.commit:
-        os.environ["BENCH_COMMIT"] = options.commit
-    out = options.out.resolve()
-    if (out / ROWS).exists():
-        parser.error(f"{out / ROWS} is there already; name another folder, or move the file away")
+    out = prepare(parser, options)
     stages = [Stage(name, end, commands(work, out, options.rehearse)) for name, end, work in PLAN]
-    has_gpu = run_stages(stages, out, options.seconds * PLAN[-1][1] / END, environment)
-    if not has_gpu:
-        print("there is no CUDA GPU here; --rehearse goes through everything on the CPU", file=sys.stderr)
-        return 2
-    print("", *summarise(read_rows(out / ROWS)), "", f"results: {out / ROWS}, what was printed: {out / LOG}", sep="\n")
-    return 0
+    return run(stages, out, options.seconds * PLAN[-1][1] / END, environment)
 
 
 if __name__ == "__main__":

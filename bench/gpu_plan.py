@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -12,7 +11,6 @@ import torch
 from bench import correctness
 from bench.accounting import AttentionCase, Direction, NormCase
 from bench.rows import read_rows, write_row
-from bench.stages import AGAIN
 
 DIRECTIONS: tuple[Direction, ...] = "forward", "backward"
 SECONDS = 0.1  # of samples a row
@@ -64,16 +62,10 @@ class Context(NamedTuple):
                 self.write("trying", work=work, case=name(case))
                 yield case
 
-    def require_sound_device(self) -> None:
-        """After a fault, such as a read out of bounds, a process gets nothing done on a GPU: leave it to another."""
-        if self.device.type != "cuda":
-            return
-        try:
+    def synchronize(self) -> None:
+        """Wait for the GPU, which raises what went wrong on it."""
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-        except RuntimeError as error:
-            print(brief(error), flush=True)
-            os._exit(AGAIN)  # at once: to tidy up would ask the GPU
 
     def some(self, cases: Sequence[Any]) -> list[Any]:
         """All cases; in a rehearsal up to four that are small."""

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from bench import attention, bench_host, ceilings, correctness, layer_norm, machine, training_speed
-from bench.accounting import NAMES, AttentionCase, Direction
+from bench import attention, bench_host, correctness, layer_norm, machine, training_speed
+from bench.accounting import AttentionCase, Direction
 from bench.ahead import compile_all
 from bench.check import WrongResult
 from bench.gpu_plan import ATTENTION, COMPILE, DIRECTIONS, FLEX, FLEX_CASES, MAIN, NORMS, SECONDS, SHORT, Context, brief
@@ -31,28 +31,25 @@ Prepared = tuple[str, str, Callable[[], Job]]  # group, provider, and what prepa
 
 
 def look(context: Context) -> None:
-    """The machine, its versions, and what a copy and a matrix product reach."""
+    """The machine, its versions, and the key of Triton's cache."""
     from triton.runtime.cache import triton_key
 
     context.write("machine", **machine.describe(), triton_key=triton_key())
-    if context.rehearse:
-        return
-    context.write("ceiling", what="copy", gb_per_second=ceilings.copy_bytes(context.device) / 1e9)
-    for dtype in (torch.bfloat16, torch.float32):
-        rate = ceilings.matrix_flops(context.device, dtype) / 1e12
-        context.write("ceiling", what=f"matrix product {NAMES[dtype]}", tflops_per_second=rate)
 
 
 # Compiling what the peers and the training need
 
 
-def warm_up(jobs: Iterator[Prepared]) -> None:
+def warm_up(context: Context, jobs: Iterable[Prepared]) -> None:
     """Have Inductor compile what these jobs need, into its cache; what is refused or wrong is told when it is timed."""
     for _, _, prepare in jobs:
         try:
-            prepare()
-        except (Refused, WrongResult) as reason:
-            print(reason)
+            job = prepare()
+            with torch.no_grad():  # as when it is timed: another variant for Inductor
+                job.calls[0]()
+        except Exception as error:  # noqa: BLE001 - it is told when it is timed
+            print(brief(error), flush=True)
+        machine.leave_after_fault(context.device)
 
 
 def warm_up_training(context: Context) -> None:
@@ -60,7 +57,7 @@ def warm_up_training(context: Context) -> None:
     for batch_size, ways in training_plan("compiled-training", context):
         torch.manual_seed(0)
         with training_speed.build_epochs(context.device, ways, batch_size) as epochs:
-            training_speed.warm_up(epochs)
+            training_speed.warm_up(epochs, lambda provider, way, error: print(provider, way, brief(error), flush=True))
 
 
 # Right or wrong
@@ -70,15 +67,17 @@ def judge(work: str, context: Context) -> None:
     """Each case's tensors beside the exact ones; at the end whether all were right, and which not."""
     problems = context.some(correctness.PROBLEMS[work]())
     if any(getattr(problem, "hopper", ()) for problem in problems) and capability(context.device) != 90:
-        context.write("verdict", kernel=work, passed=False, failed=["there is no Hopper chip"])
+        context.write("verdict", kernel=work, passed=False, failed=["not run: there is no Hopper chip"])
         return
     for problem in context.untried(work, problems):
         try:
-            for found in correctness.find(problem, str(context.device)):
+            findings = list(correctness.find(problem, str(context.device)))
+            context.synchronize()  # a fault counts, though the results were right
+            for found in findings:
                 context.write("error", work=work, case=str(problem), **found._asdict())
         except Exception as error:  # noqa: BLE001 - whatever it raises is the finding
             context.write("error", work=work, case=str(problem), problem=brief(error))
-        context.require_sound_device()
+        machine.leave_after_fault(context.device)
     told = {str(problem): "" for problem in problems}  # the first thing that is wrong with each
     rows = [row for row in read_rows(context.rows) if row["kind"] == "error" and row["work"] == work]
     for row in rows:
@@ -99,18 +98,18 @@ def time_all(work: str, context: Context, jobs: Iterable[Prepared]) -> None:
         try:
             job = prepare()
             samples, info = measure_job(job, context.device, 0.01 if context.rehearse else SECONDS)
-            context.write("time", group=group, provider=job.provider, seconds=samples.median, samples=samples.seconds,
-                          info=info)  # fmt: skip
+            context.write("time", case=f"{group}: {provider}", group=group, provider=job.provider,
+                          seconds=samples.median, samples=samples.seconds, info=info)  # fmt: skip
             print(f"{line} {samples.median * 1e6:12.1f} us", flush=True)
         except Refused as refusal:
-            context.write("refused", group=group, provider=provider, problem=str(refusal))
+            context.write("refused", case=f"{group}: {provider}", problem=str(refusal))
         except WrongResult as wrong:
-            context.write("wrong", group=group, provider=provider, problem=str(wrong))
+            context.write("wrong", case=f"{group}: {provider}", problem=str(wrong))
             print(f"{line} WRONG: {wrong}", flush=True)
         except Exception as error:  # noqa: BLE001 - ours, or out of memory: the next row may fare better
-            context.write("failed", group=group, provider=provider, problem=brief(error))
+            context.write("failed", case=f"{group}: {provider}", problem=brief(error))
             print(f"{line} {brief(error)}", flush=True)
-        context.require_sound_device()
+        machine.leave_after_fault(context.device)
 
 
 def attention_jobs(
@@ -172,25 +171,46 @@ def training_plan(work: str, context: Context) -> list[tuple[int, tuple[str, ...
 
 
 def train(work: str, context: Context) -> None:
-    """Training steps of S1's model in these ways; the rows are written anew after every turn."""
+    """Training steps of S1's model in these ways; the rows are written anew after every turn. A way that fails is left
+    out, and costs the others nothing."""
     for batch_size, ways in training_plan(work, context):
-        for speeds in training_speed.turns(context.device, 0.0 if context.rehearse else 12.0, ways, batch_size):
+        group = f"S1 training step B{batch_size} fp32 on GPU"
+        failed = {row["case"] for row in read_rows(context.rows) if row["kind"] == "failed"}
+        without = {key for key in training_speed.cases(context.device, ways) if f"{group}: {', '.join(key)}" in failed}
+
+        def left_out(provider: str, way: str, error: Exception, group: str = group) -> None:
+            context.write("failed", case=f"{group}: {provider}, {way}", problem=brief(error))
+            print(f"{group}: {provider}, {way}: {brief(error)}", flush=True)
+            machine.leave_after_fault(context.device)
+
+        seconds = 0.0 if context.rehearse else 12.0
+        for speeds in training_speed.turns(context.device, seconds, ways, batch_size, without, left_out):
             for (provider, way), speed in speeds.items():
                 context.write(
-                    "time", group=f"S1 training step B{batch_size} fp32 on GPU", provider=f"{provider}, {way}",
+                    "time", case=f"{group}: {provider}, {way}", group=group, provider=f"{provider}, {way}",
                     seconds=batch_size / speed.examples_per_second, samples=speed.seconds,
                     info={"examples_per_second": speed.examples_per_second},
                 )  # fmt: skip
+            told = (f"{', '.join(key)} {speed.examples_per_second:,.0f}/s" for key, speed in speeds.items())
+            print(f"{group}: {'; '.join(told)}", flush=True)
 
 
 def host(context: Context) -> None:
     """Host time of one tiny call."""
+    rounds = 2 if context.rehearse else bench_host.ROUNDS
     for case in bench_host.CASES:
         for provider in bench_host.PROVIDERS:
-            samples = bench_host.measure(case, provider, context.device, 2 if context.rehearse else bench_host.ROUNDS)
-            seconds = sorted(samples)[len(samples) // 2]
             group = bench_host.group(case)
-            context.write("time", group=group, provider=provider, seconds=seconds, samples=samples, info={})
+            try:
+                samples = bench_host.measure(case, provider, context.device, rounds)
+            except Exception as error:  # noqa: BLE001
+                context.write("failed", case=f"{group}: {provider}", problem=brief(error))
+                machine.leave_after_fault(context.device)
+                continue
+            seconds = sorted(samples)[len(samples) // 2]
+            context.write("time", case=f"{group}: {provider}", group=group, provider=provider, seconds=seconds,
+                          samples=samples, info={})  # fmt: skip
+            print(f"{group:<58} {provider:<24} {seconds * 1e6:12.1f} us", flush=True)
 
 
 def timed(work: str, jobs: Callable[[Context], Iterable[Prepared]]) -> Callable[[Context], None]:
@@ -200,8 +220,8 @@ def timed(work: str, jobs: Callable[[Context], Iterable[Prepared]]) -> Callable[
 WORK: dict[str, Callable[[Context], None]] = {
     "look": look,
     "compile": compile_all,
-    "warm-up-flex": lambda context: warm_up(flex_jobs(context)),
-    "warm-up-norms": lambda context: warm_up(norm_jobs(context, [COMPILE])),
+    "warm-up-flex": lambda context: warm_up(context, flex_jobs(context)),
+    "warm-up-norms": lambda context: warm_up(context, norm_jobs(context, [COMPILE])),
     "warm-up-training": warm_up_training,
     **{work: functools.partial(judge, work) for work in correctness.PROBLEMS},
     "attention-forward": timed("attention-forward", lambda context: whole_jobs(context, "forward")),
@@ -228,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(1)
         round_bfloat16_to_nearest()
     elif device.type == "cpu":
-        print("there is no CUDA GPU here; --rehearse tries everything on the CPU")
+        print(f"there is no CUDA GPU here, found torch {torch.__version__}; --rehearse tries everything on the CPU")
         return NO_GPU
     warnings.simplefilter("ignore")  # a peer's warning costs nobody's figures
     context = Context(options.rows, device, options.rehearse)

@@ -54,7 +54,10 @@ def make_inputs(case: NormCase, device: torch.device, requires_grad: bool = Fals
     shape = case.rows, case.columns
     residual, grad_sum = (draw(*shape), draw(*shape)) if case.adds else (None, None)
     bias = draw(case.columns) if case.centre else None
-    inputs = Inputs(draw(*shape), residual, draw(case.columns), bias, draw(*shape), grad_sum)
+    input = draw(*shape)
+    if case.dropout:  # none so small that the sum does not tell whether it was dropped
+        input = torch.where(input.abs() < 0.25, 0.25, input)
+    inputs = Inputs(input, residual, draw(case.columns), bias, draw(*shape), grad_sum)
     for tensor in inputs.differentiable():
         tensor.requires_grad_(requires_grad)
     return inputs

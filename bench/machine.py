@@ -6,11 +6,11 @@ import functools
 import importlib.util
 import os
 import platform
-import subprocess
 
 import torch
 
-from bench.rows import ROOT
+from bench.rows import commit, run_text
+from bench.stages import AGAIN
 
 
 def pick_device() -> torch.device:
@@ -18,26 +18,16 @@ def pick_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def run_text(*command: str) -> str:
-    """What a command prints, or nothing where it is missing or fails."""
+def leave_after_fault(device: torch.device) -> None:
+    """After a fault, such as a read out of bounds, a process gets nothing done on a GPU: leave it to another one."""
+    if device.type != "cuda":
+        return
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-@functools.cache
-def commit() -> str:
-    """The commit that is checked out, with "-dirty" where tracked files differ; "unknown" without git.
-
-    The environment variable BENCH_COMMIT says it for a copy without git.
-    """
-    if "BENCH_COMMIT" in os.environ:
-        return os.environ["BENCH_COMMIT"]
-    found = run_text("git", "rev-parse", "--short=12", "HEAD")
-    dirty = found and run_text("git", "status", "--porcelain", "--untracked-files=no")
-    return f"{found}-dirty" if dirty else found or "unknown"
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        print((str(error).strip().splitlines() or ["a fault on the GPU"])[0], flush=True)
+        os._exit(AGAIN)  # at once: to tidy up would ask the GPU
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import pytest
 
 from bench.rows import read_rows, write_row
 
+FAULTS = "CUDA error", "illegal memory access", "unspecified launch failure", "device-side assert"
 COUNTED = 100  # a row with the counts so far each time that so many tests are done
 
 
@@ -32,8 +33,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--rows") and "PYTEST_XDIST_WORKER" not in os.environ:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        config.pluginmanager.register(Worker())
+    elif config.getoption("--rows"):
         config.pluginmanager.register(Writer(config.getoption("--rows")))
+
+
+class Worker:
+    """Ends a worker of pytest-xdist after a fault on the GPU, which would fail its other tests; a new one goes on."""
+
+    def __init__(self) -> None:
+        self.has_fault = False
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.has_fault |= report.failed and any(word in report.longreprtext for word in FAULTS)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logfinish(self) -> None:
+        """The failure has been told by then."""
+        if self.has_fault:
+            os._exit(1)
 
 
 class Writer:
@@ -54,6 +73,11 @@ class Writer:
             self.counts[report.outcome] += 1
             if self.counts.total() % COUNTED == 0:
                 self.write_counts()
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            told = (report.longreprtext.strip().splitlines() or [""])[-1]
+            write_row(self.path, "test", id=report.nodeid, when="collect", message=told[:400])
 
     def pytest_sessionfinish(self) -> None:
         self.write_counts()

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.rows import RESULTS, ROOT, age, read_rows, standings
+from bench.rows import RESULTS, ROOT, age, is_bound, is_ours, read_rows, standings
 
 PICTURE = "attention.png"
 MARKS = "<!-- GPU results: python -m bench.report -->", "<!-- end of GPU results -->"
@@ -49,6 +49,12 @@ class Table(NamedTuple):
     figure: str
 
 
+def title(kind: str) -> str:
+    """A kind of norm at the beginning of a sentence."""
+    return "RMS norm" if kind == "rms norm" else kind.capitalize().replace("rms", "RMS")
+
+
+WIDE = r"S\d+ D128"
 TABLES = [
     *(Table(f"Attention {direction}, D = {size}, {mask}, TFLOP/s by sequence length",
             rf"attention {direction} B\d+ H\d+ S(\d+) D{size} {mask} bf16", "tflops_per_second")
@@ -56,7 +62,11 @@ TABLES = [
     *(Table(f"Short sequences {direction}, 32,768 heads of {size}, GB/s by sequence length",
             rf"attention {direction} B8192 H4 S(\d+) D{size} (?:full|causal) bf16", "gb_per_second")
       for direction in ("forward", "backward") for size in (16, 32, 64)),
-    *(Table(f"{kind.capitalize()} {direction}, GB/s by row width", rf"{re.escape(kind)} {direction} M\d+ N(\d+) bf16",
+    *(Table(f"Attention {direction} with shared heads, masks and dropout, TFLOP/s",
+            rf"attention {direction} B\d+ H\d+ "
+            rf"(Hkv\d+ {WIDE} causal|{WIDE} full (?:padding|bias)|{WIDE} causal dropout .*) bf16", "tflops_per_second")
+      for direction in ("forward", "backward")),
+    *(Table(f"{title(kind)} {direction}, GB/s by row width", rf"{re.escape(kind)} {direction} M\d+ N(\d+) bf16",
             "gb_per_second")
       for kind in ("layer norm", "rms norm", "add + layer norm", "add + rms norm")
       for direction in ("forward", "backward")),
@@ -81,33 +91,51 @@ def read_result(path: Path) -> Result:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """All results of a GPU, each with the groups of which it is the newest; providers of a group come from one run."""
+    """All results of a GPU, each with those of its rows that count.
+
+    Of each group the newest run counts; from older ones on the same GPU only peers that it left out.
+    """
     paths = sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")], key=age)
     results = [result for result in map(read_result, paths) if result.rows and result.machine["gpu"]]
-    newest = {row.group: result.name for result in results for row in result.rows}
+    counting: dict[str, dict[str, str]] = {}  # the file, by group and provider
+    gpus = {result.name: result.machine["gpu"] for result in results}
+    for result in results:
+        for group in {row.group for row in result.rows}:
+            older = counting.get(group, {})
+            counting[group] = {provider: file for provider, file in older.items()
+                               if not is_ours(provider) and gpus[file] == result.machine["gpu"]}  # fmt: skip
+        for row in result.rows:
+            counting[row.group][row.provider] = result.name
     for place, result in enumerate(results):
-        results[place] = result._replace(rows=[row for row in result.rows if newest[row.group] == result.name])
+        rows = [row for row in result.rows if counting[row.group].get(row.provider) == result.name]
+        results[place] = result._replace(rows=rows)
     return [result for result in results if result.rows]
 
 
-def cells(table: Table, rows: Iterable[Row]) -> dict[str, dict[int, float]]:
-    """The figures of a table, by provider and column."""
-    found: dict[str, dict[int, float]] = {}
+Column = int | str
+Figures = dict[str, dict[Column, float]]  # by provider and column
+
+
+def cells(table: Table, rows: Iterable[Row]) -> Figures:
+    """The figures of a table."""
+    found: Figures = {}
     for row in rows:
         match = re.fullmatch(table.pattern, row.group)
         if match and table.figure in row.info:
-            found.setdefault(row.provider, {})[int(match[1])] = row.info[table.figure]
+            column: Column = int(match[1]) if match[1].isdigit() else match[1]
+            found.setdefault(row.provider, {})[column] = row.info[table.figure]
     return found
 
 
 def make_table(table: Table, rows: Iterable[Row]) -> list[str]:
-    """A table in Markdown, the largest figure of each column in bold; no lines where there are no figures."""
+    """A table in Markdown, the largest figure of each column in bold, but for limits; no lines without figures."""
     found = cells(table, rows)
-    columns = sorted({column for figures in found.values() for column in figures})
+    columns = sorted({column for figures in found.values() for column in figures}, key=lambda x: (str(type(x)), x))
     if not columns:
         return []
-    best = {column: max(figures.get(column, 0.0) for figures in found.values()) for column in columns}
-    heading = " | ".join([table.title, *(f"{column:,}" for column in columns)])
+    compared = [figures for provider, figures in found.items() if not is_bound(provider)]
+    best = {column: max((figures.get(column, 0.0) for figures in compared), default=0.0) for column in columns}
+    heading = " | ".join([table.title, *(f"{column:,}" if isinstance(column, int) else column for column in columns)])
     lines = [f"| {heading} |", "|---" * (len(columns) + 1) + "|"]
     for provider, figures in found.items():
         texts = []
@@ -138,12 +166,12 @@ def make_section(results: Sequence[Result]) -> str:
 def losses(rows: Iterable[Row]) -> list[str]:
     """A list in Markdown of what a peer does faster, the worst first."""
     timed = [{"kind": "time", **row._asdict()} for row in rows]
-    behind = [(ratio, group, ours, peer) for ratio, group, ours, peer in standings(timed) if ratio < 1]
+    behind = [(ratio, group, ours, peer) for ratio, group, ours, peer in standings(timed) if ratio < 0.995]
     lines = [f"- {group}: {ours} has {ratio:.2f} of the rate of {peer}" for ratio, group, ours, peer in behind]
     return ["Where a peer is faster:", "", *lines, ""] if lines else []
 
 
-def plot_rows(rows: Iterable[Row]) -> dict[str, dict[str, dict[int, float]]]:
+def plot_rows(rows: Iterable[Row]) -> dict[str, Figures]:
     """The curves of the plot, by mask and provider."""
     direction, size = CURVES
     rows = list(rows)
@@ -179,7 +207,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("TFLOP/s")
-    axes[0][-1].legend(fontsize="small")
+    axes[0][-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -193,15 +221,19 @@ def replace_section(readme: str, section: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
-    parser.add_argument("--check", action="store_true", help="change nothing; 1 where README and JSON disagree")
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 where README and results disagree")
     options = parser.parse_args(argv)
     results = read_results(options.results)
     old = options.readme.read_text()
     new = replace_section(old, make_section(results))
     if options.check:
+        if new != old:
+            print(f"{options.readme} does not say what {options.results} holds: run python -m bench.report")
         return int(new != old)
     options.readme.write_text(new)
     if plot_rows([row for result in results for row in result.rows]):

@@ -1,29 +1,31 @@
 """Rows of results, one JSON object a line, each written as soon as it is known: whatever stops a run, they are there.
 
-A row's "kind" says what else is in it:
+A row's "kind" says what else is in it. "case" is what was at work, "problem" why it is not right (empty: it is), "work"
+one of the pieces of work of bench/gpu_work.py:
 
 | kind | what it says |
 |---|---|
 | machine | GPU, driver, versions, commit |
-| stage | what became of a command: passed, failed, killed at its limit, left out |
-| compile | a call's kernels were compiled: how many, in how many seconds; or why not |
-| ceiling | what a copy and a matrix product reach |
-| error | one tensor of a case: our error, PyTorch's, and whether ours is within the tolerance |
+| stage | what became of a command: passed, exit code, killed at its limit, left out; how often it started |
+| compile | the kernels that a call launches were compiled (their hashes), in how many seconds; or why not |
+| error | one tensor of a case: our distance from the exact result and PyTorch's, as shares of its norm; their ratio |
 | verdict | whether a kernel passed all its cases |
 | trying | a case is begun: one that has no other row has crashed |
-| time | a provider's figures for one piece of work (the last one counts) |
+| time | the median of "samples", in seconds, of a provider's call for a group, and figures in "info" (the last counts) |
 | refused, wrong, failed | why a provider is not timed: it does not take the work, its result is wrong, an error |
-| tile | a candidate of a tile search |
-| test | a test that did not pass, and why; at the end, how many did |
+| tile | a candidate of a tile search: registers, bytes spilled, "seconds" of full and of causal attention |
+| test | a test that did not pass, and why; with an empty "id", how many did so far |
 
 Needs nothing but Python.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
+import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,9 +61,10 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def newest_results(folder: Path = RESULTS) -> Path | None:
-    """The newest rows in a folder of results, by their names GPU-DATE-COMMIT.jsonl."""
-    return max(folder.glob("*.jsonl"), key=age, default=None)
+def newest_first_run(folder: Path = RESULTS) -> Path | None:
+    """The newest rows of bench.gpu_first, which alone has verdicts, in a folder of results."""
+    files = (path for path in folder.glob("*.jsonl") if any(row["kind"] == "verdict" for row in read_rows(path)))
+    return max(files, key=age, default=None)
 
 
 def age(path: Path) -> tuple[list[str], str]:
@@ -75,14 +78,14 @@ def rate(row: Row) -> float:
     return next((info[name] for name in RATES if info.get(name)), 1 / row["seconds"])
 
 
-def is_ours(row: Row) -> bool:
-    """Whether a timed row is this project's."""
-    return str(row["provider"]).startswith(("kernels", "calcformer"))
+def is_ours(provider: str) -> bool:
+    """Whether a provider is this project's."""
+    return provider.startswith(("kernels", "calcformer"))
 
 
-def is_bound(row: Row) -> bool:
-    """Whether a timed row is a limit rather than a peer."""
-    return row["provider"] == "device copy"
+def is_bound(provider: str) -> bool:
+    """Whether a provider is a limit rather than a peer."""
+    return provider == "device copy"
 
 
 def by_group(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
@@ -98,9 +101,31 @@ def standings(rows: Sequence[Row]) -> list[tuple[float, str, str, str]]:
     """Of each group that has both: our best over the best peer's, group, who we are, who the peer is; losses first."""
     found = []
     for group, providers in by_group(rows).items():
-        ours = [row for row in providers.values() if is_ours(row)]
-        peers = [row for row in providers.values() if not is_ours(row) and not is_bound(row)]
+        ours = [row for provider, row in providers.items() if is_ours(provider)]
+        peers = [row for provider, row in providers.items() if not is_ours(provider) and not is_bound(provider)]
         if ours and peers:
             best, peer = max(ours, key=rate), max(peers, key=rate)
             found.append((rate(best) / rate(peer), group, best["provider"], peer["provider"]))
     return sorted(found)
+
+
+def run_text(*command: str) -> str:
+    """What a command prints, or nothing where it is missing or fails."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+@functools.cache
+def commit() -> str:
+    """The commit that is checked out, with "-dirty" where tracked files differ; "unknown" without git.
+
+    The environment variable BENCH_COMMIT says it for a copy without git.
+    """
+    if "BENCH_COMMIT" in os.environ:
+        return os.environ["BENCH_COMMIT"]
+    found = run_text("git", "rev-parse", "--short=12", "HEAD")
+    dirty = found and run_text("git", "status", "--porcelain", "--untracked-files=no")
+    return f"{found}-dirty" if dirty else found or "unknown"

@@ -8,6 +8,7 @@ log.txt, what became of them to rows.jsonl. Needs nothing but Python: no fault o
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import signal
 import subprocess
@@ -20,8 +21,9 @@ from typing import IO, NamedTuple
 from bench.rows import ROOT, Row, read_rows, write_row
 
 ROWS, LOG = "rows.jsonl", "log.txt"
-NO_GPU = 3  # exit code of a command that needs a GPU where there is none: what follows would fail too
-AGAIN = 4  # of one that cannot go on, as after a fault on the GPU, and of which a fresh process can do the rest
+# Exit codes that no other program has: a command needs a GPU, and there is none, so that what follows would fail too;
+# it cannot go on, as after a fault on the GPU, but a fresh process can do the rest.
+NO_GPU, AGAIN = 90, 91
 MOST_STARTS = 8
 GRACE = 10.0  # seconds for a killed process to be gone
 PDEATHSIG = 1  # prctl(PR_SET_PDEATHSIG)
@@ -35,10 +37,17 @@ class Stage(NamedTuple):
     commands: tuple[tuple[str, ...], ...]
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it dies, however that dies."""
+def cores() -> int:
+    """How many processes work side by side: one a core, and never so many that memory runs out."""
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 32)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent, whose number is given, dies, however that dies."""
     if os.name == "posix" and hasattr(ctypes.CDLL(None), "prctl"):
         ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before
+            os._exit(1)
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
@@ -57,10 +66,10 @@ def wait_until_gone(process: subprocess.Popen[bytes]) -> None:
         pass
 
 
-def outcome(code: int | None) -> str:
+def outcome(code: int | None, why_killed: str = "at its limit") -> str:
     """An exit code in words; None for one that had to be killed."""
     if code is None:
-        return "killed at its limit"
+        return f"killed {why_killed}"
     words = {0: "passed", NO_GPU: "found no GPU", AGAIN: "a fault on the GPU"}
     return words.get(code, f"died of {signal.Signals(-code).name}" if code < 0 else f"exit code {code}")
 
@@ -92,7 +101,8 @@ def run_stage(stage: Stage, seconds: float, out: Path, environment: dict[str, st
                         waiting[start(command, log, environment)] = command
                         continue
                     lacks_gpu |= code == NO_GPU
-                    tell(out, stage, command, outcome(code), time.monotonic() - started, starts[command])
+                    why = "since there is no GPU" if lacks_gpu else "at its limit"
+                    tell(out, stage, command, outcome(code, why), time.monotonic() - started, starts[command])
         finally:
             for process in waiting:
                 kill_group(process)
@@ -103,14 +113,17 @@ def start(command: Sequence[str], log: IO[bytes], environment: dict[str, str]) -
     """Start a command as a process group of its own that does not outlive this process."""
     return subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=log,
-        stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=die_with_parent,
+        stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=functools.partial(die_with_parent, os.getpid()),
     )  # fmt: skip
 
 
 def tell(out: Path, stage: Stage, command: Sequence[str], result: str, seconds: float, starts: int) -> None:
     """A row and a line on what became of a command."""
     name = " ".join(command[1:])
-    write_row(out / ROWS, "stage", stage=stage.name, command=name, result=result, seconds=seconds, starts=starts)
+    try:
+        write_row(out / ROWS, "stage", stage=stage.name, command=name, result=result, seconds=seconds, starts=starts)
+    except OSError as error:  # a full disk: the other stages may still print what they find
+        print(f"cannot write a row: {error}", flush=True)
     again = f" ({starts} starts)" if starts > 1 else ""
     print(f"{stage.name:<20} {seconds:6.1f} s  {result}{again}  {name}", flush=True)
 

@@ -17,7 +17,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
@@ -65,6 +65,7 @@ class Speed(NamedTuple):
 
 Speeds = dict[tuple[str, str], Speed]  # by provider and way
 Epoch = Callable[[], float]  # trains one more epoch and returns its mean loss
+LeftOut = Callable[[str, str, Exception], None]  # is told of a provider and way that fail, and why
 
 
 def examples_in(batch_size: int) -> int:
@@ -90,14 +91,17 @@ def cases(device: torch.device, ways: Sequence[str]) -> list[tuple[str, str]]:
 
 
 @contextmanager
-def build_epochs(device: torch.device, ways: Sequence[str], batch_size: int = BATCH
-                 ) -> Iterator[dict[tuple[str, str], Epoch]]:  # fmt: skip
-    """The epochs of each provider in each of the ways it has."""
+def build_epochs(
+    device: torch.device, ways: Sequence[str], batch_size: int = BATCH, without: Collection[tuple[str, str]] = ()
+) -> Iterator[dict[tuple[str, str], Epoch]]:
+    """The epochs of each provider in each of the ways it has, but for those of `without`."""
     epochs: dict[tuple[str, str], Epoch] = {}
     config = s1_config(device, batch_size)
     task = build_task(config.data)
     with ExitStack() as stack:
         for provider, way in cases(device, ways):
+            if (provider, way) in without:
+                continue
             if way == TWO and (provider, ONE) in epochs:
                 epochs[provider, TWO] = epochs[provider, ONE]  # the same model, on more threads
                 continue
@@ -137,8 +141,15 @@ def ways_here(device: torch.device, all_ways: bool = False) -> list[str]:
     return [ONE, *([TWO, PAIR] if (os.cpu_count() or 1) > 1 else []), *([BFLOAT16, COMPILED] if all_ways else [])]
 
 
-def warm_up(epochs: dict[tuple[str, str], Epoch]) -> None:
-    """Two epochs of each, in which it must learn; a peer that cannot be compiled here is left out, with the reason.
+def complain(provider: str, way: str, error: Exception) -> None:
+    """What becomes of a way to train that fails: a peer's that cannot be compiled here is left out, with the reason."""
+    if provider == OURS or not isinstance(error, RuntimeError):
+        raise error
+    print(f"{provider}, {way}, is left out: {str(error).strip().splitlines()[0]}")
+
+
+def warm_up(epochs: dict[tuple[str, str], Epoch], left_out: LeftOut = complain) -> None:
+    """Two epochs of each, in which it must learn; one that fails is told to `left_out` and taken out.
 
     calcformer comes last: PyTorch frees cuBLAS's memory when it records the graphs of a compiled model, also where a
     graph of ours would use it.
@@ -146,34 +157,42 @@ def warm_up(epochs: dict[tuple[str, str], Epoch]) -> None:
     for provider, way in sorted(epochs, key=lambda key: key[0] == OURS):
         if way == TWO:
             continue  # the same model as with one thread
-        epoch = epochs[provider, way]
         try:
             with thread_count(1):
-                first, second = epoch(), epoch()
-        except RuntimeError as error:
-            if provider == OURS:
-                raise
-            print(f"{provider}, {way}, is left out: {str(error).strip().splitlines()[0]}")
+                first, second = epochs[provider, way](), epochs[provider, way]()
+            if not second < first < 2 * math.log(20):
+                raise AssertionError(f"{provider}, {way} does not learn: mean loss {first:.3f}, then {second:.3f}")
+        except Exception as error:  # noqa: BLE001 - whose it is, left_out decides
+            left_out(provider, way, error)
             del epochs[provider, way]
-            continue
-        if not second < first < 2 * math.log(20):
-            raise AssertionError(f"{provider}, {way} does not learn: mean loss {first:.3f}, then {second:.3f}")
 
 
-def turns(device: torch.device, seconds: float, ways: Sequence[str], batch_size: int = BATCH) -> Iterator[Speeds]:
-    """Train in turns for about `seconds`, after warming up; what is known so far after the second turn, and each."""
+def turns(
+    device: torch.device, seconds: float, ways: Sequence[str], batch_size: int = BATCH,
+    without: Collection[tuple[str, str]] = (), left_out: LeftOut = complain,
+) -> Iterator[Speeds]:  # fmt: skip
+    """Train in turns for about `seconds`, after warming up; what is known so far after the second turn, and each.
+
+    Args:
+        without: providers and ways that are not tried. left_out: is told of those that fail.
+    """
     torch.manual_seed(0)
-    with build_epochs(device, ways, batch_size) as epochs:
-        warm_up(epochs)
+    with build_epochs(device, ways, batch_size, without) as epochs:
+        warm_up(epochs, left_out)
         speeds = {key: Speed([], [], examples_in(batch_size)) for key in epochs}
         end = time.perf_counter() + seconds
         for turn in range(TURNS[1]):
-            if turn >= TURNS[0] and time.perf_counter() > end:
+            if not epochs or (turn >= TURNS[0] and time.perf_counter() > end):
                 break
             for key in list(epochs) if turn % 2 == 0 else reversed(list(epochs)):
                 with thread_count(2 if key[1] == TWO else 1):
                     started, cpu_started = time.perf_counter(), time.process_time()
-                    epochs[key]()  # ends with a number on the host, so nothing is left running
+                    try:
+                        epochs[key]()  # ends with a number on the host, so nothing is left running
+                    except Exception as error:  # noqa: BLE001
+                        left_out(*key, error)
+                        del epochs[key], speeds[key]
+                        continue
                     speeds[key].seconds.append(time.perf_counter() - started)
                     speeds[key].cpu_seconds.append(time.process_time() - cpu_started)
             if turn + 1 >= TURNS[0]:

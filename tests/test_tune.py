@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -24,11 +25,12 @@ SHORT = Search("short backward", 16, 5)
 
 def test_searches_are_found_by_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(set(map(str, tune.searches([])))) == len(tune.searches([])) == 2 * 3 * 3 + 2 * 5 * 3
-    assert list(map(str, tune.searches(["query", "D64"]))) == ["query D64", "query D64 dropout"]
+    assert list(map(str, tune.searches(["query", "D64"]))) == ["query D64"]  # its name
+    assert list(map(str, tune.searches(["D64", "query"]))) == ["query D64", "query D64 dropout"]
     assert tune.main(["short", "forward", "L9", "--list"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"short forward L9 D{size}" for size in (16, 32, 64)]
-    found = tune.searches("key_value D256 or forward D64 dropout".split())  # alternatives, in their order
-    assert list(map(str, found)) == ["key_value D256", "key_value D256 dropout", "forward D64 dropout"]
+    found = tune.searches("D256 key_value or forward D64".split())  # alternatives, in their order
+    assert list(map(str, found)) == ["key_value D256", "key_value D256 dropout", "forward D64"]
     with pytest.raises(SystemExit):
         tune.main(["sideways"])
 
@@ -55,7 +57,7 @@ def test_a_tile_that_gives_other_numbers_is_called_wrong(monkeypatch: pytest.Mon
     tried: list[ShortTile] = []
 
     def prepare(search: Search, device: str) -> object:
-        return lambda rules: [torch.full((3,), 1.0 + (tried[-1].heads == 4) * 0.1)]
+        return lambda rules: [torch.full((3,), {4: 1.1, 16: math.nan}.get(tried[-1].heads, 1.0))]
 
     class Forced:
         def __init__(self, _: Search, tile: ShortTile) -> None:
@@ -65,8 +67,8 @@ def test_a_tile_that_gives_other_numbers_is_called_wrong(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(tune, "prepare", prepare)
     monkeypatch.setattr(tune, "forced", Forced)
-    tries = [Try(str(SHORT), ShortTile(heads, 1, 4), heads == 2, 0, 0) for heads in (2, 4, 8)]
-    assert [attempt.problem for attempt in tune.time_candidates(SHORT, tries, CPU)] == ["", "wrong", ""]
+    tries = [Try(str(SHORT), ShortTile(heads, 1, 4), heads == 2, 0, 0) for heads in (2, 4, 8, 16)]
+    assert [attempt.problem for attempt in tune.time_candidates(SHORT, tries, CPU)] == ["", "wrong", "", "wrong"]
 
 
 @pytest.mark.parametrize("search", [Search("forward", 64, 4096), Search("query", 64, 4096), SHORT], ids=str)

@@ -29,7 +29,7 @@ def hopper_calls(asked: str | None) -> frozenset[tuple[str, int]]:
     wanted = list(names) if asked == "1" else [] if asked == "0" else asked.split()
     for name in wanted:
         if name not in names:
-            raise ValueError(f"KERNELS_HOPPER must be 0, 1 or some of {', '.join(names)}, found {name!r}")
+            raise ValueError(f"KERNELS_HOPPER must be 0, 1 or some of {' '.join(names)}, by spaces, found {name!r}")
     return frozenset(names[name] for name in wanted)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kernels.attention.measured import TILES
+from kernels.attention.measured import SHORT_TILES, TILES
 
 MAX_HEAD_SIZE = 2048  # largest E or Ev
 MAX_BLOCK = 256  # largest E or Ev that one tile holds; wider heads are worked on in chunks
@@ -188,6 +188,8 @@ def choose_short_tile(kernel: str, length: int, head_size: int, element_size: in
         element_size: bytes of an input element, 2 or 4.
     """
     rows, columns = block_of(length), block_of(head_size)
+    if element_size == 2 and (kernel, length, columns) in SHORT_TILES:
+        return ShortTile(*SHORT_TILES[kernel, length, columns][0])
     entries = (4096 if kernel == "forward" else 2048) // (1 if element_size == 2 else 4)
     heads = 1 if rows == 64 else max(1, min(128 // rows, entries // (rows * columns)))
     is_large = rows > 16 and rows * columns >= 1024 if element_size == 4 else rows == 64 and columns >= 64
