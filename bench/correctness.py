@@ -102,9 +102,11 @@ class AttentionProblem(NamedTuple):
         """The Gluon kernels that are asked for, and the precision of float32 products."""
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if "tf32" in self.features else "highest")
-        with mock.patch.object(choice, "HOPPER_ASKED_FOR", frozenset(self.hopper)):
-            yield
-        torch.set_float32_matmul_precision(before)
+        try:
+            with mock.patch.object(choice, "HOPPER_ASKED_FOR", frozenset(self.hopper)):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     def run(self, device: str) -> None:
         """Our kernels alone, forward and backward."""

@@ -11,7 +11,7 @@ one of the pieces of work of bench/gpu_work.py:
 | error | one tensor of a case: our distance from the exact result and PyTorch's, as shares of its norm; their ratio |
 | verdict | whether a kernel passed all its cases |
 | trying | a case is begun: one that has no other row has crashed |
-| time | the median of "samples", in seconds, of a provider's call for a group, and figures in "info" (the last counts) |
+| time | the median of "samples", in seconds, of a provider's call for a group; figures in "info" (the last counts) |
 | refused, wrong, failed | why a provider is not timed: it does not take the work, its result is wrong, an error |
 | tile | a candidate of a tile search: registers, bytes spilled, "seconds" of full and of causal attention |
 | test | a test that did not pass, and why; with an empty "id", how many did so far |

@@ -436,6 +436,20 @@ def test_failures_of_tests_are_rows_at_once_and_come_first_the_next_time(tmp_pat
     assert order[:4] == [f"test_some.py::test_{x}" for x in "bdac"]
 
 
+def test_a_fault_on_the_gpu_ends_its_worker_and_fails_no_other_test(tmp_path: Path) -> None:
+    pytest.importorskip("xdist")
+    (tmp_path / "test_some.py").write_text(
+        "broken = False\n"
+        "def test_a():\n    global broken\n    broken = True\n    raise RuntimeError('CUDA error: an illegal access')\n"
+        + "".join(f"def test_{x}(): assert not broken, 'CUDA error: the same again'\n" for x in "bcdef")
+    )
+    plugin = ["-p", "bench.pytest_rows", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", "-n", "1", *plugin, "--rows", str(tmp_path / ROWS), str(tmp_path)]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, cwd=tmp_path)
+    rows = read_rows(tmp_path / ROWS)
+    assert {row["id"] for row in rows if row["id"]} == {"test_some.py::test_a"} and rows[-1]["passed"] == 5
+
+
 @pytest.mark.parametrize("markexpr, asked", [
     ("gpu", True), ("gpu and not large", True), ("not slow and gpu", True), ("(gpu and not slow)", True),
     ("not gpu", False), ("gpu or slow", False), ("", False), ("slow", False),
