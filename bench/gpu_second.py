@@ -4,8 +4,8 @@
 
 Searches tiles (python -m bench.tune) for the kernels that WORDs name, "forward D128 or key_value D128"; without any,
 for those by which ours lost most in FILE, the rows of bench.gpu_first. Then it times the three main shapes again and
-runs the tests on the GPU, all cores side by side, those first that failed in FILE, until the time is used up. Stages
-end by force at their time; FOLDER gets rows.jsonl and log.txt, as by bench.gpu_first.
+runs the tests on the GPU, all cores side by side, those first that failed in the newest of bench/results, until the
+time is used up. Stages end by force at their time; FOLDER gets rows.jsonl and log.txt, as by bench.gpu_first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from bench.gpu_first import commands, environment, parser_of, prepare, run
-from bench.rows import ROOT, Row, newest_first_run, read_rows, standings
+from bench.rows import ROOT, Row, newest_with, read_rows, standings
 from bench.stages import ROWS, Stage, cores
 
 SEARCHES = 5  # at most; each takes about 20 seconds
@@ -43,16 +43,17 @@ def lost_searches(rows: list[Row]) -> list[str]:
     return list(found)[:SEARCHES]
 
 
-def make_stages(words: list[str], first: Path | None, out: Path, rehearse: bool) -> list[Stage]:
+def make_stages(words: list[str], out: Path, rehearse: bool) -> list[Stage]:
     """The stages; rehearsed: one search, compiled only, and the tests of one file, without a GPU."""
     rows = str(out / ROWS)
     words = ["short", "forward", "L5", "D16"] if rehearse else words
     tune = (sys.executable, "-m", "bench.tune", *words, "--rows", rows, "--time-limit", str(ENDS["tiles"] - 20))
     side_by_side = ("-n", "2" if rehearse else str(cores())) if importlib.util.find_spec("xdist") else ()
     limits = ("--timeout=60", "--timeout-method=thread") if importlib.util.find_spec("pytest_timeout") else ()
+    last = newest_with("test")
     tests = (
         sys.executable, "-m", "pytest", "tests/test_short.py" if rehearse else "tests", "-m", "gpu", "-q", "-p",
-        "bench.pytest_rows", "-p", "no:cacheprovider", "--rows", rows, *(("--last", str(first)) if first else ()),
+        "bench.pytest_rows", "-p", "no:cacheprovider", "--rows", rows, *(("--last", str(last)) if last else ()),
         *side_by_side, *limits,
     )  # fmt: skip
     look, main_shapes = commands(("look",), out, rehearse), commands(("main-shapes",), out, rehearse)
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("words", nargs="*", metavar="WORD", help="of tile searches: python -m bench.tune --list")
     parser.add_argument("--first", type=Path, metavar="FILE", help="rows of bench.gpu_first (bench/results' newest)")
     options = parser.parse_args(argv)
-    first: Path | None = options.first or newest_first_run()
+    first: Path | None = options.first or newest_with("verdict")
     rows = read_rows(first) if first and first.is_file() else []
     if options.first and not any(row["kind"] == "verdict" for row in rows):
         parser.error(f"--first must be the rows.jsonl of bench.gpu_first, found {options.first}, which has no verdicts")
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error((done.stderr.strip().splitlines() or ["bench.tune --list failed"])[-1].partition("error: ")[2])
     out = prepare(parser, options)
     print(f"first run: {first or 'none'}\ntile searches: {' '.join(words) or 'none'}", flush=True)
-    stages = make_stages(words, first.resolve() if first else None, out, options.rehearse)
+    stages = make_stages(words, out, options.rehearse)
     # The Hopper kernels that were right in the first run.
     return run(stages, out, options.seconds * ENDS["tests"] / END, lambda stage, _: environment(stage, rows))
 

@@ -61,9 +61,9 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def newest_first_run(folder: Path = RESULTS) -> Path | None:
-    """The newest rows of bench.gpu_first, which alone has verdicts, in a folder of results."""
-    files = (path for path in folder.glob("*.jsonl") if any(row["kind"] == "verdict" for row in read_rows(path)))
+def newest_with(kind: str, folder: Path = RESULTS) -> Path | None:
+    """The newest file with rows of a kind in a folder of results: bench.gpu_first alone has verdicts."""
+    files = (path for path in folder.glob("*.jsonl") if any(row["kind"] == kind for row in read_rows(path)))
     return max(files, key=age, default=None)
 
 

@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 
 import kernels  # noqa: E402
 from bench import ahead, correctness, gpu_first, gpu_plan, gpu_second, gpu_work, stages  # noqa: E402
-from bench.rows import ROOT, Row, by_group, newest_first_run, read_rows, standings, write_row  # noqa: E402
+from bench.rows import ROOT, Row, by_group, newest_with, read_rows, standings, write_row  # noqa: E402
 from bench.stages import ROWS, Stage, run_stages  # noqa: E402
 from bench.summary import summarise  # noqa: E402
 from kernels.attention import choice, measured  # noqa: E402
@@ -278,13 +278,15 @@ def test_a_measured_tile_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         assert choose_tile(*other) != Tile(32, 128, 8, 2)
 
 
-def test_the_newest_first_run_goes_by_date(tmp_path: Path) -> None:
-    assert newest_first_run(tmp_path) is None
+def test_the_newest_results_go_by_date(tmp_path: Path) -> None:
+    assert newest_with("verdict", tmp_path) is None
     names = "h200-2026-01-02-abc", "h100-2026-01-03-abc-first", "h200-2025-12-30-abc", "h100-2026-01-03-abc-second"
     for name in names:
         write_row(tmp_path / f"{name}.jsonl", "time" if name.endswith("second") else "verdict")
-    newest = newest_first_run(tmp_path)
+    newest = newest_with("verdict", tmp_path)
     assert newest and newest.name == "h100-2026-01-03-abc-first.jsonl"
+    newest = newest_with("time", tmp_path)
+    assert newest and newest.name == "h100-2026-01-03-abc-second.jsonl"
 
 
 # Right or wrong
