@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,9 @@ import torch
 from bench import machine
 from bench.timing import clock
 
-STARTED = time.monotonic()
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
-    group.addoption("--time-limit", type=float, default=0.0, metavar="SECONDS",
-                    help="skip the benchmarks that would begin after this time, and still write the JSON")
     group.addoption("--threads", type=int, default=1, help="CPU threads (1: more of them wait for each other wherever "
                     "another program runs); the training benchmark has thread counts of its own")
 
@@ -51,11 +46,8 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def prepared(request: pytest.FixtureRequest, device: torch.device) -> Iterator[None]:
-    """Time left, the same random numbers for each row, and a stream on which a CUDA graph can be captured."""
-    limit = request.config.getoption("--time-limit")
-    if limit and time.monotonic() - STARTED > limit:
-        pytest.skip(f"the time limit of {limit:.0f} s is reached")
+def prepared(device: torch.device) -> Iterator[None]:
+    """The same random numbers for each row, and a stream on which a CUDA graph can be captured."""
     torch.manual_seed(20_260_101)
     if device.type != "cuda":
         yield

@@ -70,6 +70,9 @@ TABLES = [
             "gb_per_second")
       for kind in ("layer norm", "rms norm", "add + layer norm", "add + rms norm")
       for direction in ("forward", "backward")),
+    *(Table(f"Dropout 0.1, sum and layer norm {direction}, GB/s by row width",
+            rf"add \+ layer norm {direction} M\d+ N(\d+) dropout 0\.1 bf16", "gb_per_second")
+      for direction in ("forward", "backward")),
     Table("A training step of the S1 model, examples a second by batch", r"S1 training step B(\d+) fp32 on GPU",
           "examples_per_second"),
 ]  # fmt: skip
@@ -172,12 +175,12 @@ def losses(rows: Iterable[Row]) -> list[str]:
 
 
 def plot_rows(rows: Iterable[Row]) -> dict[str, Figures]:
-    """The curves of the plot, by mask and provider."""
+    """The curves of the plot, by mask and provider; none of a mask of which one length was measured."""
     direction, size = CURVES
     rows = list(rows)
     found = {mask: cells(Table("", rf"attention {direction} B\d+ H\d+ S(\d+) D{size} {mask} bf16",
                                "tflops_per_second"), rows) for mask in ("full", "causal")}  # fmt: skip
-    return {mask: curves for mask, curves in found.items() if curves}
+    return {mask: curves for mask, curves in found.items() if any(len(figures) > 1 for figures in curves.values())}
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
