@@ -68,6 +68,17 @@ def cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
+def build_launcher(compiled: Any) -> None:
+    """Triton up to 3.6 launches a kernel through C code for the types of its arguments: compile that, too."""
+    from triton.backends.nvidia import driver
+
+    if hasattr(driver, "make_launcher"):
+        try:
+            driver.CudaLauncher(compiled.src, compiled.metadata)
+        except Exception as error:  # noqa: BLE001 - it is compiled when it is needed
+            print(f"launcher of {compiled.name}: {brief(error)}", flush=True)
+
+
 def compile_ahead(work: str, place: int, context: Context, chip: Chip) -> None:
     """Compile what one of the launches of a piece of work launches, into Triton's cache."""
     kernels, failures = set(), []
@@ -75,8 +86,10 @@ def compile_ahead(work: str, place: int, context: Context, chip: Chip) -> None:
     def add(kernel: str, _: dict[str, Any], compiled: Any) -> None:
         if isinstance(compiled, Exception):
             failures.append(f"{kernel}: {brief(compiled)}")
-        else:
-            kernels.add(compiled.hash)
+            return
+        kernels.add(compiled.hash)
+        if context.device.type == "cuda":
+            build_launcher(compiled)
 
     started, cpu = time.monotonic(), cpu_seconds()
     name, launch = launches(work, context)[place]
