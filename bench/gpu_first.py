@@ -107,8 +107,9 @@ def run(stages: list[Stage], out: Path, seconds: float, environment: Environment
         raise KeyboardInterrupt
 
     for name in "SIGTERM", "SIGHUP":
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), stop)
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+            signal.signal(number, stop)
     code = 0
     try:
         if not run_stages(stages, out, seconds, environment):

@@ -48,9 +48,11 @@ def is_alive(pid: int) -> bool:
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
     end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
+    while time.monotonic() < end:
+        if condition():
+            return True
         time.sleep(0.05)
-    return condition()
+    return False
 
 
 # Stages
@@ -69,10 +71,10 @@ def test_what_hangs_is_killed_with_all_it_started_and_the_next_stage_runs(tmp_pa
     """)
     started = time.monotonic()
     beside, then = python("print('beside')"), python("print('then')")
-    rows = run(tmp_path, Stage("hangs", 3, (hangs, beside)), Stage("next", 60, (then,)))
+    rows = run(tmp_path, Stage("hangs", 5, (hangs, beside)), Stage("next", 60, (then,)))
     assert [(row["stage"], row["result"]) for row in rows] == [
         ("hangs", "passed"), ("hangs", "killed at its limit"), ("next", "passed")]  # fmt: skip
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
     log = (tmp_path / stages.LOG).read_text()
     assert all(word in log for word in ("begun", "beside", "then"))
     assert wait_for(lambda: not any(is_alive(int(pid)) for pid in pids.read_text().split()))
@@ -187,19 +189,21 @@ def test_what_the_second_command_is_given_is_checked_before_anything_runs(tmp_pa
 
 @posix
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("seconds", [0.5, 6.0])  # while the processes start, and when they work
+@pytest.mark.parametrize("seconds", [0.0, 5.0])  # while the processes start, and when they work
 def test_a_signal_leaves_no_process_behind(sent: signal.Signals, seconds: float, tmp_path: Path) -> None:
     """Compiling has the most of them: workers of a worker."""
     command = [sys.executable, "-m", "bench.gpu_first", "--out", str(tmp_path), "--rehearse"]
     variables = {**os.environ, "STARTED_BY": str(tmp_path)}
     parent = subprocess.Popen(
-        command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where a shell runs in the background
+    )  # fmt: skip
+    log = tmp_path / stages.LOG
+    assert wait_for(lambda: log.exists() and "== compile" in log.read_text())  # the first stage begins
     time.sleep(seconds)
-    assert len(processes(str(tmp_path))) > 1
     parent.send_signal(sent)
     out, errors = parent.communicate(timeout=30)
-    assert wait_for(lambda: not processes(str(tmp_path)), 8), processes(str(tmp_path))
+    assert wait_for(lambda: not processes(str(tmp_path))), processes(str(tmp_path))
     if sent != signal.SIGKILL and seconds > 1:
         assert parent.returncode == 130 and "stopped; what is known so far:" in out and not errors
 
