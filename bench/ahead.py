@@ -6,9 +6,7 @@ compiled has the same specialisations to strides, sizes and alignment.
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
-import multiprocessing
 import os
 import time
 from collections.abc import Callable
@@ -20,7 +18,7 @@ from bench import attention, bench_host, correctness, layer_norm
 from bench.accounting import AttentionCase, NormCase
 from bench.compile_check import Chip, compiling
 from bench.gpu_plan import ATTENTION, NORMS, SHORT, Context, brief
-from bench.stages import cores, die_with_parent
+from bench.stages import cores, worker_pool
 from kernels.attention import choice
 from kernels.launch import capability, l2_bytes, multiprocessors
 
@@ -110,10 +108,7 @@ def compile_all(context: Context) -> None:
     if context.device.type == "cuda":
         chip = Chip(*(ask(context.device) for ask in (capability, multiprocessors, l2_bytes)))
     works = COMPILED[-2:] if context.rehearse else COMPILED
-    pool = concurrent.futures.ProcessPoolExecutor(
-        cores(), multiprocessing.get_context("spawn"), initializer=die_with_parent, initargs=(os.getpid(),)
-    )
-    with pool:
+    with worker_pool(cores()) as pool:
         tasks = [pool.submit(compile_ahead, work, place, context, chip)
                  for work in works for place in range(len(launches(work, context)))]  # fmt: skip
         for task in tasks:

@@ -103,16 +103,18 @@ def prepare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Pat
 def run(stages: list[Stage], out: Path, seconds: float, environment: Environment) -> int:
     """Run the stages and print what the rows say, also where the run is stopped; the exit code."""
 
-    def stop(*_: int | FrameType | None) -> None:
-        raise KeyboardInterrupt
+    stopped: list[int] = []
 
-    for name in "SIGTERM", "SIGHUP":
+    def stop(number: int, _: FrameType | None) -> None:  # no exception: while a process is started, Python drops some
+        stopped.append(number)
+
+    for name in "SIGINT", "SIGTERM", "SIGHUP":
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(number, stop)
     code = 0
     try:
-        if not run_stages(stages, out, seconds, environment):
+        if not run_stages(stages, out, seconds, environment, stopped):
             print((out / LOG).read_text(errors="replace").strip().splitlines()[-1], file=sys.stderr)
             for file in ROWS, LOG:
                 (out / file).unlink()

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 import kernels
-from bench.accounting import Direction, NormCase
+from bench.accounting import SEED, Direction, NormCase
 from bench.check import WrongResult, require_right
 from bench.record import Job, attempt
 from bench.timing import Call, input_sets
@@ -209,7 +209,7 @@ def prepare(provider: str, case: NormCase, direction: Direction, device: torch.d
     group, name = case.group(direction), label(provider, case, device)
     if provider == COPY:
         return Job(group, name, copies(case, direction, device, sets), work)
-    torch.manual_seed(20_260_101)
+    torch.manual_seed(SEED)
     inputs = [make_inputs(case, device, requires_grad=backward) for _ in range(sets)]
     attempt(provider, lambda: check(provider, case, inputs[0], backward))
     function = build(provider, case, device)

@@ -7,8 +7,10 @@ log.txt, what became of them to rows.jsonl. Needs nothing but Python: no fault o
 
 from __future__ import annotations
 
+import concurrent.futures
 import ctypes
 import functools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -50,6 +52,12 @@ def die_with_parent(parent: int) -> None:
             os._exit(1)
 
 
+def worker_pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
+    """Processes that start afresh, as CUDA wants it, and do not outlive this one."""
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(workers, context, die_with_parent, (os.getpid(),))
+
+
 def kill_group(process: subprocess.Popen[bytes]) -> None:
     """End a process and all that it started, those that outlived it too."""
     try:
@@ -74,7 +82,9 @@ def outcome(code: int | None, why_killed: str = "at its limit") -> str:
     return words.get(code, f"died of {signal.Signals(-code).name}" if code < 0 else f"exit code {code}")
 
 
-def run_stage(stage: Stage, seconds: float, out: Path, environment: dict[str, str]) -> bool:
+def run_stage(
+    stage: Stage, seconds: float, out: Path, environment: dict[str, str], stopped: Sequence[int] = ()
+) -> bool:
     """Run its commands for at most so many seconds; False where one of them found that there is no GPU.
 
     One that crashes, or ends with AGAIN, is started again: it goes on after what it was at.
@@ -87,6 +97,8 @@ def run_stage(stage: Stage, seconds: float, out: Path, environment: dict[str, st
         try:
             while waiting:
                 time.sleep(0.05)
+                if stopped:
+                    raise KeyboardInterrupt
                 for process, command in list(waiting.items()):
                     code, late = process.poll(), time.monotonic() > end or lacks_gpu
                     if code is None and not late:
@@ -129,22 +141,23 @@ def tell(out: Path, stage: Stage, command: Sequence[str], result: str, seconds: 
 
 
 def run_stages(
-    stages: Sequence[Stage], out: Path, seconds: float, environment: Callable[[Stage, list[Row]], dict[str, str]]
-) -> bool:
+    stages: Sequence[Stage], out: Path, seconds: float, environment: Callable[[Stage, list[Row]], dict[str, str]],
+    stopped: Sequence[int] = (),
+) -> bool:  # fmt: skip
     """Run them in order. The ends are stretched so that the last one is at `seconds`.
 
     Args:
         environment: variables for a stage's commands, by what the rows so far say.
+        stopped: becomes other than empty where all is to end, by KeyboardInterrupt.
 
     Returns:
         False where there is no GPU.
     """
-    out.mkdir(parents=True, exist_ok=True)
     started, stretch = time.monotonic(), seconds / stages[-1].end
     for stage in stages:
         left = stage.end * stretch - (time.monotonic() - started)
         if left <= 0:
             tell(out, stage, (), "left out, the time is used up", 0.0, 0)
-        elif not run_stage(stage, left, out, environment(stage, read_rows(out / ROWS))):
+        elif not run_stage(stage, left, out, environment(stage, read_rows(out / ROWS)), stopped):
             return False
     return True

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from bench.rows import Row, by_group, rate, standings
 
 SPECIAL, GENERAL = ("kernels (hopper)", "kernels (short)"), "kernels (general)"
-RESULTS = "error", "time", "refused", "wrong", "failed"  # kinds of rows that end a case
+ENDED = "error", "time", "refused", "wrong", "failed"  # kinds of rows that end a case
 GAIN = 1.03  # a tile that is this much faster is worth a line in the table
 
 
@@ -30,7 +30,7 @@ def ends(rows: list[Row]) -> Iterator[str]:
             yield from (f"does not compile: {row['work']}, {row['case']}: {reason}" for reason in row["failures"])
         elif row["kind"] in ("wrong", "failed"):
             yield f"{row['kind'].upper()}, not timed: {row['case']}: {row['problem']}"
-    ended = {row["case"] for row in rows if row["kind"] in RESULTS}
+    ended = {row["case"] for row in rows if row["kind"] in ENDED}
     begun = [row["case"] for row in rows if row["kind"] == "trying"]
     yield from (f"BEGUN, NOT ENDED: {case}" for case in dict.fromkeys(begun) if case not in ended)
     compiled = [row for row in rows if row["kind"] == "compile"]

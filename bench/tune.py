@@ -12,9 +12,7 @@ kernels/attention/measured.py.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import itertools
-import multiprocessing
 import os
 import sys
 import time
@@ -29,7 +27,7 @@ import torch
 from bench import machine
 from bench.compile_check import SHARED_MEMORY, Chip, compiling, read_resources
 from bench.rows import read_rows, write_row
-from bench.stages import cores, die_with_parent
+from bench.stages import cores, worker_pool
 from bench.timing import measure
 from kernels.attention import tiles
 from kernels.attention.rules import Extras, Rules
@@ -237,10 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     rows = read_rows(options.rows) if options.rows else []  # of an earlier start, which a fault ended
     done = {(row["search"], tuple(row["tile"].values())) for row in rows if row["kind"] == "tile"}
-    workers = concurrent.futures.ProcessPoolExecutor(
-        options.jobs, multiprocessing.get_context("spawn"), initializer=die_with_parent, initargs=(os.getpid(),)
-    )
-    with workers as pool:
+    with worker_pool(options.jobs) as pool:
         compiled = [
             (search, [pool.submit(compile_candidate, search, tile, arch) for tile in search.candidates(arch)])
             for search in chosen
