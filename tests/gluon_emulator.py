@@ -436,7 +436,7 @@ def emulate(seed: int, change: Callable[[str], str] = lambda source: source) -> 
     }  # fmt: skip
     folder = Path(kernels.__file__).parent / "attention"
     replaced = {
-        "named_barrier": chip.named_barrier, "add_tile": functools.partial(chip.store_tile, adds=True),
+        "named_barrier": chip.named_barrier, "add_zeros": lambda x, sums: sums + 0 * x, "add_tile": functools.partial(chip.store_tile, adds=True),
         "range": lambda *bounds: (tensor(i) for i in range(*map(int, bounds))),
     }  # fmt: skip
     with mock.patch.dict(sys.modules, stand_ins):

@@ -265,7 +265,7 @@ WRONG = {
     "sum not shrunk": ("row_sum * shrink + gl.sum", "row_sum + gl.sum"),
     "the wrong statistic": ("gl.load(delta_ptr + row", "gl.load(lse_ptr + row"),
     "dV with the queries": ("left_operand), grad, dv", "left_operand), q, dv"),
-    "half of dQ at the place of the other": ("INDEX * (D // 2), D // 2)", "(1 - INDEX) * (D // 2), D // 2)"),
+    "half of dQ at the place of the other": ("tile * ROWS, INDEX * COLUMNS)", "tile * ROWS, (1 - INDEX) * COLUMNS)"),
 }  # fmt: skip
 
 

@@ -36,7 +36,9 @@ from kernels.attention.pieces import BOTH_BANDS, NO_BAND, find_work
 from kernels.attention.rules import Extras, Rules
 from kernels.launch import launch_on
 
-ROWS, KEYS = 64, 128  # queries of a step; keys of a program, half of them for each consumer
+ROWS, KEYS = gl.constexpr(64), gl.constexpr(128)  # queries of a step; keys of a program
+HALF = KEYS // 2  # keys of a consumer: the rows of a warp group's matrix instruction
+COLUMNS = gl.constexpr(64)  # of dQ that are added to memory at a time
 SLOTS = 2  # tiles of Q, and of dO, in shared memory
 KV_FULL, KV_READY = gl.constexpr(0), gl.constexpr(1)  # barriers, and where the others begin
 Q_FULL, GRAD_FULL, Q_EMPTY = (gl.constexpr(2 + i * SLOTS) for i in range(3))
@@ -54,7 +56,7 @@ def add_tile(desc: Any, coordinates: Any, source: Any, _semantic: Any = None) ->
 def find_keys(n_kv_heads, n_tiles, section):
     """First key, key head and batch entry of this program. The first keys see the most queries: the longest first."""
     head, tile = find_work(gl.program_id(0), gl.num_programs(0) // n_tiles, n_tiles, section)
-    return tile * 128, head % n_kv_heads, head // n_kv_heads
+    return tile * KEYS, head % n_kv_heads, head // n_kv_heads
 
 
 @gluon.jit
@@ -62,20 +64,20 @@ def query_bounds(
     start_k, b, L, S, left, right, key_lengths_ptr,
     BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr,
 ):  # fmt: skip
-    """Which tiles of 64 queries see 128 keys: keys in use, offset, first tile, the one after the last, and the tiles
+    """Which tiles of ROWS queries see KEYS keys: keys in use, offset, first tile, the one after the last, and the tiles
     [open_first, open_last) that no edge cuts."""
     n_keys, offset = keys_in_use(b, L, S, key_lengths_ptr, BOTTOM_RIGHT, HAS_LENGTHS)
-    first, end, open_first, open_last = 0, gl.cdiv(L, 64), 0, L // 64
+    first, end, open_first, open_last = 0, gl.cdiv(L, ROWS), 0, L // ROWS
     if BAND != NO_BAND:
         row = start_k - offset - right  # the first that sees the first key
-        first = gl.minimum(gl.maximum(row, 0), L) // 64
-        open_first = gl.cdiv(gl.maximum(row + 127, 0), 64)
+        first = gl.minimum(gl.maximum(row, 0), L) // ROWS
+        open_first = gl.cdiv(gl.maximum(row + KEYS - 1, 0), ROWS)
         if BAND == BOTH_BANDS:
-            beyond = gl.maximum(gl.minimum(L, start_k + 128 - offset + left), 0)  # the first that sees none any more
-            end = gl.cdiv(beyond, 64)
-            open_last = gl.minimum(open_last, gl.maximum(start_k - offset + left + 1, 0) // 64)
+            beyond = gl.maximum(gl.minimum(L, start_k + KEYS - offset + left), 0)  # the first that sees none any more
+            end = gl.cdiv(beyond, ROWS)
+            open_last = gl.minimum(open_last, gl.maximum(start_k - offset + left + 1, 0) // ROWS)
     end = gl.maximum(gl.where(start_k < n_keys, end, first), first)
-    open_last = gl.where(start_k + 128 <= n_keys, open_last, 0)
+    open_last = gl.where(start_k + KEYS <= n_keys, open_last, 0)
     open_first = gl.minimum(gl.maximum(open_first, first), end)
     open_last = gl.minimum(gl.maximum(open_last, open_first), end)
     return n_keys, offset, first, end, open_first, open_last
@@ -98,7 +100,7 @@ def producer(
     load_tile(v_desc, [b, h_kv, start_k, 0], signals.index(KV_FULL), keys_s.index(1))
     if GUARDED:
         mbarrier.wait(signals.index(KV_FULL), 0)
-        clean_values(keys_s.index(0).reshape([128, D]), flags_s, D, 128)
+        clean_values(keys_s.index(0).reshape([KEYS, D]), flags_s, D, KEYS)
         fence_async_shared()
         mbarrier.arrive(signals.index(KV_READY), count=1)
     count = 0
@@ -106,7 +108,7 @@ def producer(
         for tile in range(first, end):
             slot = count % SLOTS
             mbarrier.wait(signals.index(Q_EMPTY + slot), (count // SLOTS & 1) ^ 1)
-            place = [b, h_kv * group + member, tile * 64, 0]
+            place = [b, h_kv * group + member, tile * ROWS, 0]
             mbarrier.expect(signals.index(Q_FULL + slot), q_desc.block_type.nbytes)
             load_tile(q_desc, place, signals.index(Q_FULL + slot), rows_s.index(2 * slot))
             mbarrier.expect(signals.index(GRAD_FULL + slot), grad_desc.block_type.nbytes)
@@ -116,27 +118,27 @@ def producer(
 
 @gluon.jit
 def load_statistics(lse_ptr, delta_ptr, b, h, tile, L, n_heads):
-    """Log-sum-exp and delta of 64 queries, a number a thread at most; those past the end weigh nothing."""
-    i = tile * 64 + gl.arange(0, 64, gl.BlockedLayout([1], [32], [4], [0]))
+    """Log-sum-exp and delta of ROWS queries, a number a thread at most; those past the end weigh nothing."""
+    i = tile * ROWS + gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [4], [0]))
     row = (b * n_heads + h).to(gl.int64) * L + i
     lse = gl.load(lse_ptr + row, mask=i < L, other=float("inf"))
     return lse, gl.load(delta_ptr + row, mask=i < L, other=0.0)
 
 
 @gluon.jit
-def multiply_keys(ds, k, COLUMNS: gl.constexpr):
-    """Start dS K for dS^T (128 keys, 64 queries) and columns of K (128, COLUMNS), both in shared memory."""
+def multiply_keys(ds, k):
+    """Start dS K for dS^T (KEYS, ROWS) and columns of K (KEYS, COLUMNS), both in shared memory."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    empty = gl.zeros([64, COLUMNS], gl.float32, layout)
+    empty = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
     return warpgroup_mma(ds.permute((1, 0)), k, empty, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def add_queries(dq, dq_desc, buffer, b, h, row, column, COLUMNS: gl.constexpr):
-    """Add dq (64, COLUMNS) to memory, by way of a buffer."""
+def add_queries(dq, dq_desc, buffer, b, h, row, column):
+    """Add dq (ROWS, COLUMNS) to memory, by way of a buffer."""
     tma.store_wait(0)  # what was added before has left the buffer
     warp_group_barrier()
-    buffer.reshape([64, COLUMNS]).store(dq)
+    buffer.reshape([ROWS, COLUMNS]).store(dq)
     fence_async_shared()
     warp_group_barrier()
     add_tile(dq_desc, [b, h, row, column], buffer)
@@ -150,12 +152,12 @@ def step(
     GUARDED: gl.constexpr, CHECKED: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """dK and dV with what one tile of queries adds to them, its dQ on the way to memory; lse and delta of the next."""
-    tall: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])  # (64 keys, 64 queries)
-    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])  # (64 keys, D)
+    tall: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])  # (HALF, ROWS)
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])  # (HALF, D)
     columns: gl.constexpr = gl.SliceLayout(0, tall)
     left_operand: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     slot, phase = count % SLOTS, count // SLOTS & 1
-    q, grad = rows_s.index(2 * slot).reshape([64, D]), rows_s.index(2 * slot + 1).reshape([64, D])
+    q, grad = rows_s.index(2 * slot).reshape([ROWS, D]), rows_s.index(2 * slot + 1).reshape([ROWS, D])
     stats_s.index(2 * INDEX).store(lse)  # the meeting of the step before came after its last read
     stats_s.index(2 * INDEX + 1).store(delta)
     warp_group_barrier()
@@ -166,7 +168,7 @@ def step(
         lse_ptr, delta_ptr, b, next_h, gl.where(is_last, first, tile + 1), L, n_kv_heads * group
     )
     mbarrier.wait(signals.index(Q_FULL + slot), phase)
-    empty = gl.zeros([64, 64], gl.float32, tall)
+    empty = gl.zeros([HALF, ROWS], gl.float32, tall)
     product = warpgroup_mma(k, q.permute((1, 0)), empty, use_acc=False, is_async=True)
     mbarrier.wait(signals.index(GRAD_FULL + slot), phase)
     second = warpgroup_mma(v, grad.permute((1, 0)), empty, use_acc=False, is_async=True)
@@ -178,7 +180,7 @@ def step(
         scores = scores + bad[:, None]
     weights = gl.exp2(scores - stats_s.index(2 * INDEX).load(columns)[None, :])
     if CHECKED:
-        i = tile * 64 + gl.arange(0, 64, columns)
+        i = tile * ROWS + gl.arange(0, ROWS, columns)
         allowed = (j < n_keys)[:, None] & (i < L)[None, :]
         if BAND != NO_BAND:
             allowed = allowed & (j[:, None] <= i[None, :] + (offset + right))
@@ -195,23 +197,23 @@ def step(
     ds = ds.to(DTYPE)
     fourth = warpgroup_mma(gl.convert_layout(ds, left_operand), q, dk, is_async=True)
     turn = ds_s.index(count % 2)
-    turn.slice(INDEX * 64, 64, 0).store(ds)
+    turn.slice(INDEX * HALF, HALF, 0).store(ds)
     fence_async_shared()
     named_barrier("sync", BARRIER_A)  # both halves of dS^T are there, and of the step before none is read any more
-    if D == 128:
-        fifth = multiply_keys(turn, k_half, D // 2)
+    if D == 2 * COLUMNS:
+        fifth = multiply_keys(turn, k_half)
         dv = warpgroup_mma_wait(2, deps=[third])
         dk = warpgroup_mma_wait(1, deps=[fourth])
         mbarrier.arrive(signals.index(Q_EMPTY + slot), count=1)
         dq = warpgroup_mma_wait(0, deps=[fifth]) * score_scale
-        add_queries(dq, dq_desc, dq_s.index(INDEX), b, h, tile * 64, INDEX * (D // 2), D // 2)
+        add_queries(dq, dq_desc, dq_s.index(INDEX), b, h, tile * ROWS, INDEX * COLUMNS)
     else:  # half of its columns are too few for a matrix instruction: the consumers take turns
         dv = warpgroup_mma_wait(1, deps=[third])
         dk = warpgroup_mma_wait(0, deps=[fourth])
         mbarrier.arrive(signals.index(Q_EMPTY + slot), count=1)
         if count % 2 == INDEX:
-            dq = warpgroup_mma_wait(0, deps=[multiply_keys(turn, k_half, D)]) * score_scale
-            add_queries(dq, dq_desc, dq_s.index(INDEX), b, h, tile * 64, 0, D)
+            dq = warpgroup_mma_wait(0, deps=[multiply_keys(turn, k_half)]) * score_scale
+            add_queries(dq, dq_desc, dq_s.index(INDEX), b, h, tile * ROWS, 0)
     return dk, dv, lse, delta
 
 
@@ -224,24 +226,24 @@ def consumer(
     D: gl.constexpr, SLOTS: gl.constexpr, BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr, GUARDED: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """dK and dV of 64 keys, and half of the columns of what the program's 128 keys add to dQ."""
-    tall: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    """dK and dV of HALF of the keys, and half of the columns of what the program's KEYS keys add to dQ."""
+    tall: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     start_k, h_kv, b = find_keys(n_kv_heads, n_tiles, section)
     n_keys, offset, first, end, open_first, open_last = query_bounds(
         start_k, b, L, S, left, right, key_lengths_ptr, BAND, BOTTOM_RIGHT, HAS_LENGTHS
     )
-    k = keys_s.index(0).reshape([128, D]).slice(INDEX * 64, 64, 0)
-    v = keys_s.index(1).reshape([128, D]).slice(INDEX * 64, 64, 0)
-    k_half = keys_s.index(0).reshape([128, D])
-    if D == 128:
-        k_half = k_half.slice(INDEX * 64, 64, 1)
-    j = start_k + INDEX * 64 + gl.arange(0, 64, gl.SliceLayout(1, tall))
-    dk, dv = gl.zeros([64, D], gl.float32, wide), gl.zeros([64, D], gl.float32, wide)
-    bad = gl.zeros([64], gl.float32, gl.SliceLayout(1, tall))
+    k = keys_s.index(0).reshape([KEYS, D]).slice(INDEX * HALF, HALF, 0)
+    v = keys_s.index(1).reshape([KEYS, D]).slice(INDEX * HALF, HALF, 0)
+    k_half = keys_s.index(0).reshape([KEYS, D])
+    if D == 2 * COLUMNS:
+        k_half = k_half.slice(INDEX * COLUMNS, COLUMNS, 1)
+    j = start_k + INDEX * HALF + gl.arange(0, HALF, gl.SliceLayout(1, tall))
+    dk, dv = gl.zeros([HALF, D], gl.float32, wide), gl.zeros([HALF, D], gl.float32, wide)
+    bad = gl.zeros([HALF], gl.float32, gl.SliceLayout(1, tall))
     if GUARDED:
         mbarrier.wait(signals.index(KV_READY), 0)
-        good = flags_s.slice(INDEX * 64, 64, 0).load(gl.SliceLayout(1, tall))
+        good = flags_s.slice(INDEX * HALF, HALF, 0).load(gl.SliceLayout(1, tall))
         bad = gl.where(good == 0, float("nan"), 0.0)
     else:
         mbarrier.wait(signals.index(KV_FULL), 0)
@@ -266,7 +268,7 @@ def consumer(
     named_barrier("sync", BARRIER_A)  # nobody reads the keys any more
     dk = dk * score_scale
     if HAS_LENGTHS:  # keys that are not in use: a weight of zero times NaN is NaN
-        unused = start_k + INDEX * 64 + gl.arange(0, 64, gl.SliceLayout(1, wide)) >= n_keys
+        unused = start_k + INDEX * HALF + gl.arange(0, HALF, gl.SliceLayout(1, wide)) >= n_keys
         dk, dv = gl.where(unused[:, None], 0.0, dk), gl.where(unused[:, None], 0.0, dv)
     k.store(dk.to(DTYPE))
     v.store(dv.to(DTYPE))
@@ -300,20 +302,20 @@ def hopper_backward_kernel(
     BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     GUARDED: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """dK and dV of 128 keys of one key head, summed over its query heads, and what they add to dQ.
+    """dK and dV of KEYS keys of one key head, summed over its query heads, and what they add to dQ.
 
-    q_desc, grad_desc: of (B, H, L, D) in boxes of 64 rows; k_desc, v_desc, dk_desc, dv_desc: of (B, n_kv_heads, S, D)
-    in boxes of 128; dq_desc: of (B, H, L, D) float32, zero at first, in boxes of 64 rows and 64 columns.
+    q_desc, grad_desc: of (B, H, L, D) in boxes of ROWS; k_desc, v_desc, dk_desc, dv_desc: of (B, n_kv_heads, S, D)
+    in boxes of KEYS; dq_desc: of (B, H, L, D) float32, zero at first, in boxes of ROWS by COLUMNS.
     lse_ptr (B, H, L) float32: base-2 log-sum-exp, inf for a query that may attend to nothing. delta_ptr (B, H, L)
-    float32. n_tiles: of 128 keys. section: key heads that are worked on in turn. score_scale: of dS in dQ and dK.
+    float32. n_tiles: of KEYS keys. section: key heads that are worked on in turn. score_scale: of dS in dQ and dK.
     """
     # Few allocations: each is handed to the warp groups as several registers.
-    rows_s = gl.allocate_shared_memory(DTYPE, [2 * SLOTS, 1, 1, 64, D], q_desc.layout)  # Q and dO in turn
-    keys_s = gl.allocate_shared_memory(DTYPE, [2, 1, 1, 128, D], k_desc.layout)  # K, V
-    ds_s = gl.allocate_shared_memory(DTYPE, [2, 128, 64], DS_LAYOUT)
-    dq_s = gl.allocate_shared_memory(gl.float32, [2, 1, 1, 64, 64], dq_desc.layout)
-    stats_s = gl.allocate_shared_memory(gl.float32, [4, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    flags_s = gl.allocate_shared_memory(gl.int32, [128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    rows_s = gl.allocate_shared_memory(DTYPE, [2 * SLOTS, 1, 1, ROWS, D], q_desc.layout)  # Q and dO in turn
+    keys_s = gl.allocate_shared_memory(DTYPE, [2, 1, 1, KEYS, D], k_desc.layout)  # K, V
+    ds_s = gl.allocate_shared_memory(DTYPE, [2, KEYS, ROWS], DS_LAYOUT)
+    dq_s = gl.allocate_shared_memory(gl.float32, [2, 1, 1, ROWS, COLUMNS], dq_desc.layout)
+    stats_s = gl.allocate_shared_memory(gl.float32, [4, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    flags_s = gl.allocate_shared_memory(gl.int32, [KEYS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     signals = gl.allocate_shared_memory(gl.int64, [2 + 3 * SLOTS, 1], mbarrier.MBarrierLayout())
     mbarrier.init(signals.index(KV_FULL), count=1)
     mbarrier.init(signals.index(KV_READY), count=1)
@@ -360,11 +362,11 @@ def launch_hopper_backward(
     with launch_on(query.device):
         hopper_backward_kernel[(n_tiles * n_kv_heads * batch,)](
             descriptor(query, ROWS, dtype), descriptor(key, KEYS, dtype), descriptor(value, KEYS, dtype),
-            descriptor(grad, ROWS, dtype), descriptor(total, ROWS, gl.float32, 64), descriptor(dk, KEYS, dtype),
+            descriptor(grad, ROWS, dtype), descriptor(total, ROWS, gl.float32, COLUMNS), descriptor(dk, KEYS, dtype),
             descriptor(dv, KEYS, dtype), lse, delta, extras.key_lengths,
             n_kv_heads, n_heads // n_kv_heads, n_queries, n_keys, left, right, scale, softcap, rules.scale, n_tiles,
             heads_in_turn(1, 2 * n_heads // n_kv_heads * n_queries * d * query.itemsize, rules, query.device),
-            D=d, SLOTS=SLOTS, REGISTERS=REGISTERS, DS_LAYOUT=gl.NVMMASharedLayout.get_default_for([128, 64], dtype),
+            D=d, SLOTS=SLOTS, REGISTERS=REGISTERS, DS_LAYOUT=gl.NVMMASharedLayout.get_default_for([KEYS, ROWS], dtype),
             **options,
         )  # fmt: skip
     dq.copy_(total)

@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels.attention.general import heads_in_turn, numbers
 from kernels.attention.hopper_pieces import (
-    BARRIER_A, BARRIER_B, BARRIER_C, clean_values, descriptor, hopper_options, load_tile, named_barrier, store_tile,
+    BARRIER_A, BARRIER_B, BARRIER_C, clean_values, descriptor, has_nonfinite, hopper_options, load_tile, named_barrier, store_tile,
     tile_bounds, warp_group_barrier,
 )  # fmt: skip
 from kernels.attention.pieces import BOTH_BANDS, NO_BAND, find_work
@@ -34,10 +34,10 @@ from kernels.attention.rules import Extras, Rules
 from kernels.attention.tiles import choose_consumers
 from kernels.launch import launch_on, multiprocessors
 
-ROWS = 64  # queries of a consumer: the rows of a warp group's matrix instruction
+ROWS = gl.constexpr(64)  # queries of a consumer: the rows of a warp group's matrix instruction
 # Of a consumer's thread, by how many consumers there are. The producer has what is left: of 168 a thread of three warp
-# groups, or of 128 a thread of four.
-REGISTERS = {2: 224, 3: 160}
+# groups, or of 128 a thread of four. With 240 it would spill; what it looks at would go through fewer registers.
+REGISTERS = {2: 232, 3: 160}
 SLOTS = 2  # tiles of K, and of V, in shared memory
 Q_FULL, Q_EMPTY, V_RAW = gl.constexpr(0), gl.constexpr(3), gl.constexpr(6)  # barriers, and where the others begin
 K_FULL, K_EMPTY, V_FULL, V_EMPTY = (gl.constexpr(7 + i * SLOTS) for i in range(4))
@@ -48,8 +48,12 @@ def hand_over(number, raw, tiles_s, flags_s, signals, BLOCK_K: gl.constexpr, D: 
     """Clean the tile of V that is number `number` of all and number `raw` of those that are cut, once it is there."""
     slot = number % SLOTS
     mbarrier.wait(signals.index(V_RAW), raw & 1)
-    clean_values(tiles_s.index(2 * slot + 1).reshape([BLOCK_K, D]), flags_s.index(slot), D, BLOCK_K)
-    fence_async_shared()
+    values = tiles_s.index(2 * slot + 1).reshape([BLOCK_K, D])
+    if has_nonfinite(values, D, BLOCK_K):
+        clean_values(values, flags_s.index(slot), D, BLOCK_K)
+        fence_async_shared()
+    else:
+        flags_s.index(slot).store(gl.full([BLOCK_K], 1, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
     mbarrier.arrive(signals.index(V_FULL + slot), count=1)
 
 
@@ -62,44 +66,45 @@ def producer(
 ):  # fmt: skip
     """Copy the tiles of every piece of work of this program to shared memory, in the order of the consumers."""
     count = 0  # key tiles copied so far
-    raw = 0  # tiles of V cleaned so far
+    raw = 0  # tiles of V looked at so far
     turn = 0  # pieces of work so far
     for work in range(gl.program_id(0), n_tiles * n_heads_total, gl.num_programs(0)):
         head, tile = find_work(work, n_heads_total, n_tiles, section)
-        start_q = (n_tiles - 1 - tile) * CONSUMERS * 64  # the longest first
+        start_q = (n_tiles - 1 - tile) * CONSUMERS * ROWS  # the longest first
         b = head // n_heads
         h = head % n_heads
         _, _, first, last, open_first, open_last = tile_bounds(
-            start_q, b, L, S, left, right, key_lengths_ptr, CONSUMERS * 64, BLOCK_K, BAND, BOTTOM_RIGHT, HAS_LENGTHS
+            start_q, b, L, S, left, right, key_lengths_ptr, CONSUMERS * ROWS, BLOCK_K, BAND, BOTTOM_RIGHT, HAS_LENGTHS
         )
-        for i in gl.static_range(CONSUMERS):
-            mbarrier.wait(signals.index(Q_EMPTY + i), (turn & 1) ^ 1)
-            mbarrier.expect(signals.index(Q_FULL + i), q_desc.block_type.nbytes)
-            load_tile(q_desc, [b, h, start_q + i * 64, 0], signals.index(Q_FULL + i), q_s.index(i))
         was_cut = last < first  # of the tile before: there is none
-        for seen in range(last - first + 1):
+        for seen in range(last - first + 2):  # once more than there are tiles, for what comes after the last
             tile = last - seen
             slot = count % SLOTS
             phase = count // SLOTS & 1
             place = [b, h // group, tile * BLOCK_K, 0]
-            mbarrier.wait(signals.index(K_EMPTY + slot), phase ^ 1)
-            mbarrier.expect(signals.index(K_FULL + slot), k_desc.block_type.nbytes)
-            load_tile(k_desc, place, signals.index(K_FULL + slot), tiles_s.index(2 * slot))
-            mbarrier.wait(signals.index(V_EMPTY + slot), phase ^ 1)
-            full = V_FULL + slot
+            if tile >= first:
+                mbarrier.wait(signals.index(K_EMPTY + slot), phase ^ 1)
+                mbarrier.expect(signals.index(K_FULL + slot), k_desc.block_type.nbytes)
+                load_tile(k_desc, place, signals.index(K_FULL + slot), tiles_s.index(2 * slot))
             if GUARDED:
-                if was_cut:  # it is cleaned only now, so that K of this one is under way meanwhile
+                if was_cut:  # its values are looked at only now, so that K of this one is under way meanwhile
                     hand_over(count - 1, raw, tiles_s, flags_s, signals, BLOCK_K, D, SLOTS)
                     raw += 1
-                was_cut = (tile >= open_last) | (tile < open_first)
-                full = gl.where(was_cut, V_RAW, full)
-            mbarrier.expect(signals.index(full), v_desc.block_type.nbytes)
-            load_tile(v_desc, place, signals.index(full), tiles_s.index(2 * slot + 1))
-            count += 1
-        if GUARDED:
-            if was_cut:
-                hand_over(count - 1, raw, tiles_s, flags_s, signals, BLOCK_K, D, SLOTS)
-                raw += 1
+            # The memory of the queries holds output until the work before is done: K and V have gone ahead of them.
+            if seen == gl.minimum(turn, 1):
+                for i in gl.static_range(CONSUMERS):
+                    mbarrier.wait(signals.index(Q_EMPTY + i), (turn & 1) ^ 1)
+                    mbarrier.expect(signals.index(Q_FULL + i), q_desc.block_type.nbytes)
+                    load_tile(q_desc, [b, h, start_q + i * ROWS, 0], signals.index(Q_FULL + i), q_s.index(i))
+            if tile >= first:
+                mbarrier.wait(signals.index(V_EMPTY + slot), phase ^ 1)
+                full = V_FULL + slot
+                if GUARDED:
+                    was_cut = (tile >= open_last) | (tile < open_first)
+                    full = gl.where(was_cut, V_RAW, full)
+                mbarrier.expect(signals.index(full), v_desc.block_type.nbytes)
+                load_tile(v_desc, place, signals.index(full), tiles_s.index(2 * slot + 1))
+                count += 1
         turn += 1
 
 
@@ -110,7 +115,7 @@ def multiply_keys(q, tiles_s, signals, count, BLOCK_K: gl.constexpr, D: gl.const
     slot = count % SLOTS
     mbarrier.wait(signals.index(K_FULL + slot), count // SLOTS & 1)
     k = tiles_s.index(2 * slot).reshape([BLOCK_K, D]).permute((1, 0))
-    return warpgroup_mma(q, k, gl.zeros([64, BLOCK_K], gl.float32, layout), use_acc=False, is_async=True)
+    return warpgroup_mma(q, k, gl.zeros([ROWS, BLOCK_K], gl.float32, layout), use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -126,9 +131,9 @@ def soften(
     scores, row_max, row_sum, place, tile, n_keys, left, right, scale, softcap,
     BLOCK_K: gl.constexpr, BAND: gl.constexpr, HAS_SOFTCAP: gl.constexpr, CHECKED: gl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax: weights (64, BLOCK_K) float32, shrink, row_max, row_sum, and who may attend.
+    """One step of the online softmax: weights (ROWS, BLOCK_K) float32, shrink, row_max, row_sum, and who may attend.
 
-    place: of the queries (64,) beside the keys. CHECKED: some query may not attend to some key of the tile.
+    place: of the queries (ROWS,) beside the keys. CHECKED: some query may not attend to some key of the tile.
     """
     scores = scores * scale
     if HAS_SOFTCAP:
@@ -206,7 +211,7 @@ def consumer(
     BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     GUARDED: gl.constexpr,
 ):  # fmt: skip
-    """Output and statistics of 64 queries of every piece of work of this program. ME, NEXT: named barriers."""
+    """Output and statistics of ROWS queries of every piece of work of this program. ME, NEXT: named barriers."""
     (
         out_desc, row_max_ptr, row_sum_ptr, q_s, tiles_s, flags_s, signals,
         n_heads_total, n_heads, L, S, left, right, scale, softcap, n_tiles, section,
@@ -214,22 +219,22 @@ def consumer(
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     rows: gl.constexpr = gl.SliceLayout(1, narrow)
-    q = q_s.index(INDEX).reshape([64, D])
+    q = q_s.index(INDEX).reshape([ROWS, D])
     if INDEX == CONSUMERS - 1:
         named_barrier("arrive", NEXT)  # the first consumer begins
     count = 0
     turn = 0
     for work in range(gl.program_id(0), n_tiles * n_heads_total, gl.num_programs(0)):
         head, tile = find_work(work, n_heads_total, n_tiles, section)
-        start_q = (n_tiles - 1 - tile) * CONSUMERS * 64  # the longest first
+        start_q = (n_tiles - 1 - tile) * CONSUMERS * ROWS  # the longest first
         b = head // n_heads
         n_keys, offset, first, last, open_first, open_last = tile_bounds(
-            start_q, b, L, S, left, right, key_lengths_ptr, CONSUMERS * 64, BLOCK_K, BAND, BOTTOM_RIGHT, HAS_LENGTHS
+            start_q, b, L, S, left, right, key_lengths_ptr, CONSUMERS * ROWS, BLOCK_K, BAND, BOTTOM_RIGHT, HAS_LENGTHS
         )
-        place = start_q + offset + INDEX * 64 + gl.arange(0, 64, rows)  # of the queries, beside the keys
-        acc = gl.zeros([64, D], gl.float32, wide)
-        row_max = gl.full([64], float("-inf"), gl.float32, rows)
-        row_sum = gl.zeros([64], gl.float32, rows)
+        place = start_q + offset + INDEX * ROWS + gl.arange(0, ROWS, rows)  # of the queries, beside the keys
+        acc = gl.zeros([ROWS, D], gl.float32, wide)
+        row_max = gl.full([ROWS], float("-inf"), gl.float32, rows)
+        row_sum = gl.zeros([ROWS], gl.float32, rows)
         mbarrier.wait(signals.index(Q_FULL + INDEX), turn & 1)
         named_barrier("sync", ME)
         product = multiply_keys(q, tiles_s, signals, count, BLOCK_K, D, SLOTS)
@@ -264,21 +269,21 @@ def consumer(
         mbarrier.arrive(signals.index(V_EMPTY + (count - 1) % SLOTS), count=1)
         inverse = 1.0 / gl.where(row_sum == 0.0, 1.0, row_sum)  # zero: no key allowed
         acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, wide))[:, None]
-        i = start_q + INDEX * 64 + gl.arange(0, 64, rows)
+        i = start_q + INDEX * ROWS + gl.arange(0, ROWS, rows)
         stats = head.to(gl.int64) * L
         gl.store(row_max_ptr + stats + i, row_max, mask=i < L)
         gl.store(row_sum_ptr + stats + i, row_sum, mask=i < L)
         q.store(acc.to(q.dtype))  # the queries are not needed any more
         fence_async_shared()
         warp_group_barrier()
-        store_tile(out_desc, [b, head % n_heads, start_q + INDEX * 64, 0], q_s.index(INDEX))
+        store_tile(out_desc, [b, head % n_heads, start_q + INDEX * ROWS, 0], q_s.index(INDEX))
         tma.store_wait(0)
         mbarrier.arrive(signals.index(Q_EMPTY + INDEX), count=1)
         turn += 1
 
 
 # barrier  count  a phase of it completes when                         who waits for it
-# q_full   1      64 queries have been copied                          their consumer, before its first product
+# q_full   1      ROWS queries have been copied                          their consumer, before its first product
 # q_empty  1      their consumer's output has left the same memory     the producer, before it copies the next queries
 # k_full   1      a tile of K has been copied                          every consumer, before it multiplies by it
 # k_empty  2 or 3 every consumer's product with it is done             the producer, before it copies into that slot
@@ -302,14 +307,14 @@ def hopper_forward_kernel(
     BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     GUARDED: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """Output and statistics of this program's share of the tiles of 64 queries a consumer.
+    """Output and statistics of this program's share of the tiles of ROWS queries a consumer.
 
-    q_desc, k_desc, v_desc, out_desc: descriptors of (B, H, rows, D) in boxes (1, 1, 64 or BLOCK_K, D).
+    q_desc, k_desc, v_desc, out_desc: descriptors of (B, H, rows, D) in boxes (1, 1, ROWS or BLOCK_K, D).
     row_max_ptr, row_sum_ptr (B, n_heads, L) float32; key_lengths_ptr (B,). n_heads_total: B * n_heads. n_tiles: of
     queries, a head. section: heads that are walked over together. scale, softcap, left, right as in forward_kernel.
     """
     # Few allocations: each is handed to the warp groups as several registers.
-    q_s = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 1, 64, D], q_desc.layout)
+    q_s = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
     tiles_s = gl.allocate_shared_memory(DTYPE, [2 * SLOTS, 1, 1, BLOCK_K, D], k_desc.layout)  # K and V in turn
     flags_s = gl.allocate_shared_memory(gl.int32, [SLOTS, BLOCK_K], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     signals = gl.allocate_shared_memory(gl.int64, [7 + 4 * SLOTS, 1], mbarrier.MBarrierLayout())
