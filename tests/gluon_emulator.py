@@ -385,7 +385,8 @@ def make_language(chip: Chip) -> types.SimpleNamespace:
         arange=lambda start, end, layout: tensor(torch.arange(start, end)),
         full=lambda shape, x, dtype, layout: tensor(torch.full(shape, x, dtype=dtype)),
         zeros=lambda shape, dtype, layout: tensor(torch.zeros(shape, dtype=dtype)),
-        zeros_like=torch.zeros_like, exp2=torch.exp2, abs=torch.abs, convert_layout=lambda x, layout: x,
+        zeros_like=torch.zeros_like, exp2=torch.exp2, log2=torch.log2, abs=torch.abs,
+        convert_layout=lambda x, layout: x,
         where=lambda c, a, b: tensor(torch.where(tensor(c), a, b)), minimum=binary(torch.fmin),
         maximum=binary(torch.fmax), cdiv=lambda a, b: (tensor(a) + (b - 1)) // b, max=greatest,
         min=lambda x, axis: tensor(x.amin(axis)), sum=lambda x, axis: tensor(x.sum(axis)),
@@ -436,7 +437,8 @@ def emulate(seed: int, change: Callable[[str], str] = lambda source: source) -> 
     }  # fmt: skip
     folder = Path(kernels.__file__).parent / "attention"
     replaced = {
-        "named_barrier": chip.named_barrier, "add_zeros": lambda x, sums: sums + 0 * x, "add_tile": functools.partial(chip.store_tile, adds=True),
+        "named_barrier": chip.named_barrier, "add_tile": functools.partial(chip.store_tile, adds=True),
+        "add_zeros": lambda x, sums: sums + 0 * x,
         "range": lambda *bounds: (tensor(i) for i in range(*map(int, bounds))),
     }  # fmt: skip
     with mock.patch.dict(sys.modules, stand_ins):

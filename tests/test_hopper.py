@@ -29,7 +29,7 @@ from tests.test_attention_features import call, formula
 
 pytest.importorskip("triton")
 
-from tests.gluon_emulator import Deadlock, emulate  # noqa: E402
+from tests.gluon_emulator import Deadlock, Product, Shared, emulate  # noqa: E402
 
 attention = functools.partial(kernels.scaled_dot_product_attention, backend="triton")
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -250,6 +250,45 @@ def test_nan_stays_where_it_may_be_seen(hopper_only: str) -> None:
     assert found[0, :, 400:].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [64, 128])
+def test_only_cut_tiles_with_something_not_finite_are_rewritten(
+    d: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Of two tiles of keys, both are cut for the first 128 queries, and only the second one for the others."""
+    rewritten, spoiled, lines = [], [], 1024 // d  # lines that are rewritten at a time
+    store, finish = Shared.store, Product.finish
+    monkeypatch.setattr(
+        Shared, "store", lambda self, x: (rewritten.extend([x] * (x.shape == (lines, d))), store(self, x))
+    )
+    monkeypatch.setattr(
+        Product, "finish", lambda self: (spoiled.extend([self] * (not self.b.memory.isfinite().all())), finish(self))
+    )
+    q, k, v = (torch.randn(1, 1, 256, d, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3))
+    v[0, 0, 3, 1] = torch.finfo(dtype).max
+
+    def run(x: torch.Tensor, row: int, column: int, number: float) -> torch.Tensor:
+        rewritten.clear()
+        spoiled.clear()
+        right, x[0, 0, row, column] = x[0, 0, row, column].item(), number
+        output = launch_both(emulate(row), q, k, v, q, Extras(), Rules(0.1, right=0), x is v, x is k)[0]
+        x[0, 0, row, column] = right
+        return output
+
+    clean = run(v, 0, 0, v[0, 0, 0, 0].item())
+    assert not rewritten and not spoiled and clean.isfinite().all()
+    for row, column, number in ((10, 0, math.nan), (127, d - 1, math.inf), (128, 5, -math.inf), (255, 6, math.nan)):
+        output = run(v, row, column, number)
+        assert torch.equal(output[:, :, :row], clean[:, :, :row])
+        assert not output[:, :, row:, column].isfinite().any()
+        assert len(rewritten) == 128 // lines
+        assert len(spoiled) == (2 if row < 128 else 0)  # both consumers get the tile that is whole as it is
+    run(k, 0, 0, 1.0)
+    assert not rewritten
+    run(k, 200, 9, math.inf)
+    assert len(rewritten) == 128 // lines
+
+
 @pytest.mark.parametrize("hopper", [pytest.param("cuda", marks=ON_GPU)], indirect=True)
 def test_repeated_runs_agree_bit_for_bit(hopper_only: str) -> None:
     arguments = call((4, 16, 16, 1500, 1500, 128, 128), torch.bfloat16, hopper_only)
@@ -264,6 +303,8 @@ WRONG = {
     "open tiles begin too early": ("gl.minimum(gl.maximum(open_first, first), open_last)", "first"),
     "sum not shrunk": ("row_sum * shrink + gl.sum", "row_sum + gl.sum"),
     "the wrong statistic": ("gl.load(delta_ptr + row", "gl.load(lse_ptr + row"),
+    "log-sum-exp in natural units": ("row_max + gl.log2(row_sum)", "row_max + gl.log2(row_sum) / 1.4427"),
+    "dQ does not begin at zero": ("gl.zeros([ROWS * D], gl.float32", "gl.full([ROWS * D], 0.1, gl.float32"),
     "dV with the queries": ("left_operand), grad, dv", "left_operand), q, dv"),
     "half of dQ at the place of the other": ("tile * ROWS, INDEX * COLUMNS)", "tile * ROWS, (1 - INDEX) * COLUMNS)"),
 }  # fmt: skip
@@ -288,7 +329,7 @@ def test_wrong_kernels_are_found_out(name: str) -> None:
 
 
 class Launch(NamedTuple):
-    """A call of both launchers. Sizes are B, H, Hkv, L, S, D; broken: values with NaN that some queries may see."""
+    """A call of both launchers. Sizes are B, H, Hkv, L, S, D; broken: a value and a key of NaN that some may see."""
 
     sizes: tuple[int, int, int, int, int, int]
     rules: Rules
@@ -303,6 +344,7 @@ class Launch(NamedTuple):
         q, grad, k, v = (torch.randn(s, generator=generator).bfloat16().transpose(1, 2) for s in shapes)
         if self.broken:
             v[:, :, n_keys // 2] = math.nan
+            k[:, :, n_keys // 2 + 20] = math.nan
         extras = Extras(key_lengths=torch.tensor(self.lengths) if self.lengths else None)
         return launch_both(emulated, q, k, v, grad, extras, self.rules, forward, backward)
 
@@ -336,32 +378,37 @@ LAUNCHES = [
 ]  # fmt: skip
 
 
+def file(name: str) -> Path:
+    return Path(kernels.__file__).parent / "attention" / f"hopper_{name}.py"
+
+
 def steps_that_keep_order() -> Iterator[Any]:
     """The lines of the kernels that wait for others, tell them something, or keep what is stored in order."""
-    for name in "forward", "backward":
-        path = Path(kernels.__file__).parent / "attention" / f"hopper_{name}.py"
-        for number, line in enumerate(path.read_text().splitlines()):
+    for name in "forward", "backward", "pieces":
+        for number, line in enumerate(file(name).read_text().splitlines()):
             if match := ORDER.fullmatch(line):
                 yield pytest.param(name, number, id=f"{name}-{number + 1}-{match[2].split('  #')[0]}")
 
 
 @functools.cache
-def right_results(launch: Launch, direction: str) -> list[torch.Tensor]:
-    return launch.run(emulate(0), backward=direction == "backward")
+def right_results(launch: Launch, backward: bool) -> list[torch.Tensor]:
+    return launch.run(emulate(0), backward=backward)
 
 
-@pytest.mark.parametrize(("direction", "number"), list(steps_that_keep_order()))
-def test_each_wait_and_arrival_is_needed(direction: str, number: int) -> None:
+@pytest.mark.parametrize(("name", "number"), list(steps_that_keep_order()))
+def test_each_wait_and_arrival_is_needed(name: str, number: int) -> None:
+    whole = file(name).read_text()
+
     def without(source: str) -> str:
         lines = source.splitlines()
-        if f"def launch_hopper_{direction}" in source:
+        if source == whole:
             lines[number] = ORDER.sub(r"\1pass", lines[number])
         return "\n".join(lines)
 
     def is_broken(launch: Launch, seed: int) -> bool:
-        right = right_results(launch, direction)
+        right = right_results(launch, name != "forward")
         try:
-            found = launch.run(emulate(seed, without), direction == "forward", direction == "backward")
+            found = launch.run(emulate(seed, without), name != "backward", name != "forward")
         except (Deadlock, AssertionError):
             return True
         return not agree(found, right)

@@ -53,6 +53,19 @@ def add_tile(desc: Any, coordinates: Any, source: Any, _semantic: Any = None) ->
 
 
 @gluon.jit
+def prepare_kernel(row_max_ptr, row_sum_ptr, lse_ptr, dq_ptr, n_rows, D: gl.constexpr):
+    """For ROWS rows of the n_rows = B * H * L: base-2 log-sum-exp, inf where there is none, and zeros for dQ (D)."""
+    start = gl.program_id(0).to(gl.int64) * ROWS
+    i = start + gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [4], [0]))
+    row_max = gl.load(row_max_ptr + i, mask=i < n_rows, other=0.0)
+    row_sum = gl.load(row_sum_ptr + i, mask=i < n_rows, other=0.0)
+    gl.store(lse_ptr + i, gl.where(row_sum == 0.0, float("inf"), row_max + gl.log2(row_sum)), mask=i < n_rows)
+    flat: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    entries = start * D + gl.arange(0, ROWS * D, flat)
+    gl.store(dq_ptr + entries, gl.zeros([ROWS * D], gl.float32, flat), mask=entries < n_rows.to(gl.int64) * D)
+
+
+@gluon.jit
 def find_keys(n_kv_heads, n_tiles, section):
     """First key, key head and batch entry of this program. The first keys see the most queries: the longest first."""
     head, tile = find_work(gl.program_id(0), gl.num_programs(0) // n_tiles, n_tiles, section)
@@ -98,22 +111,21 @@ def producer(
     mbarrier.expect(signals.index(KV_FULL), 2 * k_desc.block_type.nbytes)
     load_tile(k_desc, [b, h_kv, start_k, 0], signals.index(KV_FULL), keys_s.index(0))
     load_tile(v_desc, [b, h_kv, start_k, 0], signals.index(KV_FULL), keys_s.index(1))
-    if GUARDED:
-        mbarrier.wait(signals.index(KV_FULL), 0)
-        clean_values(keys_s.index(0).reshape([KEYS, D]), flags_s, D, KEYS)
-        fence_async_shared()
-        mbarrier.arrive(signals.index(KV_READY), count=1)
-    count = 0
-    for member in range(group):
-        for tile in range(first, end):
+    n_rows = end - first
+    for count in range(gl.maximum(group * n_rows, 1)):
+        if count < group * n_rows:  # some query sees the keys
             slot = count % SLOTS
             mbarrier.wait(signals.index(Q_EMPTY + slot), (count // SLOTS & 1) ^ 1)
-            place = [b, h_kv * group + member, tile * ROWS, 0]
+            place = [b, h_kv * group + count // n_rows, (first + count % n_rows) * ROWS, 0]
             mbarrier.expect(signals.index(Q_FULL + slot), q_desc.block_type.nbytes)
             load_tile(q_desc, place, signals.index(Q_FULL + slot), rows_s.index(2 * slot))
             mbarrier.expect(signals.index(GRAD_FULL + slot), grad_desc.block_type.nbytes)
             load_tile(grad_desc, place, signals.index(GRAD_FULL + slot), rows_s.index(2 * slot + 1))
-            count += 1
+        if GUARDED:
+            if count == 0:  # only now, so that the first queries are under way meanwhile
+                mbarrier.wait(signals.index(KV_FULL), 0)
+                clean_values(keys_s.index(0).reshape([KEYS, D]), flags_s, D, KEYS)
+                mbarrier.arrive(signals.index(KV_READY), count=1)
 
 
 @gluon.jit
@@ -356,10 +368,13 @@ def launch_hopper_backward(
     options = hopper_options(query, extras, rules)
     dtype = options["DTYPE"]
     left, right, scale, softcap, *_ = numbers(rules)
-    total = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
+    total = torch.empty(query.shape, dtype=torch.float32, device=query.device)  # of what programs add to dQ
+    lse = torch.empty_like(row_max)
     grad = grad if takes_tma(grad) else grad.contiguous()
-    lse = torch.where(row_sum == 0.0, torch.inf, row_max + row_sum.log2())
     with launch_on(query.device):
+        prepare_kernel[(triton.cdiv(row_max.numel(), ROWS),)](
+            row_max, row_sum, lse, total, row_max.numel(), D=d, num_warps=4
+        )  # fmt: skip
         hopper_backward_kernel[(n_tiles * n_kv_heads * batch,)](
             descriptor(query, ROWS, dtype), descriptor(key, KEYS, dtype), descriptor(value, KEYS, dtype),
             descriptor(grad, ROWS, dtype), descriptor(total, ROWS, gl.float32, COLUMNS), descriptor(dk, KEYS, dtype),

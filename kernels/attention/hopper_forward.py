@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels.attention.general import heads_in_turn, numbers
 from kernels.attention.hopper_pieces import (
-    BARRIER_A, BARRIER_B, BARRIER_C, clean_values, descriptor, has_nonfinite, hopper_options, load_tile, named_barrier, store_tile,
+    BARRIER_A, BARRIER_B, BARRIER_C, clean_values, descriptor, hopper_options, load_tile, named_barrier, store_tile,
     tile_bounds, warp_group_barrier,
 )  # fmt: skip
 from kernels.attention.pieces import BOTH_BANDS, NO_BAND, find_work
@@ -48,12 +48,7 @@ def hand_over(number, raw, tiles_s, flags_s, signals, BLOCK_K: gl.constexpr, D: 
     """Clean the tile of V that is number `number` of all and number `raw` of those that are cut, once it is there."""
     slot = number % SLOTS
     mbarrier.wait(signals.index(V_RAW), raw & 1)
-    values = tiles_s.index(2 * slot + 1).reshape([BLOCK_K, D])
-    if has_nonfinite(values, D, BLOCK_K):
-        clean_values(values, flags_s.index(slot), D, BLOCK_K)
-        fence_async_shared()
-    else:
-        flags_s.index(slot).store(gl.full([BLOCK_K], 1, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
+    clean_values(tiles_s.index(2 * slot + 1).reshape([BLOCK_K, D]), flags_s.index(slot), D, BLOCK_K)
     mbarrier.arrive(signals.index(V_FULL + slot), count=1)
 
 

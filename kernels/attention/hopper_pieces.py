@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.attention.general import flags
@@ -76,27 +76,27 @@ def add_zeros(x, sums):
 
 
 @gluon.jit
-def has_nonfinite(tile, D: gl.constexpr, BLOCK_K: gl.constexpr):
-    """Whether there is NaN or Inf in a tile of K or V (BLOCK_K, D): one load and four sums for eight numbers."""
-    CHUNK: gl.constexpr = max(1024 // D, 8)  # rows; eight are the least that stand together in shared memory
+def clean_values(tile, good, D: gl.constexpr, BLOCK_K: gl.constexpr):
+    """Replace NaN and Inf in a tile of K or V (BLOCK_K, D) by zero; good (BLOCK_K,): 1 for a key without any, else 0.
+
+    To find out whether there is something to replace takes a load and four sums for eight numbers, a seventh of what
+    it takes to write them.
+    """
+    CHUNK: gl.constexpr = max(1024 // D, 8)  # keys; eight are the least that stand together in shared memory
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     sums = gl.zeros([CHUNK, D], tile.dtype, layout)
     for i in gl.static_range(BLOCK_K // CHUNK):
         sums = add_zeros(tile.slice(i * CHUNK, CHUNK, 0).load(layout), sums)
-    return gl.max((sums != sums).to(gl.int32).reshape([CHUNK * D]), 0) != 0  # in a row: the warp votes at once
-
-
-@gluon.jit
-def clean_values(tile, flags, D: gl.constexpr, BLOCK_K: gl.constexpr):
-    """Replace NaN and Inf in a tile of K or V (BLOCK_K, D) by zero; flags (BLOCK_K,): 1 for a row without any, else 0."""
-    CHUNK: gl.constexpr = max(1024 // D, 8)
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    for i in gl.static_range(BLOCK_K // CHUNK):
-        chunk = tile.slice(i * CHUNK, CHUNK, 0)
-        x = chunk.load(layout)
-        finite = gl.abs(x.to(gl.float32)) < float("inf")
-        flags.slice(i * CHUNK, CHUNK, 0).store(gl.min(finite.to(gl.int32), 1))
-        chunk.store(gl.where(finite, x, gl.zeros_like(x)))
+    if gl.max((sums != sums).to(gl.int32).reshape([CHUNK * D]), 0) != 0:  # in one row: a warp votes at once
+        for i in gl.static_range(BLOCK_K // CHUNK):
+            chunk = tile.slice(i * CHUNK, CHUNK, 0)
+            x = chunk.load(layout)
+            finite = gl.abs(x.to(gl.float32)) < float("inf")
+            good.slice(i * CHUNK, CHUNK, 0).store(gl.min(finite.to(gl.int32), 1))
+            chunk.store(gl.where(finite, x, gl.zeros_like(x)))
+        fence_async_shared()
+    else:
+        good.store(gl.full([BLOCK_K], 1, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
 
 
 def descriptor(x: torch.Tensor, rows: Any, dtype: Any, columns: Any = 0) -> TensorDescriptor:
