@@ -6,11 +6,12 @@ One warp group, the producer, copies tiles from memory (TMA); two others, the co
 narrow, hold 64 queries each and multiply. Tiles of K and V stand in rings of SLOTS. A consumer issues Q K^T of the next
 tile before it waits for P V of this one, so that the softmax of one product runs beside the other; named barriers let
 the consumers take turns at the matrix unit (FlashAttention-3: Shah et al. 2024, sections 3.1 and 3.2). Programs stay,
-and walk over tiles of queries, the longest first, over as many heads at a time as have their keys and values in L2.
+and walk over tiles of queries, the longest first, over as many heads at a time as have their keys and values in L2. The
+first keys and values for the next queries are copied, and looked at, while the output for these is on its way.
 
 Key tiles are walked from the last to the first: the first one seen is the one on the diagonal. Those that an edge cuts
-are GUARDED: a weight of zero times NaN is NaN, so the producer takes NaN and Inf out of V before it hands it over, and
-tells by a flag which keys had some.
+are GUARDED: a weight of zero times NaN is NaN, so the producer looks for NaN and Inf in V before it hands it over,
+takes them out where there are some, and tells by flags which keys had them.
 
 Work of one head: 4 L S E flops (half when causal). Bytes: Q and O once, K and V once for each tile of queries, from L2
 mostly; 8 a row for the statistics, which are those of general.py.
@@ -36,7 +37,7 @@ from kernels.launch import launch_on, multiprocessors
 
 ROWS = gl.constexpr(64)  # queries of a consumer: the rows of a warp group's matrix instruction
 # Of a consumer's thread, by how many consumers there are. The producer has what is left: of 168 a thread of three warp
-# groups, or of 128 a thread of four. With 240 it would spill; what it looks at would go through fewer registers.
+# groups, or of 128 a thread of four. (Two consumers with 240 spill no less, and leave it so few that it spills.)
 REGISTERS = {2: 232, 3: 160}
 SLOTS = 2  # tiles of K, and of V, in shared memory
 Q_FULL, Q_EMPTY, V_RAW = gl.constexpr(0), gl.constexpr(3), gl.constexpr(6)  # barriers, and where the others begin
@@ -45,7 +46,7 @@ K_FULL, K_EMPTY, V_FULL, V_EMPTY = (gl.constexpr(7 + i * SLOTS) for i in range(4
 
 @gluon.jit
 def hand_over(number, raw, tiles_s, flags_s, signals, BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr):
-    """Clean the tile of V that is number `number` of all and number `raw` of those that are cut, once it is there."""
+    """Pass on the tile of V that is number `number` of all and `raw` of those cut, once it is there and clean."""
     slot = number % SLOTS
     mbarrier.wait(signals.index(V_RAW), raw & 1)
     clean_values(tiles_s.index(2 * slot + 1).reshape([BLOCK_K, D]), flags_s.index(slot), D, BLOCK_K)
@@ -290,8 +291,8 @@ def consumer(
 # barriers; queries number t are in phase t of theirs, cut tile number r in phase r of v_raw. Who waits for "full" waits
 # for the parity of that phase; who waits for "empty" for that of the phase before, which goes through where there was
 # none. An expected copy is the one arrival of its barrier. The turns go round: a consumer waits at the named barrier
-# ME for the one before it, and comes to NEXT when it has issued its products. tests/test_hopper.py runs this on a CPU
-# in many orders, and finds that each wait and each arrival is needed.
+# ME for the one before it, and comes to NEXT when it has issued its products. tests/test_hopper_order.py runs this on a
+# CPU in many orders, and finds that each wait and each arrival is needed.
 
 
 @gluon.jit
