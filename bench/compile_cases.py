@@ -65,6 +65,7 @@ FEATURES = {
     "bool mask": Feature(("bool mask",)),
     "window": Feature((), {"left": 512, "right": 0}),
     "softcap": Feature((), {"right": 0, "softcap": 30.0}),
+    "slopes": Feature(("slopes",), {"right": 0}),
     "rules": Feature(("lengths", "slopes", "sinks"), EVERY_RULE),
     "packed": Feature(("starts",), {"right": 0, "max_queries": LENGTH, "max_keys": LENGTH}),
     "dropout": Feature(("seed",), {"right": 0, "dropout_p": 0.1}),
@@ -119,7 +120,8 @@ NORMS = {
 }
 QUICK_FEATURES = ("plain", "causal", "all", "short 5", "short 32", "hopper causal")
 # Between them, every tile that can be chosen.
-TILE_FEATURES = ("plain", "causal", "all", "few", *(f"short {n}" for n in SHORT_LENGTHS))
+TABLE_FEATURES = ("plain", "causal", "window", "mask", "bool mask", "softcap", "slopes", "dropout", "all")
+TILE_FEATURES = ("plain", "causal", "mask", "dropout", "all", "few", *(f"short {n}" for n in SHORT_LENGTHS))
 
 
 def all_cases(archs: list[int], quick: bool, tiles: bool = False) -> Iterator[Case]:
@@ -145,6 +147,12 @@ def all_cases(archs: list[int], quick: bool, tiles: bool = False) -> Iterator[Ca
                 continue
             for size in (QUICK_WIDTHS if quick else WIDTHS) if norm.every else FEW_WIDTHS:
                 yield Case(arch, dtype, size, feature)
+
+
+def table_cases(archs: list[int]) -> Iterator[Case]:
+    """The cases of docs/compiled.md."""
+    for arch, size, feature in itertools.product(archs, (64, 128, 256), TABLE_FEATURES):
+        yield Case(arch, "bf16", size, feature)
 
 
 def may_be_short(arch: int, dtype: str, size: int, length: int) -> bool:
@@ -205,7 +213,7 @@ def launch_attention(case: Case) -> None:
     from kernels.attention.general_backward import launch_backward, launch_delta
 
     launch_forward(q, k, v, seed, extras, rules, output, row_max, row_max)
-    launch_delta(output, output, row_max)
+    launch_delta(output, output, row_max, row_max, None, extras)
     has_gradient = extras.attn_mask is not None and extras.attn_mask.is_floating_point()
     dmask = extras.attn_mask if has_gradient else None
     launch_backward(output, q, k, v, seed, extras, rules, row_max, row_max, row_max, q, k, v, dmask)

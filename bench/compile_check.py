@@ -2,10 +2,12 @@
 
     python -m bench.compile_check [--arch 80 90 100 120] [--tiles] [--quick] [--only WORD] [--jobs 2] [--spills-allowed]
 
-Prints one line a kernel: tile, registers a thread, bytes of spills, shared memory, kind of matrix instruction. Exits
-with 1 if a kernel does not compile or needs more shared memory than the chip has, if a norm kernel or a 16-bit
-attention kernel with heads of at most 128 spills, if an attention kernel whose tile allows warp-group matrix
-instructions on sm_90 has none, or if a Hopper kernel waits for every product at once.
+Prints one line a kernel: tile, registers a thread, bytes of spills, shared memory, kind of matrix instruction, and what
+its loop costs (bench/loop_cost.py). Exits with 1 if a kernel does not compile or needs more shared memory than the chip
+has; if a norm kernel, or a 16-bit attention kernel with heads of at most 128, spills: the latter in its steady loop, or
+more than a few bytes outside of it; if warps make each other's products without a reason in WASTED; if a loop is dearer
+than docs/compiled.md says; if an attention kernel whose tile allows warp-group matrix instructions on sm_90 has none,
+or if a Hopper kernel waits for every product at once.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from unittest import mock
 import torch
 
 from bench.compile_cases import Case, all_cases, launch
+from bench.loop_cost import PRODUCTS, RATES, Cost, Traffic, loop_cost, recorded, traffic, why_dearer
 
 # Bytes of shared memory a program can have (CUDA programming guide, table of compute capabilities). For 80 the smaller
 # limit of its consumer relatives 86 and 89 is kept to, which run the same tiles.
@@ -40,6 +43,12 @@ SPILLS = {
     ("hopper_backward_kernel", False): 256,
     ("hopper_backward_kernel", True): 640,
 }
+OUTSIDE = 512  # bytes that a general kernel may spill outside of its steady loop, in tiles that an edge cuts
+# Kernels whose warps make some products twice, by chip, kernel and least head size, and why they may.
+WASTED = {
+    (90, "key_value_kernel", 256): "dK and dV of 128 keys and 256 columns are all the registers there are",
+    (90, "query_kernel", 256): "128 queries beside their tile of dO take more shared memory or registers than there are",
+}
 IN_FLIGHT = "WARPGROUP.DEPBAR.LE gsb0, 0x1"  # in the machine code: a wait that leaves one product running
 MATRIX_INSTRUCTIONS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}  # name: in PTX
 
@@ -47,6 +56,8 @@ MATRIX_INSTRUCTIONS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mm
 class Result(NamedTuple):
     """What the machine code of a kernel says, and what is wrong with it (empty: nothing)."""
 
+    arch: int
+    case: str
     kernel: str
     tile: str
     num_warps: int
@@ -54,6 +65,7 @@ class Result(NamedTuple):
     spills: int
     shared: int
     matrix: str
+    cost: Cost | Traffic | None
     fault: str
 
 
@@ -130,13 +142,24 @@ def compile_case(case: Case) -> list[Result]:
     def add(kernel: str, options: dict[str, Any], compiled: Any) -> None:
         if isinstance(compiled, Exception):
             line = (str(compiled).strip().splitlines() or [""])[-1]
-            results.append(Result(kernel, "", 0, 0, 0, 0, "", f"{type(compiled).__name__}: {line}"))
+            error = f"{type(compiled).__name__}: {line}"
+            results.append(Result(case.arch, case.label, kernel, "", 0, 0, 0, 0, "", None, error))
         else:
             results.append(judge(case, kernel, options, compiled))
 
     with compiling(Chip(case.arch), add):
         launch(case)
     return results
+
+
+def compile_cases(cases: list[Case], jobs: int) -> Iterator[Result]:
+    """What the kernels of these cases come to, compiled anew."""
+    os.environ["TRITON_INTERPRET"] = "0"
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="compile_check_")  # whatever was compiled before
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 asks; earlier ones fuse anyway
+    with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
+        for results in pool.map(compile_case, cases, chunksize=2):
+            yield from results
 
 
 def judge(case: Case, kernel: str, options: dict[str, Any], compiled: Any) -> Result:
@@ -149,19 +172,34 @@ def judge(case: Case, kernel: str, options: dict[str, Any], compiled: Any) -> Re
     rows = options.get("BLOCK_K" if kernel == "key_value_kernel" else "BLOCK_Q", 0)
     must_have_wgmma = case.arch == 90 and case.dtype != "fp32" and rows >= 64 and kernel != "delta_kernel" and not wide
     must_have_wgmma |= is_hopper
+    text, num_warps = disassemble(compiled.asm["cubin"]), compiled.metadata.num_warps
+    cost: Cost | Traffic | None = None
+    if kernel in PRODUCTS and case.arch in RATES and case.dtype != "fp32" and not wide and not is_hopper:
+        cost = loop_cost(text, kernel, case.size, options["BLOCK_Q"], options["BLOCK_K"], num_warps, case.arch)
+    elif case.arch in RATES and (norm or kernel.startswith("short")):
+        cost = traffic(text, registers, shared, num_warps, case.arch)
+    allowed = SPILLS.get((kernel, case.feature == "hopper all"), 0)
+    if isinstance(cost, Cost) and cost.spilled == 0:
+        allowed = OUTSIDE
+    reason = next((why for (arch, name, size), why in WASTED.items()
+                   if arch == case.arch and name == kernel and size <= case.size), "")  # fmt: skip
     fault = ""
     if shared > SHARED_MEMORY[case.arch]:
         fault = f"needs {shared} bytes of shared memory, has {SHARED_MEMORY[case.arch]}"
-    elif spills > SPILLS.get((kernel, case.feature == "hopper all"), 0) and (
+    elif isinstance(cost, Cost) and cost.wasted > 0.01 and not reason:
+        fault = f"warps make {cost.wasted:.0%} of the products twice: fewer than 16 own rows a warp"
+    elif spills > allowed and (
         norm or is_hopper or kernel.startswith("short") or (case.dtype != "fp32" and case.size <= 128)
     ):
-        fault = f"spills {spills} bytes"
+        fault = f"spills {spills} bytes" + (f", {cost.spilled} times in the loop" if isinstance(cost, Cost) else "")
     elif must_have_wgmma and matrix != "wgmma":
         fault = f"no warp-group matrix instruction, found {matrix}"
-    elif is_hopper and IN_FLIGHT not in disassemble(compiled.asm["cubin"]):
+    elif is_hopper and IN_FLIGHT not in text:
         fault = "waits for every product at once"
     tile = "x".join(str(options[side]) for side in sides if side in options)
-    return Result(kernel, tile, compiled.metadata.num_warps, registers, spills, shared, matrix, fault)
+    return Result(
+        case.arch, case.label, kernel, tile, num_warps, registers, spills, shared, matrix, cost, fault
+    )  # fmt: skip
 
 
 def ask(tool: str, flag: str, cubin: bytes) -> str:
@@ -196,27 +234,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--spills-allowed", action="store_true", help="print spills, but do not fail for them")
     options = parser.parse_args(argv)
-    os.environ["TRITON_INTERPRET"] = "0"
-    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="compile_check_")  # compile, whatever was compiled before
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 asks; earlier ones fuse anyway
+    cases = [case for case in all_cases(options.arch, options.quick, options.tiles) if options.only in case.feature]
     import triton
 
-    cases = [case for case in all_cases(options.arch, options.quick, options.tiles) if options.only in case.feature]
+    version, table = recorded()
     print(f"triton {triton.__version__}, {len(cases)} calls")
-    print(" sm  kernel                  case                            tile  warps  regs spills shared matrix")
+    print(" sm  kernel                  case                            tile  warps  regs spills shared matrix  loop")
     total = faults = 0
-    with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
-        for case, results in zip(cases, pool.map(compile_case, cases, chunksize=2)):
-            for kernel, tile, warps, registers, spills, shared, matrix, fault in results:
-                if options.spills_allowed and fault.startswith("spills"):
-                    fault = ""
-                print(
-                    f"{case.arch:>3}  {kernel:<23} {case.label:<27} {tile:>8} {warps:>6} {registers:>5} {spills:>6} "
-                    f"{shared:>6} {matrix:<7} {fault and 'FAULT: ' + fault}".rstrip(),
-                    flush=True,
-                )
-                total += 1
-                faults += bool(fault)
+    for result in compile_cases(cases, options.jobs):
+        fault = result.fault or (why_dearer(result, table) if version == triton.__version__ else "")
+        if options.spills_allowed and fault.startswith("spills"):
+            fault = ""
+        print(
+            f"{result.arch:>3}  {result.kernel:<23} {result.case:<27} {result.tile:>8} {result.num_warps:>6} "
+            f"{result.registers:>5} {result.spills:>6} {result.shared:>6} {result.matrix:<7} {result.cost or '':<60} "
+            f"{fault and 'FAULT: ' + fault}".rstrip(),
+            flush=True,
+        )
+        total += 1
+        faults += bool(fault)
     print(f"{total - faults} kernels fit, {faults} do not")
     return 1 if faults else 0
 

@@ -33,13 +33,13 @@ def lost_searches(rows: list[Row]) -> list[str]:
         if ratio >= 1 or not match:
             continue
         direction, length, size = match[1], int(match[2]), match[3]
-        dropout = " dropout" if "dropout" in group else ""
+        asked = " dropout" if "dropout" in group else " causal" if "causal" in group else ""
         if length <= 64:
             found[f"short {direction} L{length} D{size}"] = None
         elif direction == "forward":
-            found[f"forward D{size}{dropout}"] = None
+            found[f"forward D{size}{asked}"] = None
         else:
-            found |= dict.fromkeys(f"{kernel} D{size}{dropout}" for kernel in ("key_value", "query"))
+            found |= dict.fromkeys(f"{kernel} D{size}{asked}" for kernel in ("key_value", "query"))
     return list(found)[:SEARCHES]
 
 

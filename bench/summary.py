@@ -79,7 +79,8 @@ def tiles(rows: list[Row], file: str) -> Iterator[str]:
             if words[0] == "short":
                 entry = f'SHORT_TILES: ("{words[1]}", {words[2][1:]}, {words[3][1:]})'
             else:
-                entry = f'TILES: ("{words[0]}", 90, {words[1][1:]}, {"dropout" in words})'
+                asked = {"causal": "band"}.get(words[-1], "dropout" if words[-1] == "dropout" else "plain")
+                entry = f'TILES: ("{words[0]}", 90, {words[1][1:]}, "{asked}")'
             yield f'    in measured.py, {entry}: ({best}, "{file}"),'
 
 

@@ -4,7 +4,7 @@
 
 A search is one kernel at one size ("forward D128", "short backward L9 D16"). The WORDs are its name, or some of its
 words, for all searches that have them; "or" parts alternatives. For each it prints the tile that is taken today and the
-best others: by time, where there is a GPU, of causal and full attention together; else by spills alone. A candidate
+best others: by time, where there is a GPU, else by the speed that their loops are predicted (bench/loop_cost.py). A candidate
 that gives other numbers than today's tile is called wrong. What is found is entered by hand into
 kernels/attention/measured.py.
 """
@@ -35,6 +35,8 @@ from kernels.attention.tiles import ShortTile, Tile
 from kernels.launch import capability
 
 RULES = {"full": Rules(0.125), "causal": Rules(0.125, right=0)}
+TIMED = {"plain": ("full",), "band": ("causal",), "dropout": ("full", "causal")}  # what is asked: by which rules
+NAMES = {"plain": "", "band": " causal", "dropout": " dropout"}
 SHORT_LENGTHS, SHORT_SIZES, SHORT_BATCH = (5, 9, 16, 32, 64), (16, 32, 64), 8_192
 SIZES = (64, 128, 256)
 SHOWN = 3  # best candidates of a search that are printed
@@ -47,11 +49,16 @@ class Search(NamedTuple):
     kernel: str
     size: int
     length: int
-    has_dropout: bool = False
+    asked: str = "plain"  # of TIMED; short sequences have one tile for all
 
     def __str__(self) -> str:
         length = f" L{self.length}" if self.is_short else ""
-        return f"{self.kernel}{length} D{self.size}{' dropout' if self.has_dropout else ''}"
+        return f"{self.kernel}{length} D{self.size}{NAMES[self.asked]}"
+
+    @property
+    def rules(self) -> dict[str, Rules]:
+        """The rules that it is timed by."""
+        return RULES if self.is_short else {name: RULES[name] for name in TIMED[self.asked]}
 
     @property
     def is_short(self) -> bool:
@@ -61,7 +68,7 @@ class Search(NamedTuple):
         """The tile of the table."""
         if self.is_short:
             return tiles.choose_short_tile(self.kernel.split()[1], self.length, self.size, 2)
-        return tiles.choose_tile(self.kernel, self.size, 2, self.length, arch, self.has_dropout)
+        return tiles.choose_tile(self.kernel, self.size, 2, self.length, arch, self.asked)
 
     def candidates(self, arch: int) -> list[Tile | ShortTile]:
         """The table's tile and others."""
@@ -98,7 +105,7 @@ def searches(words: list[str]) -> list[Search]:
     """All of them; those called so; or those that have all of these words in their names. "or" parts alternatives."""
     every = [Search(f"short {kernel}", size, length)
              for kernel in ("forward", "backward") for length in SHORT_LENGTHS for size in SHORT_SIZES]  # fmt: skip
-    every = [Search(kernel, size, 4096, has_dropout) for has_dropout in (False, True)
+    every = [Search(kernel, size, 4096, asked) for asked in TIMED
              for kernel in ("forward", "query", "key_value") for size in SIZES] + every  # fmt: skip
     found: list[Search] = []
     for part in " ".join(words).split(" or "):
@@ -126,12 +133,12 @@ def prepare(search: Search, device: str) -> Callable[[Rules], list[torch.Tensor]
     heads = 4 if search.is_short else 2_048 // search.size
     shape = (batch, search.length, heads, search.size)
     q, k, v, grad = (torch.randn(shape, dtype=torch.bfloat16, device=device).transpose(1, 2) for _ in range(4))
-    seed = torch.ones(1, dtype=torch.int64, device=device) if search.has_dropout else None
+    seed = torch.ones(1, dtype=torch.int64, device=device) if search.asked == "dropout" else None
     row_max, row_sum, delta = (torch.ones(q.shape[:3], dtype=torch.float32, device=device) for _ in range(3))
     outputs = [torch.empty_like(x) for x in (q, k, v)]
 
     def launch(rules: Rules) -> list[torch.Tensor]:
-        rules = rules._replace(dropout_p=0.1 if search.has_dropout else 0.0)
+        rules = rules._replace(dropout_p=0.0 if seed is None else 0.1)
         if search.kernel == "forward":
             general.launch_forward(q, k, v, seed, Extras(), rules, outputs[0], row_max, row_sum)
             return outputs[:1]
@@ -169,7 +176,7 @@ def compile_candidate(search: Search, tile: Tile | ShortTile, arch: int) -> Try:
 
     launch = prepare(search, "meta")
     with compiling(Chip(arch), add), forced(search, tile):
-        for rules in RULES.values():
+        for rules in search.rules.values():
             launch(rules)
     return Try(str(search), tile, tile == search.own(arch), registers, spills, problem)
 
@@ -184,7 +191,7 @@ def time_candidates(search: Search, tries: list[Try], device: torch.device) -> I
             continue
         seconds, problem = {}, ""
         with forced(search, attempt.tile):
-            for name, rules in RULES.items():
+            for name, rules in search.rules.items():
                 try:
                     results = [x.clone() for x in launch(rules)]
                     right = expected.setdefault(name, results)

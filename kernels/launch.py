@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 
+import numpy
 import torch
 
 INTERPRETED_MULTIPROCESSORS = 2  # on a CPU: enough for more than one program
@@ -36,7 +37,12 @@ def l2_bytes(device: torch.device) -> int:
 
 
 def launch_on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Make `device` the current one while a kernel is launched; Triton launches on the current device."""
+    """Make `device` the current one while a kernel is launched; Triton launches on the current device.
+
+    On a CPU, in the interpreter: numbers pass float32's limits without a word, as they do on a GPU.
+    """
+    if device.type == "cpu":
+        return numpy.errstate(over="ignore", invalid="ignore")
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)

@@ -11,8 +11,8 @@ Work of one head: 4 L S E flops (half when causal; E = Ev). Bytes: Q, K, V and O
 statistics; K and V are read again by every query tile, from L2 as long as one head's fit there. Unfused, the L x S
 scores travel to memory and back at least three times.
 
-The statistics of a row are `row_max` (base 2, -inf for a row that may attend to nothing) and `row_sum` (of
-2^(score - row_max)). Two numbers rather than their log-sum-exp: under a float mask of finfo.min the sum would drown in
+The statistics of a row are `row_max` (-inf for a row that may attend to nothing) and `row_sum` (of
+exp(score - row_max)). Two numbers rather than their log-sum-exp: under a float mask of finfo.min the sum would drown in
 the maximum. A sink is a row's first score, without a value.
 
 Heads wider than a tile (LOOP > 0): a program makes one chunk of columns of the output and computes the scores over all
@@ -27,11 +27,12 @@ import triton.language as tl
 
 from kernels.attention.choice import is_wide
 from kernels.attention.pieces import (
-    BOOL_MASK, BOTH_BANDS, FLOAT_MASK, LOG2_E, NO_BAND, NO_MASK, UPPER_BAND, batch_bounds, bend, dot, find_work, kept,
-    key_range, load_rows, product_of_rows, restrict, store_rows, zero_nonfinite,
+    BOOL_MASK, BOTH_BANDS, CARE, FLOAT_MASK, LOG2_E, NO_BAND, NO_MASK, OPEN, UPPER_BAND, batch_bounds, bend, dot,
+    find_work, is_spoilt, key_range, load_rows, open_to_all, powers, product_of_rows, restrict, start_of_tile,
+    store_rows, tile_dropout_factors, tiles_of_pass,
 )  # fmt: skip
 from kernels.attention.rules import Extras, Rules
-from kernels.attention.tiles import choose_tile, column_blocks
+from kernels.attention.tiles import choose_tile, column_blocks, what_is_asked
 from kernels.backend import INTERPRETED
 from kernels.launch import capability, l2_bytes, launch_on
 
@@ -49,7 +50,7 @@ def forward_kernel(
     stride_mb, stride_mh, stride_ml, stride_ms,
     stride_ob, stride_oh, stride_ol, stride_oe,
     stride_sb, stride_sh, stride_ab, stride_zb,
-    n_heads, group, L, S, left, right, scale, softcap, dropout_p, keep_scale, section,
+    n_heads, group, L, S, left, right, scale, softcap, drop_below, keep_scale, section,
     E: tl.constexpr, EV: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr, LOOP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BAND: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, PACKED: tl.constexpr, HAS_LENGTHS: tl.constexpr,
@@ -64,9 +65,9 @@ def forward_kernel(
     seed_ptr (1,): int64 seed of the dropout. key_lengths_ptr (B,): keys in use. slopes_ptr, sinks_ptr (B,
     n_heads): float32, natural units. Each is read when its flag is set.
     out_ptr (B, n_heads, L, EV): output; row_max_ptr, row_sum_ptr (B, n_heads, L): float32 statistics, rows contiguous.
-    scale: factor of Q K^T, times log2(e), or with a soft cap over the cap. softcap: times log2(e).
-    dropout_p: probability of dropping a weight; keep_scale: 1 / (1 - dropout_p). section: heads, or chunks of columns
-    of them, whose tiles of queries are worked on in turn.
+    scale: factor of Q K^T, above 0, with a soft cap over the cap. drop_below: see `dropout_factor`; keep_scale: 1 over
+    the probability of keeping a weight. section: heads, or chunks of columns of them, whose tiles of queries are worked
+    on in turn.
     """
     chunks: tl.constexpr = (EV + BLOCK_EV - 1) // BLOCK_EV
     n_tiles = tl.cdiv(L, BLOCK_Q)
@@ -92,64 +93,84 @@ def forward_kernel(
         mask_ptr += b * stride_mb + h * stride_mh
     slope = 0.0
     if HAS_ALIBI:
-        slope = tl.load(slopes_ptr + b * stride_ab + h) * LOG2_E
+        slope = tl.load(slopes_ptr + b * stride_ab + h)
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
+    IS_PRODUCT: tl.constexpr = not (HAS_SOFTCAP or HAS_ALIBI or MASK == FLOAT_MASK)
+    factor = scale * LOG2_E if IS_PRODUCT else LOG2_E
+    unit = 1.0 if MASK == FLOAT_MASK else LOG2_E  # of row_max, in natural units
 
-    di, dj = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_K)[None, :]
     if LOOP == 0:
         q = load_rows(q_ptr, start_q, n_queries, stride_ql, stride_qe, 0, BLOCK_Q, E, BLOCK_E, WIDE)
-    row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
-    row_sum = tl.zeros((BLOCK_Q,), tl.float32)
+    first_max, first_sum = float("-inf"), 0.0
     if HAS_SINKS:
-        row_max = tl.zeros((BLOCK_Q,), tl.float32) + tl.load(sinks_ptr + b * stride_zb + h) * LOG2_E
-        row_sum += 1.0
+        first_max, first_sum = tl.load(sinks_ptr + b * stride_zb + h) * unit, 1.0
+    row_max = tl.zeros((BLOCK_Q,), tl.float32) + first_max
+    row_sum = tl.zeros((BLOCK_Q,), tl.float32) + first_sum
     acc = tl.zeros((BLOCK_Q, BLOCK_EV), tl.float32)
 
-    begin, end, open_end = key_range(start_q, n_keys, offset, left, right, BLOCK_Q, BLOCK_K, BAND)
-    if MASK != NO_MASK:
-        open_end = begin
-    for CHECKED in tl.static_range(2):
-        for start_k in range(open_end if CHECKED else begin, end if CHECKED else open_end, BLOCK_K):
+    begin, end, open_begin, open_end = key_range(start_q, n_keys, offset, left, right, BLOCK_Q, BLOCK_K, BAND)
+    open_begin, open_end = open_to_all(begin, open_begin, open_end, start_q + BLOCK_Q <= n_queries, MASK)
+    for PASS in tl.static_range(3 if BAND != NO_BAND or MASK != NO_MASK else 2):
+        again = False
+        if PASS == CARE:
+            again = is_spoilt(acc)
+            row_max, row_sum = tl.where(again, first_max, row_max), tl.where(again, first_sum, row_sum)
+            acc = tl.where(again, 0.0, acc)
+        di, dj = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_K)[None, :]
+        first, last = tiles_of_pass(begin, end, open_begin, open_end, again, PASS)
+        for place in range(first, last, BLOCK_K):
+            start_k = start_of_tile(place, begin, open_begin, open_end, PASS)
             if LOOP == 0:
-                k = load_rows(k_ptr, start_k, n_keys, stride_ks, stride_ke, 0, BLOCK_K, E, BLOCK_E, WIDE)
+                k = load_rows(
+                    k_ptr, start_k, n_keys, stride_ks, stride_ke, 0, BLOCK_K, E, BLOCK_E, WIDE, PASS == OPEN
+                )
                 scores = dot(q, tl.trans(k), None, PRECISION)
             else:
                 scores = product_of_rows(
                     q_ptr, start_q, n_queries, stride_ql, stride_qe, k_ptr, start_k, n_keys, stride_ks, stride_ke,
                     BLOCK_Q, BLOCK_K, E, LOOP, PRECISION, WIDE,
                 )  # fmt: skip
-            v = load_rows(v_ptr, start_k, n_keys, stride_vs, stride_ve, start_v, BLOCK_K, EV, BLOCK_EV, WIDE)
-            scores = bend(scores * scale, start_q, start_k, di, dj, offset, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
-            if CHECKED:
-                scores = restrict(
-                    scores, start_q, start_k, di, dj, n_queries, n_keys, offset, left, right,
-                    mask_ptr, stride_ml, stride_ms, BAND, MASK, WIDE,
-                )  # fmt: skip
-            new_max = tl.maximum(row_max, tl.max(scores, 1))
-            pivot = tl.where(new_max == float("-inf"), 0.0, new_max) if CHECKED else new_max
-            weights = tl.exp2(scores - pivot[:, None])
-            shrink = tl.exp2(row_max - pivot)
+            v = load_rows(
+                v_ptr, start_k, n_keys, stride_vs, stride_ve, start_v, BLOCK_K, EV, BLOCK_EV, WIDE, PASS == OPEN
+            )
+            if not IS_PRODUCT:
+                scores = bend(scores * scale, start_q, start_k, di, dj, offset, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
+            scores = restrict(
+                scores, start_q, start_k, di, dj, n_queries, n_keys, offset, left, right,
+                mask_ptr, stride_ml, stride_ms, BAND, MASK, WIDE, PASS,
+            )  # fmt: skip
+            tile_max = tl.max(scores, 1)
+            new_max = tl.maximum(row_max, tile_max if MASK == FLOAT_MASK else tile_max * factor)
+            pivot = new_max
+            if PASS != OPEN or MASK != NO_MASK:
+                pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
+            weights = powers(scores, pivot[:, None], factor, MASK)
+            shrink = powers(row_max, pivot, 1.0, MASK)
             row_sum = row_sum * shrink + tl.sum(weights, 1)
             row_max = new_max
+            acc *= shrink[:, None]
             if HAS_DROPOUT:
-                weights = tl.where(kept(seed, start_q + di, start_k + dj, head, dropout_p), weights, 0.0)
-            if CHECKED and (BAND != NO_BAND or MASK != NO_MASK):
+                weights *= tile_dropout_factors(
+                    seed, start_q, start_k, head, drop_below, keep_scale, BLOCK_Q, BLOCK_K, True
+                )
+            if PASS == CARE:
                 # A weight of zero times NaN is NaN: take such values out, and give NaN to the rows that may see them.
-                finite = tl.min((tl.abs(v) < float("inf")).to(tl.int32), 1)
-                weights = tl.where((scores != float("-inf")) & (finite == 0)[None, :], float("nan"), weights)
-                v = zero_nonfinite(v)
-            acc = dot(weights.to(v.dtype), v, acc * shrink[:, None], PRECISION)
+                finite = tl.abs(v) < float("inf")
+                if MASK == NO_MASK:  # values that all rows may see stay as they are
+                    finite = finite | ((start_k >= open_begin) & (start_k < open_end))
+                clean = tl.min(finite.to(tl.int32), 1)
+                weights = tl.where((scores != float("-inf")) & (clean == 0)[None, :], float("nan"), weights)
+                v = tl.where(finite, v, 0.0)
+            acc = dot(weights.to(v.dtype), v, acc, PRECISION)
 
     acc /= tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]  # zero: no key allowed
-    if HAS_DROPOUT:
-        acc *= keep_scale
     out_ptr += b * stride_ob + h * stride_oh + first_q * stride_ol
     store_rows(out_ptr, acc, start_q, n_queries, stride_ol, stride_oe, start_v, BLOCK_Q, EV, BLOCK_EV)
     if start_v == 0:
         offs_q = start_q + tl.arange(0, BLOCK_Q)
         stats = b * stride_sb + h * stride_sh + first_q
-        tl.store(row_max_ptr + stats + offs_q, row_max, mask=offs_q < n_queries)
+        tl.store(row_max_ptr + stats + offs_q, row_max * (1.0 / unit), mask=offs_q < n_queries)
         tl.store(row_sum_ptr + stats + offs_q, row_sum, mask=offs_q < n_queries)
 
 
@@ -175,11 +196,19 @@ def pointers(seed: torch.Tensor | None, extras: Extras) -> tuple[torch.Tensor | 
 
 
 def numbers(rules: Rules) -> tuple[float, ...]:
-    """left, right, scale, softcap, dropout_p and keep_scale as the kernels take them."""
-    scale = rules.scale / rules.softcap if rules.softcap else rules.scale * LOG2_E.value
+    """left, right, scale, softcap, drop_below and keep_scale as the kernels take them."""
+    scale = rules.scale / rules.softcap if rules.softcap else rules.scale
     left, right = (FAR if side is None else min(side, FAR) for side in (rules.left, rules.right))
     keep = 1.0 / (1.0 - rules.dropout_p) if rules.dropout_p < 1.0 else 0.0  # at probability 1 it keeps none
-    return left, right, scale, rules.softcap * LOG2_E.value, rules.dropout_p, keep
+    drop_below = min(round(rules.dropout_p * 2**32), 2**32 - 1) - 2**31
+    return left, right, scale, rules.softcap, drop_below, keep
+
+
+def positive_scale(query: torch.Tensor, rules: Rules) -> tuple[torch.Tensor, Rules]:
+    """The same scores with a scale above 0, which kernels count on: its sign, or its being 0, goes into the query."""
+    if rules.scale > 0.0:
+        return query, rules
+    return query * (-1.0 if rules.scale else 0.0), rules._replace(scale=-rules.scale or 1.0)
 
 
 def flags(query: torch.Tensor, seed: torch.Tensor | None, extras: Extras, rules: Rules, wide: bool) -> dict[str, Any]:
@@ -225,11 +254,15 @@ def batch_strides(x: torch.Tensor, extras: Extras) -> tuple[int, ...]:
 
 
 def tile_arguments(
-    query: torch.Tensor, value: torch.Tensor, seed: torch.Tensor | None, n_queries: int
-) -> tuple[int, int, int, int, bool]:
+    query: torch.Tensor, value: torch.Tensor, seed: torch.Tensor | None, extras: Extras, rules: Rules, n_queries: int
+) -> tuple[int, int, int, int, str]:
     """What `choose_tile` asks about a call."""
     head_size = max(query.shape[-1], value.shape[-1])
-    return head_size, query.element_size(), n_queries, capability(query.device), seed is not None
+    asked = what_is_asked(
+        rules.right is not None or rules.left is not None, extras.attn_mask is not None, bool(rules.softcap),
+        extras.alibi_slopes is not None, seed is not None,
+    )  # fmt: skip
+    return head_size, query.element_size(), n_queries, capability(query.device), asked
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -266,9 +299,10 @@ def launch_forward(
         seed: int64 (1,), the dropout's seed; None without dropout.
         output: (B, Hq, L, Ev), any strides, written; row_max, row_sum: (B, Hq, L) float32, rows contiguous, written.
     """
+    query, rules = positive_scale(query, rules)
     n_heads, e, ev = query.shape[1], query.shape[-1], value.shape[-1]
     batch, n_queries, n_keys = lengths(query, key, extras, rules)
-    tile = choose_tile("forward", *tile_arguments(query, value, seed, n_queries))
+    tile = choose_tile("forward", *tile_arguments(query, value, seed, extras, rules, n_queries))
     sizes = column_blocks(e, ev)
     chunks, group = triton.cdiv(ev, sizes["BLOCK_EV"]), n_heads // key.shape[1]
     grid = (triton.cdiv(n_queries, tile.block_q) * chunks * n_heads * batch,)

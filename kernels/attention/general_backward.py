@@ -6,7 +6,9 @@ With P = softmax(scale Q K^T + mask), D the dropout mask over 1 - p, and dO the 
     dS = P (dP - delta)    dQ = scale dS K        dK = scale dS^T Q
 
 (FlashAttention-2, Dao 2023, section 3.1). With a soft cap, dS is times 1 - tanh^2 for dQ and dK. A gradient of the
-log-sum-exp is taken off delta. P is recomputed from the saved statistics, tile by tile. Each output has one owner: dQ a
+log-sum-exp is taken off delta. P is recomputed tile by tile, from a pivot a row: its log-sum-exp in base 2, or, under a
+float mask, its largest score in natural units, and beside it 1 over its sum (general.py says why); the delta kernel
+makes them of the saved statistics. Each output has one owner: dQ a
 program per query tile, dK and dV a program per key tile, which walks the query heads of its group. So there are no
 atomics, and repeated runs agree bit for bit. The mask's gradient: mask_gradient.py.
 
@@ -23,12 +25,13 @@ import triton.language as tl
 from kernels.attention.choice import is_wide
 from kernels.attention.general import (
     batch_strides, flags, head_stride, heads_in_turn, lengths, mask_kind, mask_strides, numbers, pointers,
-    tile_arguments,
+    positive_scale, tile_arguments,
 )  # fmt: skip
 from kernels.attention.mask_gradient import mask_grid, mask_kernel, summed_axes
 from kernels.attention.pieces import (
-    LOG2_E, NO_BAND, NO_MASK, batch_bounds, bend, cap_slope, dot, find_work, kept, key_range, load_rows,
-    load_statistics, product_of_rows, query_range, restrict, store_rows, zero_nonfinite,
+    CARE, FLOAT_MASK, LOG2_E, NO_BAND, NO_MASK, OPEN, batch_bounds, bend, cap_slope, dot, find_work, is_spoilt,
+    key_range, load_rows, load_statistics, open_to_all, powers, product_of_rows, query_range, restrict, start_of_tile,
+    store_rows, tile_dropout_factors, tiles_of_pass, zero_nonfinite,
 )  # fmt: skip
 from kernels.attention.rules import Extras, Rules
 from kernels.attention.tiles import block_of, choose_tile, column_blocks
@@ -40,13 +43,19 @@ DELTA_ENTRIES = 4096  # of a tile of the delta kernel
 
 @triton.jit
 def delta_kernel(
-    out_ptr, grad_ptr, delta_ptr,
+    out_ptr, grad_ptr, row_max_ptr, row_sum_ptr, grad_lse_ptr, pivot_ptr, inverse_ptr, delta_ptr,
     stride_ob, stride_oh, stride_ol, stride_oe,
     stride_gb, stride_gh, stride_gl, stride_ge,
+    stride_lb, stride_lh, stride_ll,
     n_heads, L,
-    EV: tl.constexpr, BLOCK_EV: tl.constexpr, BLOCK_Q: tl.constexpr,
+    EV: tl.constexpr, BLOCK_EV: tl.constexpr, BLOCK_Q: tl.constexpr, MASK: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    """delta_ptr (B, n_heads, L): float32 row sums of out_ptr times grad_ptr, both (B, n_heads, L, EV)."""
+    """What the other kernels ask of a row, (B, n_heads, L) float32, so that none of them computes it in a loop.
+
+    delta_ptr: row sums of out_ptr times grad_ptr, both (B, n_heads, L, EV), less grad_lse_ptr (B, n_heads, L), the
+    gradient of the log-sum-exp. pivot_ptr, inverse_ptr: see the top of this page; a row that may attend to nothing has
+    the pivot inf, so that its weights are 0. row_max_ptr, row_sum_ptr: what the forward wrote.
+    """
     n_tiles = tl.cdiv(L, BLOCK_Q)
     pid = tl.program_id(0)
     head = pid // n_tiles
@@ -61,13 +70,27 @@ def delta_kernel(
     )
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     offs_q = start_q + tl.arange(0, BLOCK_Q)
-    tl.store(delta_ptr + head.to(tl.int64) * L + offs_q, delta, mask=offs_q < L)
+    inside = offs_q < L
+    if HAS_LSE:
+        lse_ptrs = grad_lse_ptr + b * stride_lb + h * stride_lh + offs_q.to(tl.int64) * stride_ll
+        delta -= tl.load(lse_ptrs, mask=inside, other=0.0)
+    row = head.to(tl.int64) * L + offs_q
+    tl.store(delta_ptr + row, delta, mask=inside)
+    row_max = tl.load(row_max_ptr + row, mask=inside, other=0.0)
+    row_sum = tl.load(row_sum_ptr + row, mask=inside, other=1.0)
+    empty = row_sum == 0.0
+    if MASK == FLOAT_MASK:
+        tl.store(inverse_ptr + row, tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, row_sum)), mask=inside)
+        pivot = row_max
+    else:
+        pivot = row_max * LOG2_E + tl.log2(tl.where(empty, 1.0, row_sum))
+    tl.store(pivot_ptr + row, tl.where(empty, float("inf"), pivot), mask=inside)
 
 
 @triton.jit
 def query_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, key_lengths_ptr, slopes_ptr, query_starts_ptr, key_starts_ptr,
-    row_max_ptr, row_sum_ptr, delta_ptr, grad_ptr, dq_ptr,
+    pivot_ptr, inverse_ptr, delta_ptr, grad_ptr, dq_ptr,
     stride_qb, stride_qh, stride_ql, stride_qe,
     stride_kb, stride_kh, stride_ks, stride_ke,
     stride_vb, stride_vh, stride_vs, stride_ve,
@@ -75,7 +98,7 @@ def query_kernel(
     stride_gb, stride_gh, stride_gl, stride_ge,
     stride_sb, stride_sh, stride_ab,
     stride_dqb, stride_dqh, stride_dql, stride_dqe,
-    n_heads, group, L, S, left, right, scale, softcap, dropout_p, keep_scale, section, dq_scale,
+    n_heads, group, L, S, left, right, scale, softcap, drop_below, keep_scale, section, dq_scale,
     E: tl.constexpr, EV: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr, LOOP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BAND: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, PACKED: tl.constexpr, HAS_LENGTHS: tl.constexpr,
@@ -108,29 +131,39 @@ def query_kernel(
         mask_ptr += b * stride_mb + h * stride_mh
     slope = 0.0
     if HAS_ALIBI:
-        slope = tl.load(slopes_ptr + b * stride_ab + h) * LOG2_E
+        slope = tl.load(slopes_ptr + b * stride_ab + h)
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
+    IS_PRODUCT: tl.constexpr = not (HAS_SOFTCAP or HAS_ALIBI or MASK == FLOAT_MASK)
+    factor = scale * LOG2_E if IS_PRODUCT else LOG2_E
 
-    di, dj = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_K)[None, :]
     if LOOP == 0:
         q = load_rows(q_ptr, start_q, n_queries, stride_ql, stride_qe, 0, BLOCK_Q, E, BLOCK_E, WIDE)
         grad = load_rows(grad_ptr, start_q, n_queries, stride_gl, stride_ge, 0, BLOCK_Q, EV, BLOCK_EV, WIDE)
     stats = b * stride_sb + h * stride_sh + first_q
-    offs_q = start_q + tl.arange(0, BLOCK_Q)
-    pivot, inverse_sum, delta = load_statistics(
-        row_max_ptr + stats, row_sum_ptr + stats, delta_ptr + stats, offs_q, n_queries
+    pivot, inverse, delta = load_statistics(
+        pivot_ptr + stats, inverse_ptr + stats, delta_ptr + stats, start_q, n_queries, BLOCK_Q, MASK, False
     )
     dq = tl.zeros((BLOCK_Q, BLOCK_E), tl.float32)
 
-    begin, end, open_end = key_range(start_q, n_keys, offset, left, right, BLOCK_Q, BLOCK_K, BAND)
-    if MASK != NO_MASK:
-        open_end = begin
-    for CHECKED in tl.static_range(2):
-        for start_k in range(open_end if CHECKED else begin, end if CHECKED else open_end, BLOCK_K):
-            k = load_rows(k_ptr, start_k, n_keys, stride_ks, stride_ke, start_e, BLOCK_K, E, BLOCK_E, WIDE)
+    begin, end, open_begin, open_end = key_range(start_q, n_keys, offset, left, right, BLOCK_Q, BLOCK_K, BAND)
+    open_begin, open_end = open_to_all(begin, open_begin, open_end, start_q + BLOCK_Q <= n_queries, MASK)
+    for PASS in tl.static_range(3 if BAND != NO_BAND or MASK != NO_MASK else 2):
+        again = False
+        if PASS == CARE:
+            again = is_spoilt(dq)
+            dq = tl.where(again, 0.0, dq)
+        di, dj = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_K)[None, :]
+        first, last = tiles_of_pass(begin, end, open_begin, open_end, again, PASS)
+        for place in range(first, last, BLOCK_K):
+            start_k = start_of_tile(place, begin, open_begin, open_end, PASS)
+            k = load_rows(
+                k_ptr, start_k, n_keys, stride_ks, stride_ke, start_e, BLOCK_K, E, BLOCK_E, WIDE, PASS == OPEN
+            )
             if LOOP == 0:
-                v = load_rows(v_ptr, start_k, n_keys, stride_vs, stride_ve, 0, BLOCK_K, EV, BLOCK_EV, WIDE)
+                v = load_rows(
+                    v_ptr, start_k, n_keys, stride_vs, stride_ve, 0, BLOCK_K, EV, BLOCK_EV, WIDE, PASS == OPEN
+                )
                 scores = dot(q, tl.trans(k), None, PRECISION)
                 dp = dot(grad, tl.trans(v), None, PRECISION)
             else:
@@ -142,24 +175,27 @@ def query_kernel(
                     grad_ptr, start_q, n_queries, stride_gl, stride_ge, v_ptr, start_k, n_keys, stride_vs, stride_ve,
                     BLOCK_Q, BLOCK_K, EV, LOOP, PRECISION, WIDE,
                 )  # fmt: skip
-            scores = bend(scores * scale, start_q, start_k, di, dj, offset, softcap, slope, HAS_SOFTCAP, False)
+            if not IS_PRODUCT:
+                scores = bend(scores * scale, start_q, start_k, di, dj, offset, softcap, slope, HAS_SOFTCAP, False)
             if HAS_SOFTCAP:
                 slope_of_cap = cap_slope(scores, softcap)
             scores = bend(scores, start_q, start_k, di, dj, offset, softcap, slope, False, HAS_ALIBI)
-            if CHECKED:
-                scores = restrict(
-                    scores, start_q, start_k, di, dj, n_queries, n_keys, offset, left, right,
-                    mask_ptr, stride_ml, stride_ms, BAND, MASK, WIDE,
-                )  # fmt: skip
-            weights = tl.exp2(scores - pivot[:, None]) * inverse_sum[:, None]
+            scores = restrict(
+                scores, start_q, start_k, di, dj, n_queries, n_keys, offset, left, right,
+                mask_ptr, stride_ml, stride_ms, BAND, MASK, WIDE, PASS,
+            )  # fmt: skip
+            weights = powers(scores, pivot[:, None], factor, MASK)
+            if MASK == FLOAT_MASK:
+                weights *= inverse[:, None]
             if HAS_DROPOUT:
-                dp = tl.where(kept(seed, start_q + di, start_k + dj, head, dropout_p), dp * keep_scale, 0.0)
+                dp *= tile_dropout_factors(
+                    seed, start_q, start_k, head, drop_below, keep_scale, BLOCK_Q, BLOCK_K, True
+                )
             ds = weights * (dp - delta[:, None])
             if HAS_SOFTCAP:
                 ds *= slope_of_cap
-            if CHECKED:
+            if PASS == CARE:
                 ds = tl.where(scores == float("-inf"), 0.0, ds)  # dp is NaN where a forbidden value is
-            if CHECKED and (BAND != NO_BAND or MASK != NO_MASK):
                 k = zero_nonfinite(k)  # as is a forbidden key; an allowed one has made ds NaN already
             dq = dot(ds.to(k.dtype), k, dq, PRECISION)
 
@@ -170,7 +206,7 @@ def query_kernel(
 @triton.jit
 def key_value_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, key_lengths_ptr, slopes_ptr, query_starts_ptr, key_starts_ptr,
-    row_max_ptr, row_sum_ptr, delta_ptr, grad_ptr, dk_ptr, dv_ptr,
+    pivot_ptr, inverse_ptr, delta_ptr, grad_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_ql, stride_qe,
     stride_kb, stride_kh, stride_ks, stride_ke,
     stride_vb, stride_vh, stride_vs, stride_ve,
@@ -179,7 +215,7 @@ def key_value_kernel(
     stride_sb, stride_sh, stride_ab,
     stride_dkb, stride_dkh, stride_dks, stride_dke,
     stride_dvb, stride_dvh, stride_dvs, stride_dve,
-    n_heads, group, L, S, left, right, scale, softcap, dropout_p, keep_scale, section, dk_scale,
+    n_heads, group, L, S, left, right, scale, softcap, drop_below, keep_scale, section, dk_scale,
     E: tl.constexpr, EV: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr, LOOP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BAND: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, PACKED: tl.constexpr, HAS_LENGTHS: tl.constexpr,
@@ -210,7 +246,6 @@ def key_value_kernel(
             return
     k_ptr += b * stride_kb + h_kv * stride_kh + first_k * stride_ks
     v_ptr += b * stride_vb + h_kv * stride_vh + first_k * stride_vs
-    di, dj = tl.arange(0, BLOCK_Q)[None, :], tl.arange(0, BLOCK_K)[:, None]
     if LOOP == 0:
         k = load_rows(k_ptr, start_k, n_keys, stride_ks, stride_ke, 0, BLOCK_K, E, BLOCK_E, WIDE)
         v = load_rows(v_ptr, start_k, n_keys, stride_vs, stride_ve, 0, BLOCK_K, EV, BLOCK_EV, WIDE)
@@ -218,34 +253,47 @@ def key_value_kernel(
     dv = tl.zeros((BLOCK_K, BLOCK_EV), tl.float32)
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
+    IS_PRODUCT: tl.constexpr = not (HAS_SOFTCAP or HAS_ALIBI or MASK == FLOAT_MASK)
+    factor = scale * LOG2_E if IS_PRODUCT else LOG2_E
 
-    # Queries [begin, open_begin) need a look, queries [open_begin, end) may attend to every key of the tile. Keys past
-    # the end need none: their rows of dK and dV are zeroed or not stored.
-    begin, open_begin, end = query_range(start_k, n_queries, n_keys, offset, left, right, BLOCK_Q, BLOCK_K, BAND)
-    if MASK != NO_MASK:
-        open_begin = end
-    for member in range(0, group):
-        h = h_kv * group + member
-        head = b * n_heads + h
-        stats = b * stride_sb + h * stride_sh + first_q
-        q_head = q_ptr + b * stride_qb + h * stride_qh + first_q * stride_ql
-        grad_head = grad_ptr + b * stride_gb + h * stride_gh + first_q * stride_gl
-        mask_head = mask_ptr
-        if MASK != NO_MASK:
-            mask_head = mask_ptr + b * stride_mb + h * stride_mh
-        slope = 0.0
-        if HAS_ALIBI:
-            slope = tl.load(slopes_ptr + b * stride_ab + h) * LOG2_E
-        for CHECKED in tl.static_range(2):
-            for start_q in range(begin if CHECKED else open_begin, open_begin if CHECKED else end, BLOCK_Q):
-                offs_q = start_q + tl.arange(0, BLOCK_Q)
-                q = load_rows(q_head, start_q, n_queries, stride_ql, stride_qe, start_col, BLOCK_Q, E, BLOCK_E, WIDE)
+    # Keys past the end need no look: their rows of dK and dV are zeroed or not stored.
+    begin, end, open_begin, open_end = query_range(
+        start_k, n_queries, n_keys, offset, left, right, BLOCK_Q, BLOCK_K, BAND
+    )
+    open_begin, open_end = open_to_all(begin, open_begin, open_end, start_k + BLOCK_K <= n_keys, MASK)
+    for PASS in tl.static_range(3 if BAND != NO_BAND or MASK != NO_MASK else 2):
+        again = False
+        if PASS == CARE:
+            again = is_spoilt(dk)
+            dk, dv = tl.where(again, 0.0, dk), tl.where(again, 0.0, dv)
+        di, dj = tl.arange(0, BLOCK_Q)[None, :], tl.arange(0, BLOCK_K)[:, None]
+        first, last = tiles_of_pass(begin, end, open_begin, open_end, again, PASS)
+        for member in range(0, group):
+            h = h_kv * group + member
+            head = b * n_heads + h
+            stats = b * stride_sb + h * stride_sh + first_q
+            q_head = q_ptr + b * stride_qb + h * stride_qh + first_q * stride_ql
+            grad_head = grad_ptr + b * stride_gb + h * stride_gh + first_q * stride_gl
+            mask_head = mask_ptr
+            if MASK != NO_MASK:
+                mask_head = mask_ptr + b * stride_mb + h * stride_mh
+            slope = 0.0
+            if HAS_ALIBI:
+                slope = tl.load(slopes_ptr + b * stride_ab + h)
+            for place in range(first, last, BLOCK_Q):
+                start_q = start_of_tile(place, begin, open_begin, open_end, PASS)
+                q = load_rows(
+                    q_head, start_q, n_queries, stride_ql, stride_qe, start_col, BLOCK_Q, E, BLOCK_E, WIDE,
+                    PASS == OPEN,
+                )  # fmt: skip
                 grad = load_rows(
-                    grad_head, start_q, n_queries, stride_gl, stride_ge, start_col, BLOCK_Q, EV, BLOCK_EV, WIDE
-                )
-                pivot, inverse_sum, delta = load_statistics(
-                    row_max_ptr + stats, row_sum_ptr + stats, delta_ptr + stats, offs_q, n_queries
-                )
+                    grad_head, start_q, n_queries, stride_gl, stride_ge, start_col, BLOCK_Q, EV, BLOCK_EV, WIDE,
+                    PASS == OPEN,
+                )  # fmt: skip
+                pivot, inverse, delta = load_statistics(
+                    pivot_ptr + stats, inverse_ptr + stats, delta_ptr + stats, start_q, n_queries,
+                    BLOCK_Q, MASK, PASS == OPEN,
+                )  # fmt: skip
                 if LOOP == 0:
                     scores = dot(k, tl.trans(q), None, PRECISION)
                     dp = dot(v, tl.trans(grad), None, PRECISION)
@@ -258,33 +306,34 @@ def key_value_kernel(
                         v_ptr, start_k, n_keys, stride_vs, stride_ve, grad_head, start_q, n_queries,
                         stride_gl, stride_ge, BLOCK_K, BLOCK_Q, EV, LOOP, PRECISION, WIDE,
                     )  # fmt: skip
-                scores = bend(scores * scale, start_q, start_k, di, dj, offset, softcap, slope, HAS_SOFTCAP, False)
+                if not IS_PRODUCT:
+                    scores = bend(scores * scale, start_q, start_k, di, dj, offset, softcap, slope, HAS_SOFTCAP, False)
                 if HAS_SOFTCAP:
                     slope_of_cap = cap_slope(scores, softcap)
                 scores = bend(scores, start_q, start_k, di, dj, offset, softcap, slope, False, HAS_ALIBI)
-                if CHECKED:
-                    scores = restrict(
-                        scores, start_q, start_k, di, dj, n_queries, n_keys, offset, left, right,
-                        mask_head, stride_ml, stride_ms, BAND, MASK, WIDE,
-                    )  # fmt: skip
-                weights = tl.exp2(scores - pivot[None, :]) * inverse_sum[None, :]
+                scores = restrict(
+                    scores, start_q, start_k, di, dj, n_queries, n_keys, offset, left, right,
+                    mask_head, stride_ml, stride_ms, BAND, MASK, WIDE, PASS,
+                )  # fmt: skip
+                weights = powers(scores, pivot[None, :], factor, MASK)
+                if MASK == FLOAT_MASK:
+                    weights *= inverse[None, :]
+                dropped = weights
                 if HAS_DROPOUT:
-                    keep = kept(seed, start_q + di, start_k + dj, head.to(tl.int32), dropout_p)
-                    dp = tl.where(keep, dp * keep_scale, 0.0)
-                    dropped = tl.where(keep, weights, 0.0)
-                else:
-                    dropped = weights
+                    factors = tile_dropout_factors(
+                        seed, start_q, start_k, head.to(tl.int32), drop_below, keep_scale, BLOCK_K, BLOCK_Q, False
+                    )
+                    dp *= factors
+                    dropped = weights * factors
                 dv = dot(dropped.to(grad.dtype), grad, dv, PRECISION)
                 ds = weights * (dp - delta[None, :])
                 if HAS_SOFTCAP:
                     ds *= slope_of_cap
-                if CHECKED:
+                if PASS == CARE:
                     ds = tl.where(scores == float("-inf"), 0.0, ds)
                 dk = dot(ds.to(q.dtype), q, dk, PRECISION)
 
     dk *= dk_scale
-    if HAS_DROPOUT:
-        dv *= keep_scale
     if HAS_LENGTHS:  # keys that are not in use
         used = dj < n_keys - start_k
         dk, dv = tl.where(used, dk, 0.0), tl.where(used, dv, 0.0)
@@ -302,8 +351,8 @@ def launch_backward(
     seed: torch.Tensor | None,
     extras: Extras,
     rules: Rules,
-    row_max: torch.Tensor,
-    row_sum: torch.Tensor,
+    pivot: torch.Tensor,
+    inverse: torch.Tensor,
     delta: torch.Tensor,
     dq: torch.Tensor | None,
     dk: torch.Tensor | None,
@@ -315,10 +364,12 @@ def launch_backward(
     Args:
         grad: (B, Hq, L, Ev), gradient of the output, any strides.
         query, key, value, seed, extras, rules: as given to the forward.
-        row_max, row_sum: what the forward wrote. delta: (B, Hq, L) float32, see `launch_delta`.
+        pivot, inverse, delta: (B, Hq, L) float32, what `launch_delta` wrote.
         dq, dk, dv, dmask: gradients to write, any strides, shaped as their tensors; None where not wanted. dk and dv
             come together.
     """
+    dq_scale = rules.scale
+    query, rules = positive_scale(query, rules)
     n_heads, n_kv_heads = query.shape[1], value.shape[1]
     batch, n_queries, n_keys = lengths(query, key, extras, rules)
     if query.numel() == 0:  # no query asks: keys, values and mask get nothing
@@ -328,15 +379,15 @@ def launch_backward(
         return
     strides = (
         *(stride for x in (query, key, value) for stride in batch_strides(x, extras)),
-        *mask_strides(extras.attn_mask), *batch_strides(grad, extras), *batch_strides(row_max, extras)[:2],
+        *mask_strides(extras.attn_mask), *batch_strides(grad, extras), *batch_strides(pivot, extras)[:2],
         head_stride(extras.alibi_slopes),
     )  # fmt: skip
-    about = tile_arguments(query, value, seed, n_queries)
+    about = tile_arguments(query, value, seed, extras, rules, n_queries)
     wide = is_wide(query, key, value, extras.attn_mask, grad)
     sizes = column_blocks(query.shape[-1], value.shape[-1])
     options = {**sizes, **flags(query, seed, extras, rules, wide)}
     group = n_heads // max(n_kv_heads, 1)
-    inputs = (query, key, value, *pointers(seed, extras), row_max, row_sum, delta, grad)
+    inputs = (query, key, value, *pointers(seed, extras), pivot, inverse, delta, grad)
     shape = (n_heads, group, n_queries, n_keys, *numbers(rules))
     width = (query.shape[-1] + value.shape[-1]) * query.itemsize  # bytes of a row of both
     with launch_on(query.device):
@@ -345,7 +396,7 @@ def launch_backward(
             chunks = triton.cdiv(query.shape[-1], sizes["BLOCK_E"])
             query_kernel[(triton.cdiv(n_queries, tile.block_q) * chunks * batch * n_heads,)](
                 *inputs, dq, *strides, *batch_strides(dq, extras), *shape,
-                chunks * heads_in_turn(group, n_keys * width, rules, query.device), rules.scale,
+                chunks * heads_in_turn(group, n_keys * width, rules, query.device), dq_scale,
                 MASK=mask_kind(extras.attn_mask), **options, **tile.options(),
             )  # fmt: skip
         if dk is not None and dv is not None and dk.numel():
@@ -364,15 +415,25 @@ def launch_backward(
             )  # fmt: skip
 
 
-def launch_delta(output: torch.Tensor, grad: torch.Tensor, delta: torch.Tensor) -> None:
-    """Write delta (B, H, L), the float32 row sums of output times grad, both (B, H, L, Ev) of any strides."""
+def launch_delta(
+    output: torch.Tensor, grad: torch.Tensor, row_max: torch.Tensor, row_sum: torch.Tensor,
+    grad_lse: torch.Tensor | None, extras: Extras,
+) -> torch.Tensor:  # fmt: skip
+    """Pivot, inverse and delta (3, B, H, L) float32, as the backward kernels take them (`delta_kernel`).
+
+    Args:
+        output, grad: (B, H, L, Ev), any strides. row_max, row_sum: (B, H, L) float32, contiguous, what the forward
+            wrote. grad_lse: (B, H, L) float32, the gradient of the log-sum-exp.
+    """
     batch, n_heads, n_rows, ev = output.shape
-    if delta.numel() == 0:
-        return
-    block = block_of(ev)
-    rows = max(1, min(16, DELTA_ENTRIES // block))
-    with launch_on(output.device):
-        delta_kernel[(triton.cdiv(n_rows, rows) * batch * n_heads,)](  # rows fastest, then heads, batch
-            output, grad, delta, *output.stride(), *grad.stride(), n_heads, n_rows,
-            EV=ev, BLOCK_EV=block, BLOCK_Q=rows,
-        )  # fmt: skip
+    found = row_max.new_empty((3, *row_max.shape))
+    if row_max.numel():
+        block = block_of(ev)
+        rows = max(1, min(16, DELTA_ENTRIES // block))
+        with launch_on(output.device):
+            delta_kernel[(triton.cdiv(n_rows, rows) * batch * n_heads,)](  # rows fastest, then heads, batch
+                output, grad, row_max, row_sum, grad_lse, *found, *output.stride(), *grad.stride(),
+                *((0, 0, 0) if grad_lse is None else grad_lse.stride()), n_heads, n_rows,
+                EV=ev, BLOCK_EV=block, BLOCK_Q=rows, MASK=mask_kind(extras.attn_mask), HAS_LSE=grad_lse is not None,
+            )  # fmt: skip
+    return found

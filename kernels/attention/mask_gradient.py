@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from kernels.attention.pieces import (
-    FLOAT_MASK, LOG2_E, batch_bounds, bend, dot, kept, key_range, load_rows, load_statistics, product_of_rows, restrict,
+    CARE, FLOAT_MASK, batch_bounds, bend, dot, key_range, load_rows, load_statistics, powers, product_of_rows, restrict,
+    tile_dropout_factors,
 )  # fmt: skip
 from kernels.attention.tiles import Tile
 
@@ -23,7 +24,7 @@ from kernels.attention.tiles import Tile
 @triton.jit
 def mask_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, key_lengths_ptr, slopes_ptr, query_starts_ptr, key_starts_ptr,
-    row_max_ptr, row_sum_ptr, delta_ptr, grad_ptr, dmask_ptr,
+    pivot_ptr, inverse_ptr, delta_ptr, grad_ptr, dmask_ptr,
     stride_qb, stride_qh, stride_ql, stride_qe,
     stride_kb, stride_kh, stride_ks, stride_ke,
     stride_vb, stride_vh, stride_vs, stride_ve,
@@ -31,7 +32,7 @@ def mask_kernel(
     stride_gb, stride_gh, stride_gl, stride_ge,
     stride_sb, stride_sh, stride_ab,
     stride_dmb, stride_dmh, stride_dml, stride_dms,
-    n_batch, n_heads, group, L, S, left, right, scale, softcap, dropout_p, keep_scale,
+    n_batch, n_heads, group, L, S, left, right, scale, softcap, drop_below, keep_scale,
     E: tl.constexpr, EV: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr, LOOP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BAND: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, PACKED: tl.constexpr, HAS_LENGTHS: tl.constexpr,
@@ -73,16 +74,16 @@ def mask_kernel(
         )
         slope = 0.0
         if HAS_ALIBI:
-            slope = tl.load(slopes_ptr + b * stride_ab + h) * LOG2_E
+            slope = tl.load(slopes_ptr + b * stride_ab + h)
         for start_q in range(tile_q * BLOCK_Q, L if SUM_L else (tile_q + 1) * BLOCK_Q, BLOCK_Q):
-            offs_q = start_q + tl.arange(0, BLOCK_Q)
             if LOOP == 0:
                 q = load_rows(q_head, start_q, n_queries, stride_ql, stride_qe, 0, BLOCK_Q, E, BLOCK_E, WIDE)
                 grad = load_rows(grad_head, start_q, n_queries, stride_gl, stride_ge, 0, BLOCK_Q, EV, BLOCK_EV, WIDE)
-            pivot, inverse_sum, delta = load_statistics(
-                row_max_ptr + stats, row_sum_ptr + stats, delta_ptr + stats, offs_q, n_queries
-            )
-            begin, end, open_end = key_range(start_q, n_keys, offset, left, right, BLOCK_Q, BLOCK_K, BAND)
+            pivot, inverse, delta = load_statistics(
+                pivot_ptr + stats, inverse_ptr + stats, delta_ptr + stats, start_q, n_queries, BLOCK_Q, FLOAT_MASK,
+                False,
+            )  # fmt: skip
+            begin, end, _, _ = key_range(start_q, n_keys, offset, left, right, BLOCK_Q, BLOCK_K, BAND)
             if not SUM_S:
                 begin = tl.maximum(begin, tile_k * BLOCK_K)
                 end = tl.minimum(end, (tile_k + 1) * BLOCK_K)
@@ -104,12 +105,13 @@ def mask_kernel(
                 scores = bend(scores * scale, start_q, start_k, di, dj, offset, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
                 scores = restrict(
                     scores, start_q, start_k, di, dj, n_queries, n_keys, offset, left, right,
-                    mask_head, stride_ml, stride_ms, BAND, FLOAT_MASK, WIDE,
+                    mask_head, stride_ml, stride_ms, BAND, FLOAT_MASK, WIDE, CARE,
                 )  # fmt: skip
-                weights = tl.exp2(scores - pivot[:, None]) * inverse_sum[:, None]
+                weights = powers(scores, pivot[:, None], 1.0, FLOAT_MASK) * inverse[:, None]
                 if HAS_DROPOUT:
-                    keep = kept(seed, start_q + di, start_k + dj, head.to(tl.int32), dropout_p)
-                    dp = tl.where(keep, dp * keep_scale, 0.0)
+                    dp *= tile_dropout_factors(
+                        seed, start_q, start_k, head.to(tl.int32), drop_below, keep_scale, BLOCK_Q, BLOCK_K, True
+                    )
                 total += tl.where(scores == float("-inf"), 0.0, weights * (dp - delta[:, None]))
 
     rows = tile_q * BLOCK_Q + tl.arange(0, BLOCK_Q)

@@ -9,9 +9,9 @@ from __future__ import annotations
 # size: ("forward", 128): "bench/results/....jsonl".
 HOPPER: dict[tuple[str, int], str] = {}
 
-# Tiles that were faster than those of tiles.py, by kernel, chip, block of the head size and whether there is dropout:
-# ("key_value", 90, 128, False): ((32, 128, 8, 2), "bench/results/....jsonl"). For elements of 2 bytes.
-TILES: dict[tuple[str, int, int, bool], tuple[tuple[int, int, int, int], str]] = {}
+# Tiles that were faster than those of tiles.py, by kernel, chip, block of the head size and what is asked (ASKED):
+# ("key_value", 90, 128, "band"): ((32, 128, 8, 2), "bench/results/....jsonl"). For elements of 2 bytes.
+TILES: dict[tuple[str, int, int, str], tuple[tuple[int, int, int, int], str]] = {}
 
 # Tiles of the kernels for short sequences, by kernel, the larger of L and S, and block of the head size:
 # ("backward", 9, 32): ((8, 1, 4), "bench/results/....jsonl"). For elements of 2 bytes.

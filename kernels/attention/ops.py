@@ -19,8 +19,6 @@ from kernels.attention.rules import Extras, Rules
 from kernels.backend import why_not_triton
 from kernels.launch import capability
 
-LOG2_E = 1 / math.log(2)
-
 library = torch.library.Library("kernels", "FRAGMENT")
 INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? seed, Tensor? attn_mask, Tensor? key_lengths, "
@@ -133,10 +131,7 @@ def _backward(
     from kernels.attention.general_backward import launch_backward, launch_delta
 
     grads = new_gradients(query, key, value, extras, output_mask)
-    delta = torch.empty_like(row_max)
-    launch_delta(output, grad_output, delta)
-    if grad_lse is not None:
-        delta -= grad_lse
+    pivot, inverse, delta = launch_delta(output, grad_output, row_max, row_sum, grad_lse, extras)
     wanted = (grad if need else None for grad, need in zip(grads, output_mask))
     dq, dk, dv, dmask, dsinks = wanted
     if dk is not None or dv is not None:
@@ -145,13 +140,13 @@ def _backward(
         from kernels.attention.hopper_backward import launch_hopper_backward
 
         whole = (grad if grad.numel() else torch.empty_like(x) for grad, x in zip(grads, (query, key, value)))
-        launch_hopper_backward(grad_output, query, key, value, extras, rules, row_max, row_sum, delta, *whole)
+        launch_hopper_backward(grad_output, query, key, value, extras, rules, pivot, delta, *whole)
         return tuple(grads)
-    launch_backward(grad_output, query, key, value, seed, extras, rules, row_max, row_sum, delta, dq, dk, dv, dmask)
+    launch_backward(grad_output, query, key, value, seed, extras, rules, pivot, inverse, delta, dq, dk, dv, dmask)
     if dsinks is not None and extras.sinks is not None:
         # A sink's weight times what it would give, nothing, less what the row gives on average: delta.
-        logit = extras.sinks[:, :, None] * LOG2_E  # (B or 1, Hq, 1)
-        weight = torch.exp2(logit - row_max) / row_sum
+        logit = extras.sinks[:, :, None]  # (B or 1, Hq, 1)
+        weight = torch.exp(logit - row_max) / row_sum
         grads_of_rows = -torch.where(logit == -math.inf, 0.0, weight * delta).sum(2)
         dsinks.copy_(grads_of_rows.sum_to_size(dsinks.shape))
     return tuple(grads)
@@ -241,7 +236,7 @@ class Attention(torch.autograd.Function):
             scale, dropout_p, softcap, left, right, bottom_right, max_queries, max_keys, deterministic, keep_statistics,
         )  # fmt: skip
         # A row with nothing to attend to has maximum -inf and sum 0; the other way round it would be NaN.
-        lse = (row_max + torch.log2(row_sum)) / LOG2_E if return_lse else None
+        lse = row_max + torch.log(row_sum) if return_lse else None
         return output, lse, row_max, row_sum
 
     @staticmethod

@@ -17,8 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.general import flags, head_stride, mask_kind, mask_strides, numbers, pointers
-from kernels.attention.pieces import LOG2_E, NO_BAND, NO_MASK, bend, dot, kept, restrict, zero_nonfinite
+from kernels.attention.general import flags, head_stride, mask_kind, mask_strides, numbers, pointers, positive_scale
+from kernels.attention.pieces import (
+    CARE, FLOAT_MASK, LOG2_E, NO_BAND, NO_MASK, bend, dot, dropout_factors, powers, restrict, zero_nonfinite,
+)  # fmt: skip
 from kernels.attention.rules import Extras, Rules
 from kernels.attention.tiles import block_of, choose_short_tile
 from kernels.launch import launch_on
@@ -120,33 +122,37 @@ def short_scores(
     BAND: tl.constexpr, MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
     PACK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Base-2 scores (HEADS, BLOCK_L, BLOCK_S), -inf where a query may not attend; and those after the soft cap alone.
+    """Scores (HEADS, BLOCK_L, BLOCK_S), -inf where a query may not attend; those after the soft cap alone; the factor
+    of both, see the top of pieces.py.
 
     b, h, i: batch entry, head and place of each query; j: place of each key; together: whether of one sequence.
     """
-    capped = bend(
-        products(q, tl.permute(k, (0, 2, 1)), None, PRECISION) * scale, 0, 0, i, j, offset, softcap, 0.0,
-        HAS_SOFTCAP, False,
-    )  # fmt: skip
+    IS_PRODUCT: tl.constexpr = not (HAS_SOFTCAP or HAS_ALIBI or MASK == FLOAT_MASK)
+    factor = scale * LOG2_E if IS_PRODUCT else LOG2_E
+    capped = products(q, tl.permute(k, (0, 2, 1)), None, PRECISION)
+    if not IS_PRODUCT:
+        capped = bend(capped * scale, 0, 0, i, j, offset, softcap, 0.0, HAS_SOFTCAP, False)
     slope = 0.0
     if HAS_ALIBI:
-        slope = tl.load(slopes_ptr + b * stride_ab + h) * LOG2_E
+        slope = tl.load(slopes_ptr + b * stride_ab + h)
     scores = bend(capped, 0, 0, i, j, offset, softcap, slope, False, HAS_ALIBI)
     if MASK != NO_MASK:
         mask_ptr += b.to(tl.int64) * stride_mb + h.to(tl.int64) * stride_mh
     scores = restrict(
-        scores, 0, 0, i, j, n_queries, n_keys, offset, left, right, mask_ptr, stride_ml, stride_ms, BAND, MASK, False
-    )
+        scores, 0, 0, i, j, n_queries, n_keys, offset, left, right, mask_ptr, stride_ml, stride_ms, BAND, MASK, False,
+        CARE,
+    )  # fmt: skip
     if PACK > 1:
         scores = tl.where(together, scores, float("-inf"))
-    return scores, capped
+    return scores, capped, factor
 
 
 @triton.jit
-def exponentials(scores):
-    """2^(score - the row's largest), and their sum a row, 1 where a query may attend to nothing."""
+def exponentials(scores, factor, MASK: tl.constexpr):
+    """exp(score - the row's largest), and their sum a row, 1 where a query may attend to nothing."""
     row_max = tl.max(scores, 2)[:, :, None]
-    weights = tl.exp2(scores - tl.where(row_max == float("-inf"), 0.0, row_max))
+    pivot = tl.where(row_max == float("-inf"), 0.0, row_max if MASK == FLOAT_MASK else row_max * factor)
+    weights = powers(scores, pivot, factor, MASK)
     row_sum = tl.sum(weights, 2)[:, :, None]
     return weights, tl.where(row_sum == 0.0, 1.0, row_sum)
 
@@ -160,7 +166,7 @@ def short_forward_kernel(
     stride_mb, stride_mh, stride_ml, stride_ms,
     stride_ob, stride_oh, stride_ol, stride_oe,
     stride_ab,
-    n_sequences, n_kv_heads, group, L, S, left, right, scale, softcap, dropout_p, keep_scale,
+    n_sequences, n_kv_heads, group, L, S, left, right, scale, softcap, drop_below, keep_scale,
     E: tl.constexpr, EV: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr,
     BAND: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, HAS_LENGTHS: tl.constexpr, MASK: tl.constexpr,
@@ -190,19 +196,17 @@ def short_forward_kernel(
         h = h_kv * group + member
         q_ptrs = pointers_of(q_ptr, b, h, i, stride_qb, stride_qh, stride_ql, stride_qe, BLOCK_E)
         q = tl.load(q_ptrs, mask=within(inside, E, BLOCK_E), other=0.0)
-        scores, _capped = short_scores(
+        scores, _capped, factor = short_scores(
             q, k, b, h, i, j, together, L, n_keys, offset, left, right, scale, softcap, slopes_ptr, stride_ab,
             mask_ptr, stride_mb, stride_mh, stride_ml, stride_ms,
             BAND, MASK, HAS_SOFTCAP, HAS_ALIBI, PACK, PRECISION,
         )  # fmt: skip
-        weights, row_sum = exponentials(scores)
+        weights, row_sum = exponentials(scores, factor, MASK)
         if HAS_DROPOUT:
-            weights = tl.where(kept(seed, i, j, b * (n_kv_heads * group) + h, dropout_p), weights, 0.0)
+            weights *= dropout_factors(seed, i, j, b * (n_kv_heads * group) + h, drop_below, keep_scale)
         if BAND != NO_BAND or MASK != NO_MASK or PACK > 1:
             weights = tl.where((scores != float("-inf")) & (finite == 0), float("nan"), weights)
         out = products(weights.to(v.dtype), v, None, PRECISION) / row_sum
-        if HAS_DROPOUT:
-            out *= keep_scale
         out_ptrs = pointers_of(out_ptr, b, h, i, stride_ob, stride_oh, stride_ol, stride_oe, BLOCK_EV)
         tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=within(inside, EV, BLOCK_EV))
 
@@ -237,6 +241,7 @@ def launch_short_forward(
     rules: Rules, output: torch.Tensor,
 ) -> None:  # fmt: skip
     """Launch the forward kernel. Arguments as of `launch_forward` in general.py, of a call that is short."""
+    query, rules = positive_scale(query, rules)
     inputs, strides, shape = short_inputs(query, key, value, seed, extras)
     options = short_options("forward", query, key, value, seed, extras, rules)
     grid = (triton.cdiv(shape[0], options["HEADS"] * options["PACK"]),)  # key heads fastest, then batch entries

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from kernels.attention.choice import is_wide
-from kernels.attention.general import head_stride, numbers
-from kernels.attention.pieces import NO_BAND, NO_MASK, cap_slope, kept, zero_nonfinite
+from kernels.attention.general import head_stride, numbers, positive_scale
+from kernels.attention.pieces import NO_BAND, NO_MASK, cap_slope, dropout_factors, zero_nonfinite
 from kernels.attention.rules import Extras, Rules
 from kernels.attention.short import (
     exponentials, pointers_of, products, short_inputs, short_options, short_scores, survey, within,
@@ -33,7 +33,7 @@ def short_backward_kernel(
     stride_dkb, stride_dkh, stride_dks, stride_dke,
     stride_dvb, stride_dvh, stride_dvs, stride_dve,
     stride_ab,
-    n_sequences, n_kv_heads, group, L, S, left, right, scale, softcap, dropout_p, keep_scale, score_scale,
+    n_sequences, n_kv_heads, group, L, S, left, right, scale, softcap, drop_below, keep_scale, dq_scale, dk_scale,
     E: tl.constexpr, EV: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr,
     BAND: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, HAS_LENGTHS: tl.constexpr, MASK: tl.constexpr,
@@ -41,7 +41,7 @@ def short_backward_kernel(
 ):  # fmt: skip
     """dK and dV of HEADS * PACK key heads, and dQ of their queries.
 
-    grad_ptr: dO, shaped as the output. score_scale: factor of dS in dQ and dK. The rest as in short_forward_kernel.
+    grad_ptr: dO, shaped as the output. dq_scale, dk_scale: factors of dS there. The rest as in short_forward_kernel.
     """
     i, b, h_kv, inside, row, b_row, h_row, there, used, j, together, n_keys, offset = survey(
         L, S, n_sequences, n_kv_heads, key_lengths_ptr, BLOCK_L, BLOCK_S, HEADS, PACK, BOTTOM_RIGHT, HAS_LENGTHS
@@ -62,20 +62,20 @@ def short_backward_kernel(
         grad_ptrs = pointers_of(grad_ptr, b, h, i, stride_gb, stride_gh, stride_gl, stride_ge, BLOCK_EV)
         q = tl.load(q_ptrs, mask=within(inside, E, BLOCK_E), other=0.0)
         grad = tl.load(grad_ptrs, mask=within(inside, EV, BLOCK_EV), other=0.0)
-        scores, capped = short_scores(
+        scores, capped, factor = short_scores(
             q, k, b, h, i, j, together, L, n_keys, offset, left, right, scale, softcap, slopes_ptr, stride_ab,
             mask_ptr, stride_mb, stride_mh, stride_ml, stride_ms,
             BAND, MASK, HAS_SOFTCAP, HAS_ALIBI, PACK, PRECISION,
         )  # fmt: skip
-        weights, row_sum = exponentials(scores)
+        weights, row_sum = exponentials(scores, factor, MASK)
         allowed = scores != float("-inf")
         weights = tl.where(allowed, weights / row_sum, 0.0)  # not NaN throughout where the query is
         dp = products(grad, tl.permute(v, (0, 2, 1)), None, PRECISION)
         dropped = weights
         if HAS_DROPOUT:
-            keep = kept(seed, i, j, b * (n_kv_heads * group) + h, dropout_p)
-            dp = tl.where(keep, dp * keep_scale, 0.0)
-            dropped = tl.where(keep, weights * keep_scale, 0.0)
+            factors = dropout_factors(seed, i, j, b * (n_kv_heads * group) + h, drop_below, keep_scale)
+            dp *= factors
+            dropped = weights * factors
         dp = tl.where(allowed, dp, 0.0)  # it is NaN where a forbidden value is
         ds = weights * (dp - tl.sum(weights * dp, 2)[:, :, None])
         if HAS_SOFTCAP:
@@ -91,13 +91,13 @@ def short_backward_kernel(
         finite_k = k
         if BAND != NO_BAND or MASK != NO_MASK or PACK > 1:
             finite_k = zero_nonfinite(k)  # an allowed key that is NaN has made ds NaN already
-        dq = products(ds, finite_k, None, PRECISION) * score_scale
+        dq = products(ds, finite_k, None, PRECISION) * dq_scale
         dq_ptrs = pointers_of(dq_ptr, b, h, i, stride_dqb, stride_dqh, stride_dql, stride_dqe, BLOCK_E)
         tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=within(inside, E, BLOCK_E))
 
     dk_ptrs = pointers_of(dk_ptr, b_row, h_row, row, stride_dkb, stride_dkh, stride_dks, stride_dke, BLOCK_E)
     dv_ptrs = pointers_of(dv_ptr, b_row, h_row, row, stride_dvb, stride_dvh, stride_dvs, stride_dve, BLOCK_EV)
-    tl.store(dk_ptrs, (dk * score_scale).to(dk_ptr.dtype.element_ty), mask=within(there, E, BLOCK_E))
+    tl.store(dk_ptrs, (dk * dk_scale).to(dk_ptr.dtype.element_ty), mask=within(there, E, BLOCK_E))
     tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=within(there, EV, BLOCK_EV))
 
 
@@ -114,11 +114,13 @@ def launch_short_backward(
     """
     if is_wide(grad):
         grad = grad.contiguous()
+    dq_scale = rules.scale
+    query, rules = positive_scale(query, rules)
     inputs, strides, shape = short_inputs(query, key, value, seed, extras)
     options = short_options("backward", query, key, value, seed, extras, rules)
     grid = (triton.cdiv(shape[0], options["HEADS"] * options["PACK"]),)
     with launch_on(query.device):
         short_backward_kernel[grid](
             *inputs, grad, dq, dk, dv, *strides, *grad.stride(), *dq.stride(), *dk.stride(), *dv.stride(),
-            head_stride(extras.alibi_slopes), *shape, *numbers(rules), rules.scale, **options,
+            head_stride(extras.alibi_slopes), *shape, *numbers(rules), dq_scale, rules.scale, **options,
         )  # fmt: skip

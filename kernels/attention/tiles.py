@@ -1,8 +1,8 @@
-"""Tile sizes of the attention kernels: pure functions of kernel, head sizes, dtype, lengths, features and chip.
+"""Tile sizes of the attention kernels: pure functions of kernel, head sizes, dtype, lengths, what is asked, and chip.
 
-The tables were found by compiling candidates and reading the machine code (`python -m bench.compile_check`): the
-largest tile that does not spill registers and, on sm_90, uses warp-group matrix instructions. Where a GPU has found a
-faster one, measured.py has it.
+The tables were found by compiling candidates and reading the machine code (`python -m bench.loop_cost`): the tile whose
+steady loop is predicted to be the fastest and spills nothing; a few bytes may be spilled outside of it. Where a GPU has
+found a faster one, measured.py has it.
 """
 
 from __future__ import annotations
@@ -38,74 +38,88 @@ class Tile(NamedTuple):
         }
 
 
-# (kernel, chip): largest block of the head size -> (tile, tile with dropout), for elements of 2 bytes. A chip without
-# an entry takes that of the one before it.
-_TABLES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
+# What a call asks of a kernel, by the registers it takes: nothing; a causal mask or a window; a mask, a soft cap or
+# slopes; dropout; more than one of the latter.
+ASKED = ("plain", "band", "mask", "dropout", "every")
+
+
+def what_is_asked(has_band: bool, has_mask: bool, has_softcap: bool, has_slopes: bool, has_dropout: bool) -> str:
+    """The one of ASKED that stands for a call."""
+    if has_mask + has_softcap + has_slopes + has_dropout > 1:
+        return "every"
+    if has_dropout:
+        return "dropout"
+    return "mask" if has_mask or has_softcap or has_slopes else "band" if has_band else "plain"
+
+
+def _tiles(*tiles: tuple[int, int, int, int]) -> dict[str, Tile]:
+    """The tiles for ASKED; the last one given stands for the rest, too."""
+    return {asked: Tile(*tiles[min(i, len(tiles) - 1)]) for i, asked in enumerate(ASKED)}
+
+
+# (kernel, chip): largest block of the head size -> tiles, for elements of 2 bytes. A chip without an entry takes that
+# of the one before it.
+_TABLES: dict[tuple[str, int], dict[int, dict[str, Tile]]] = {
     ("forward", 90): {
-        64: (Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
-        128: (Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
-        256: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+        64: _tiles((128, 128, 8, 2), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2)),
+        128: _tiles((128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
+        256: _tiles((128, 64, 8, 2), (128, 32, 8, 2)),
     },
     ("query", 90): {
-        64: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
-        128: (Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
-        256: (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+        64: _tiles((128, 64, 8, 2)),
+        128: _tiles((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
+        256: _tiles((128, 32, 8, 1)),
     },
     ("key_value", 90): {
-        64: (Tile(32, 128, 8, 2), Tile(16, 64, 8, 2)),
-        128: (Tile(16, 64, 8, 2), Tile(16, 64, 8, 2)),
-        256: (Tile(16, 64, 8, 1), Tile(16, 64, 8, 1)),
+        64: _tiles((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2)),
+        128: _tiles((32, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 2), (16, 128, 8, 2)),
+        256: _tiles((32, 64, 8, 1), (32, 64, 8, 1), (32, 64, 8, 1), (16, 64, 8, 1)),
     },
     ("mask", 90): {
-        64: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
-        128: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 1)),
-        256: (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+        64: _tiles((128, 32, 8, 2)),
+        256: _tiles((128, 32, 8, 1)),
     },
     ("forward", 80): {
-        64: (Tile(128, 32, 8, 3), Tile(64, 32, 8, 2)),
-        128: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
-        256: (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+        64: _tiles((128, 32, 8, 3), (128, 32, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
+        128: _tiles((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+        256: _tiles((64, 32, 8, 1)),
     },
     ("query", 80): {
-        32: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
-        64: (Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
-        128: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
-        256: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        32: _tiles((64, 32, 8, 2)),
+        64: _tiles((128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
+        128: _tiles((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
+        256: _tiles((32, 32, 8, 1)),
     },
     ("key_value", 80): {
-        64: (Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
-        128: (Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
-        256: (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+        64: _tiles((32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
+        128: _tiles((32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
+        256: _tiles((16, 32, 8, 1)),
     },
     ("mask", 80): {
-        64: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
-        128: (Tile(32, 32, 8, 2), Tile(32, 16, 8, 2)),
-        256: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        64: _tiles((64, 32, 8, 2)),
+        128: _tiles((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
+        256: _tiles((32, 32, 8, 1)),
     },
     ("forward", 100): {
-        16: (Tile(128, 32, 8, 3), Tile(64, 64, 8, 2)),
-        64: (Tile(128, 64, 8, 3), Tile(64, 64, 8, 3)),
-        128: (Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
-        256: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+        16: _tiles((128, 32, 8, 3), (128, 32, 8, 3), (128, 32, 8, 3), (64, 64, 8, 2)),
+        64: _tiles((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 3)),
+        128: _tiles((128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2)),
+        256: _tiles((64, 32, 8, 2)),
     },
     ("query", 100): {
-        32: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
-        64: (Tile(64, 32, 8, 2), Tile(128, 32, 8, 2)),
-        128: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
-        256: (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+        32: _tiles((128, 32, 8, 2)),
+        64: _tiles((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (128, 32, 8, 2)),
+        128: _tiles((128, 32, 8, 2)),
+        256: _tiles((64, 32, 8, 1)),
     },
     ("key_value", 100): {
-        64: (Tile(32, 64, 4, 2), Tile(16, 64, 8, 2)),
-        128: (Tile(16, 128, 8, 1), Tile(16, 128, 8, 1)),
-        256: (Tile(16, 64, 8, 1), Tile(16, 64, 8, 1)),
+        64: _tiles((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (16, 64, 8, 2)),
+        128: _tiles((16, 128, 8, 1)),
+        256: _tiles((16, 64, 8, 1)),
     },
 }
 # float32 products run on the ordinary units unless TF32 is allowed, and need registers for both operands: one table.
-_FLOAT32 = {
-    64: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    128: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    256: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-}
+_FLOAT32 = {64: _tiles((32, 32, 4, 2)), 128: _tiles((32, 32, 8, 2)), 256: _tiles((16, 16, 8, 1))}
 
 
 def block_of(head_size: int) -> int:
@@ -121,7 +135,7 @@ def column_blocks(e: int, ev: int) -> dict[str, int]:
 
 
 def choose_tile(
-    kernel: str, head_size: int, element_size: int, n_queries: int, capability: int, has_dropout: bool
+    kernel: str, head_size: int, element_size: int, n_queries: int, capability: int, asked: str
 ) -> Tile:
     """Tile of a kernel.
 
@@ -131,16 +145,18 @@ def choose_tile(
         element_size: bytes of an input element, 2 or 4.
         n_queries: L.
         capability: compute capability times ten: 80, 90, 100 and so on.
-        has_dropout: whether weights are dropped, which takes registers for random numbers.
+        asked: what the call asks, one of ASKED. Heads in chunks always take the tiles for everything.
     """
     if capability >= 120:  # consumer Blackwell has the shared memory of 86 and 89, and their matrix instructions
         capability = 80
     chip = max(chip for name, chip in _TABLES if name == kernel and chip <= max(capability, 80))
     table = _FLOAT32 if element_size == 4 else _TABLES[kernel, chip]
-    block = block_of(head_size) if head_size <= MAX_BLOCK else CHUNK_COLS
-    tile = next(tiles for size, tiles in table.items() if size >= block)[has_dropout]
-    if element_size == 2 and (kernel, chip, block, has_dropout) in TILES:
-        tile = Tile(*TILES[kernel, chip, block, has_dropout][0])
+    block = block_of(head_size)
+    if head_size > MAX_BLOCK:
+        block, asked = CHUNK_COLS, "every"
+    tile = next(tiles for size, tiles in table.items() if size >= block)[asked]
+    if element_size == 2 and (kernel, chip, block, asked) in TILES:
+        tile = Tile(*TILES[kernel, chip, block, asked][0])
     return tile._replace(block_q=16) if n_queries <= FEW_ROWS else tile
 
 
