@@ -207,13 +207,14 @@ def launch_attention(case: Case) -> None:
         if case.size <= 128:
             from kernels.attention.hopper_backward import launch_hopper_backward
 
-            launch_hopper_backward(output, q, k, v, extras, rules, row_max, row_max, row_max, q, k, v)
+            total = empty(*q.shape)
+            launch_hopper_backward(output, q, k, v, extras, rules, row_max, row_max, total, q, k, v)
         return
     from kernels.attention.general import launch_forward
     from kernels.attention.general_backward import launch_backward, launch_delta
 
     launch_forward(q, k, v, seed, extras, rules, output, row_max, row_max)
-    launch_delta(output, output, row_max, row_max, None, extras)
+    launch_delta(output, output, row_max, row_max, None, None, extras)
     has_gradient = extras.attn_mask is not None and extras.attn_mask.is_floating_point()
     dmask = extras.attn_mask if has_gradient else None
     launch_backward(output, q, k, v, seed, extras, rules, row_max, row_max, row_max, q, k, v, dmask)

@@ -385,7 +385,7 @@ def make_language(chip: Chip) -> types.SimpleNamespace:
         arange=lambda start, end, layout: tensor(torch.arange(start, end)),
         full=lambda shape, x, dtype, layout: tensor(torch.full(shape, x, dtype=dtype)),
         zeros=lambda shape, dtype, layout: tensor(torch.zeros(shape, dtype=dtype)),
-        zeros_like=torch.zeros_like, exp2=torch.exp2, log2=torch.log2, abs=torch.abs,
+        zeros_like=torch.zeros_like, exp2=torch.exp2, abs=torch.abs,
         convert_layout=lambda x, layout: x,
         where=lambda c, a, b: tensor(torch.where(tensor(c), a, b)), minimum=binary(torch.fmin),
         maximum=binary(torch.fmax), cdiv=lambda a, b: (tensor(a) + (b - 1)) // b, max=greatest,

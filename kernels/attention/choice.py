@@ -113,6 +113,8 @@ def why_not_hopper(
             return f"it knows no {name}"
     if rules.dropout_p:
         return "it has no dropout"
+    if rules.scale <= 0.0:
+        return f"it takes a scale above 0, found {rules.scale}"
     if is_backward and rules.deterministic:
         return "in which order it adds up the gradient of the query is not settled"
     for name, x in ("query", query), ("key", key), ("value", value):

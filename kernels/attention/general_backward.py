@@ -43,18 +43,20 @@ DELTA_ENTRIES = 4096  # of a tile of the delta kernel
 
 @triton.jit
 def delta_kernel(
-    out_ptr, grad_ptr, row_max_ptr, row_sum_ptr, grad_lse_ptr, pivot_ptr, inverse_ptr, delta_ptr,
+    out_ptr, grad_ptr, row_max_ptr, row_sum_ptr, grad_lse_ptr, zeros_ptr, pivot_ptr, inverse_ptr, delta_ptr,
     stride_ob, stride_oh, stride_ol, stride_oe,
     stride_gb, stride_gh, stride_gl, stride_ge,
     stride_lb, stride_lh, stride_ll,
     n_heads, L,
     EV: tl.constexpr, BLOCK_EV: tl.constexpr, BLOCK_Q: tl.constexpr, MASK: tl.constexpr, HAS_LSE: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
 ):  # fmt: skip
     """What the other kernels ask of a row, (B, n_heads, L) float32, so that none of them computes it in a loop.
 
     delta_ptr: row sums of out_ptr times grad_ptr, both (B, n_heads, L, EV), less grad_lse_ptr (B, n_heads, L), the
     gradient of the log-sum-exp. pivot_ptr, inverse_ptr: see the top of this page; a row that may attend to nothing has
-    the pivot inf, so that its weights are 0. row_max_ptr, row_sum_ptr: what the forward wrote.
+    the pivot inf, so that its weights are 0. row_max_ptr, row_sum_ptr: what the forward wrote. zeros_ptr (B, n_heads,
+    L, EV): float32, where another kernel will add, set to 0.
     """
     n_tiles = tl.cdiv(L, BLOCK_Q)
     pid = tl.program_id(0)
@@ -76,6 +78,9 @@ def delta_kernel(
         delta -= tl.load(lse_ptrs, mask=inside, other=0.0)
     row = head.to(tl.int64) * L + offs_q
     tl.store(delta_ptr + row, delta, mask=inside)
+    if HAS_ZEROS:
+        zeros = tl.zeros((BLOCK_Q, BLOCK_EV), tl.float32)
+        store_rows(zeros_ptr + head.to(tl.int64) * L * EV, zeros, start_q, L, EV, 1, 0, BLOCK_Q, EV, BLOCK_EV)
     row_max = tl.load(row_max_ptr + row, mask=inside, other=0.0)
     row_sum = tl.load(row_sum_ptr + row, mask=inside, other=1.0)
     empty = row_sum == 0.0
@@ -417,13 +422,14 @@ def launch_backward(
 
 def launch_delta(
     output: torch.Tensor, grad: torch.Tensor, row_max: torch.Tensor, row_sum: torch.Tensor,
-    grad_lse: torch.Tensor | None, extras: Extras,
+    grad_lse: torch.Tensor | None, zeros: torch.Tensor | None, extras: Extras,
 ) -> torch.Tensor:  # fmt: skip
     """Pivot, inverse and delta (3, B, H, L) float32, as the backward kernels take them (`delta_kernel`).
 
     Args:
         output, grad: (B, H, L, Ev), any strides. row_max, row_sum: (B, H, L) float32, contiguous, what the forward
-            wrote. grad_lse: (B, H, L) float32, the gradient of the log-sum-exp.
+            wrote. grad_lse: (B, H, L) float32, the gradient of the log-sum-exp. zeros: (B, H, L, Ev) float32,
+            contiguous, set to 0.
     """
     batch, n_heads, n_rows, ev = output.shape
     found = row_max.new_empty((3, *row_max.shape))
@@ -432,8 +438,9 @@ def launch_delta(
         rows = max(1, min(16, DELTA_ENTRIES // block))
         with launch_on(output.device):
             delta_kernel[(triton.cdiv(n_rows, rows) * batch * n_heads,)](  # rows fastest, then heads, batch
-                output, grad, row_max, row_sum, grad_lse, *found, *output.stride(), *grad.stride(),
+                output, grad, row_max, row_sum, grad_lse, zeros, *found, *output.stride(), *grad.stride(),
                 *((0, 0, 0) if grad_lse is None else grad_lse.stride()), n_heads, n_rows,
                 EV=ev, BLOCK_EV=block, BLOCK_Q=rows, MASK=mask_kind(extras.attn_mask), HAS_LSE=grad_lse is not None,
+                HAS_ZEROS=zeros is not None,
             )  # fmt: skip
     return found

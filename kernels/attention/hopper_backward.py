@@ -27,10 +27,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )  # fmt: skip
 
 from kernels.attention.choice import takes_tma
-from kernels.attention.general import heads_in_turn, numbers
+from kernels.attention.general import heads_in_turn
 from kernels.attention.hopper_pieces import (
-    BARRIER_A, clean_values, descriptor, hopper_options, keys_in_use, load_tile, named_barrier, store_tile,
-    warp_group_barrier,
+    BARRIER_A, clean_values, descriptor, hopper_numbers, hopper_options, keys_in_use, load_tile, named_barrier,
+    store_tile, warp_group_barrier,
 )  # fmt: skip
 from kernels.attention.pieces import BOTH_BANDS, NO_BAND, find_work
 from kernels.attention.rules import Extras, Rules
@@ -50,19 +50,6 @@ def add_tile(desc: Any, coordinates: Any, source: Any, _semantic: Any = None) ->
     """Add a tile in shared memory to memory, by TMA; the language has no name for it yet."""
     coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coordinates, source.handle)
-
-
-@gluon.jit
-def prepare_kernel(row_max_ptr, row_sum_ptr, lse_ptr, dq_ptr, n_rows, D: gl.constexpr):
-    """For ROWS rows of the n_rows = B * H * L: base-2 log-sum-exp, inf where there is none, and zeros for dQ (D)."""
-    start = gl.program_id(0).to(gl.int64) * ROWS
-    i = start + gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [4], [0]))
-    row_max = gl.load(row_max_ptr + i, mask=i < n_rows, other=0.0)
-    row_sum = gl.load(row_sum_ptr + i, mask=i < n_rows, other=0.0)
-    gl.store(lse_ptr + i, gl.where(row_sum == 0.0, float("inf"), row_max + gl.log2(row_sum)), mask=i < n_rows)
-    flat: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-    entries = start * D + gl.arange(0, ROWS * D, flat)
-    gl.store(dq_ptr + entries, gl.zeros([ROWS * D], gl.float32, flat), mask=entries < n_rows.to(gl.int64) * D)
 
 
 @gluon.jit
@@ -184,13 +171,14 @@ def step(
     product = warpgroup_mma(k, q.permute((1, 0)), empty, use_acc=False, is_async=True)
     mbarrier.wait(signals.index(GRAD_FULL + slot), phase)
     second = warpgroup_mma(v, grad.permute((1, 0)), empty, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(1, deps=[product]) * scale
+    scores, factor = warpgroup_mma_wait(1, deps=[product]), scale
     if HAS_SOFTCAP:
-        scores = (1.0 - 2.0 / (1.0 + gl.exp2(scores * 2.885390081777927))) * softcap
+        scores = (1.0 - 2.0 / (1.0 + gl.exp2(scores * scale * 2.885390081777927))) * softcap
+        factor = 1.0
         ratio = scores * (1.0 / softcap)
     if GUARDED:
         scores = scores + bad[:, None]
-    weights = gl.exp2(scores - stats_s.index(2 * INDEX).load(columns)[None, :])
+    weights = gl.exp2(scores * factor - stats_s.index(2 * INDEX).load(columns)[None, :])
     if CHECKED:
         i = tile * ROWS + gl.arange(0, ROWS, columns)
         allowed = (j < n_keys)[:, None] & (i < L)[None, :]
@@ -358,27 +346,24 @@ def hopper_backward_kernel(
 
 def launch_hopper_backward(
     grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: Extras, rules: Rules,
-    row_max: torch.Tensor, row_sum: torch.Tensor, delta: torch.Tensor, dq: torch.Tensor, dk: torch.Tensor,
-    dv: torch.Tensor,
+    pivot: torch.Tensor, delta: torch.Tensor, total: torch.Tensor, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,
 ) -> None:  # fmt: skip
-    """Launch the backward kernel. Arguments as of `launch_backward` in general_backward.py; all gradients are made."""
+    """Launch the backward kernel. Arguments as of `launch_backward` in general_backward.py; all gradients are made.
+
+    total: zeros (B, Hq, L, E) float32, to which programs add dQ.
+    """
     batch, n_heads, n_queries, d = query.shape
     n_kv_heads, n_keys = key.shape[1:3]
     n_tiles = triton.cdiv(n_keys, KEYS)
     options = hopper_options(query, extras, rules)
     dtype = options["DTYPE"]
-    left, right, scale, softcap, *_ = numbers(rules)
-    total = torch.empty(query.shape, dtype=torch.float32, device=query.device)  # of what programs add to dQ
-    lse = torch.empty_like(row_max)
+    left, right, scale, softcap = hopper_numbers(rules)
     grad = grad if takes_tma(grad) else grad.contiguous()
     with launch_on(query.device):
-        prepare_kernel[(triton.cdiv(row_max.numel(), ROWS),)](
-            row_max, row_sum, lse, total, row_max.numel(), D=d, num_warps=4
-        )  # fmt: skip
         hopper_backward_kernel[(n_tiles * n_kv_heads * batch,)](
             descriptor(query, ROWS, dtype), descriptor(key, KEYS, dtype), descriptor(value, KEYS, dtype),
             descriptor(grad, ROWS, dtype), descriptor(total, ROWS, gl.float32, COLUMNS), descriptor(dk, KEYS, dtype),
-            descriptor(dv, KEYS, dtype), lse, delta, extras.key_lengths,
+            descriptor(dv, KEYS, dtype), pivot, delta, extras.key_lengths,
             n_kv_heads, n_heads // n_kv_heads, n_queries, n_keys, left, right, scale, softcap, rules.scale, n_tiles,
             heads_in_turn(1, 2 * n_heads // n_kv_heads * n_queries * d * query.itemsize, rules, query.device),
             D=d, SLOTS=SLOTS, REGISTERS=REGISTERS, DS_LAYOUT=gl.NVMMASharedLayout.get_default_for([KEYS, ROWS], dtype),

@@ -25,10 +25,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
 )  # fmt: skip
 
-from kernels.attention.general import heads_in_turn, numbers
+from kernels.attention.general import heads_in_turn
 from kernels.attention.hopper_pieces import (
-    BARRIER_A, BARRIER_B, BARRIER_C, clean_values, descriptor, hopper_options, load_tile, named_barrier, store_tile,
-    tile_bounds, warp_group_barrier,
+    BARRIER_A, BARRIER_B, BARRIER_C, clean_values, descriptor, hopper_numbers, hopper_options, load_tile, named_barrier,
+    store_tile, tile_bounds, warp_group_barrier,
 )  # fmt: skip
 from kernels.attention.pieces import BOTH_BANDS, NO_BAND, find_work
 from kernels.attention.rules import Extras, Rules
@@ -131,9 +131,10 @@ def soften(
 
     place: of the queries (ROWS,) beside the keys. CHECKED: some query may not attend to some key of the tile.
     """
-    scores = scores * scale
+    factor = scale
     if HAS_SOFTCAP:
-        scores = (1.0 - 2.0 / (1.0 + gl.exp2(scores * 2.885390081777927))) * softcap  # tanh
+        scores = (1.0 - 2.0 / (1.0 + gl.exp2(scores * scale * 2.885390081777927))) * softcap  # tanh
+        factor = 1.0
     j = tile * BLOCK_K + gl.arange(0, BLOCK_K, gl.SliceLayout(0, scores.type.layout))
     allowed = (j < n_keys)[None, :]
     if CHECKED:
@@ -142,11 +143,11 @@ def soften(
         if BAND == BOTH_BANDS:
             allowed = allowed & (j[None, :] >= place[:, None] - left)
         scores = gl.where(allowed, scores, float("-inf"))
-    new_max = gl.maximum(row_max, gl.max(scores, 1))
+    new_max = gl.maximum(row_max, gl.max(scores, 1) * factor)
     pivot = new_max
     if CHECKED:
         pivot = gl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = gl.exp2(scores - pivot[:, None])
+    weights = gl.exp2(scores * factor - pivot[:, None])
     shrink = gl.exp2(row_max - pivot)
     return weights, shrink, new_max, row_sum * shrink + gl.sum(weights, 1), allowed
 
@@ -267,7 +268,7 @@ def consumer(
         acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, wide))[:, None]
         i = start_q + INDEX * ROWS + gl.arange(0, ROWS, rows)
         stats = head.to(gl.int64) * L
-        gl.store(row_max_ptr + stats + i, row_max, mask=i < L)
+        gl.store(row_max_ptr + stats + i, row_max * 0.6931471805599453, mask=i < L)  # in natural units
         gl.store(row_sum_ptr + stats + i, row_sum, mask=i < L)
         q.store(acc.to(q.dtype))  # the queries are not needed any more
         fence_async_shared()
@@ -307,7 +308,8 @@ def hopper_forward_kernel(
 
     q_desc, k_desc, v_desc, out_desc: descriptors of (B, H, rows, D) in boxes (1, 1, ROWS or BLOCK_K, D).
     row_max_ptr, row_sum_ptr (B, n_heads, L) float32; key_lengths_ptr (B,). n_heads_total: B * n_heads. n_tiles: of
-    queries, a head. section: heads that are walked over together. scale, softcap, left, right as in forward_kernel.
+    queries, a head. section: heads that are walked over together. scale, softcap: see
+    `hopper_numbers`; left, right as in forward_kernel.
     """
     # Few allocations: each is handed to the warp groups as several registers.
     q_s = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
@@ -379,7 +381,7 @@ def launch_hopper_forward(
     options = hopper_options(query, extras, rules)
     dtype = options["DTYPE"]
     section = heads_in_turn(group, 2 * n_keys * d * query.itemsize, rules, query.device)
-    left, right, scale, softcap, *_ = numbers(rules)
+    left, right, scale, softcap = hopper_numbers(rules)
     grid = (min(n_tiles * batch * n_heads, multiprocessors(query.device)),)  # programs stay; work in turns
     with launch_on(query.device):
         hopper_forward_kernel[grid](

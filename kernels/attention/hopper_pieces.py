@@ -8,8 +8,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.attention.general import flags
-from kernels.attention.pieces import BOTH_BANDS, NO_BAND
+from kernels.attention.general import flags, numbers
+from kernels.attention.pieces import BOTH_BANDS, LOG2_E, NO_BAND
 from kernels.attention.rules import Extras, Rules
 
 # Names before and after they were changed: of the copies in Triton 3.9, of the barrier in 3.7.
@@ -114,3 +114,9 @@ def hopper_options(query: torch.Tensor, extras: Extras, rules: Rules) -> dict[st
         **known, "GUARDED": known["HAS_LENGTHS"] or known["BAND"] != NO_BAND.value,
         "DTYPE": gl.float16 if query.dtype == torch.float16 else gl.bfloat16, "num_warps": 4,
     }  # fmt: skip
+
+
+def hopper_numbers(rules: Rules) -> tuple[float, ...]:
+    """left, right, scale and softcap as the kernels take them: in base 2, with a soft cap the scale over the cap."""
+    left, right, scale, softcap, *_ = numbers(rules)
+    return left, right, scale if rules.softcap else scale * LOG2_E.value, softcap * LOG2_E.value

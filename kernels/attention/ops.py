@@ -131,16 +131,18 @@ def _backward(
     from kernels.attention.general_backward import launch_backward, launch_delta
 
     grads = new_gradients(query, key, value, extras, output_mask)
-    pivot, inverse, delta = launch_delta(output, grad_output, row_max, row_sum, grad_lse, extras)
+    is_hopper = not why_not_hopper(query, key, value, extras, rules, capability(query.device), is_backward=True)
+    total = query.new_empty(query.shape, dtype=torch.float32) if is_hopper else None
+    pivot, inverse, delta = launch_delta(output, grad_output, row_max, row_sum, grad_lse, total, extras)
     wanted = (grad if need else None for grad, need in zip(grads, output_mask))
     dq, dk, dv, dmask, dsinks = wanted
     if dk is not None or dv is not None:
         dk, dv = grads[1:3]
-    if not why_not_hopper(query, key, value, extras, rules, capability(query.device), is_backward=True):
+    if total is not None:
         from kernels.attention.hopper_backward import launch_hopper_backward
 
         whole = (grad if grad.numel() else torch.empty_like(x) for grad, x in zip(grads, (query, key, value)))
-        launch_hopper_backward(grad_output, query, key, value, extras, rules, pivot, delta, *whole)
+        launch_hopper_backward(grad_output, query, key, value, extras, rules, pivot, delta, total, *whole)
         return tuple(grads)
     launch_backward(grad_output, query, key, value, seed, extras, rules, pivot, inverse, delta, dq, dk, dv, dmask)
     if dsinks is not None and extras.sinks is not None:
