@@ -86,7 +86,7 @@ class Chip(NamedTuple):
 
 @contextmanager
 def pretending(chip: Chip, run: Callable[..., Any]) -> Iterator[None]:
-    """Within it tensors of any device go to the Triton kernels as on a chip, and `run` stands in for JITFunction.run."""
+    """Within it tensors of any device go to the Triton kernels as on a chip; `run` stands in for JITFunction.run."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
