@@ -30,7 +30,7 @@ RULES = (
     "float scale, float dropout_p, float softcap, SymInt? left, SymInt? right, bool bottom_right, "
     "SymInt max_queries, SymInt max_keys, bool deterministic"
 )
-N_EXTRAS, N_RULES = len(Extras._fields), len(Rules._fields)
+N_EXTRAS = len(Extras._fields)
 SHORT_MASK = (True, True, True, False, False)  # the gradients that the kernel for short sequences makes, all at once
 library.define(
     f"attention_forward({INPUTS}, {RULES}, bool keep_statistics) -> (Tensor output, Tensor row_max, Tensor row_sum)",
@@ -223,22 +223,14 @@ class Attention(torch.autograd.Function):
         sinks: torch.Tensor | None,
         query_starts: torch.Tensor | None,
         key_starts: torch.Tensor | None,
-        scale: float,
-        dropout_p: float,
-        softcap: float,
-        left: int | None,
-        right: int | None,
-        bottom_right: bool,
-        max_queries: int,
-        max_keys: int,
-        deterministic: bool,
+        rules: Rules,
         keep_statistics: bool,
         return_lse: bool,
     ) -> tuple[torch.Tensor | None, ...]:
-        """The fields of `Extras` and `Rules` one by one: Dynamo tells by their number that no context comes first."""
+        """The fields of `Extras` one by one: Dynamo tells by the number of arguments that no context comes first."""
         output, row_max, row_sum = torch.ops.kernels.attention_forward.default(
-            query, key, value, seed, attn_mask, key_lengths, alibi_slopes, sinks, query_starts, key_starts,
-            scale, dropout_p, softcap, left, right, bottom_right, max_queries, max_keys, deterministic, keep_statistics,
+            query, key, value, seed, attn_mask, key_lengths, alibi_slopes, sinks, query_starts, key_starts, *rules,
+            keep_statistics,
         )  # fmt: skip
         # A row with nothing to attend to has maximum -inf and sum 0; the other way round it would be NaN.
         lse = (row_max + torch.log2(row_sum)) / LOG2_E if return_lse else None
@@ -248,7 +240,7 @@ class Attention(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         """Keep inputs (references, no copies) and the dropout's seed; the output and two numbers a row where there are.
         """
-        tensors, ctx.rules = inputs[: 4 + N_EXTRAS], inputs[4 + N_EXTRAS : -2]
+        *tensors, ctx.rules, _, _ = inputs
         result, _, row_max, row_sum = output
         ctx.mark_non_differentiable(row_max, row_sum)
         ctx.set_materialize_grads(False)
@@ -260,7 +252,7 @@ class Attention(torch.autograd.Function):
         ctx: Any, grad_output: torch.Tensor | None, grad_lse: torch.Tensor | None = None, *_: None
     ) -> tuple[torch.Tensor | None, ...]:
         """Gradients of query, key, value, mask and sinks, those that are needed."""
-        n_inputs = 6 + N_EXTRAS + N_RULES
+        n_inputs = 7 + N_EXTRAS
         if grad_output is None and grad_lse is None:
             return (None,) * n_inputs
         query, key, value, seed, *rest = ctx.saved_tensors
@@ -271,7 +263,7 @@ class Attention(torch.autograd.Function):
         asked = [*needed[:3], needed[4], needed[4 + Extras._fields.index("sinks")]]
         if torch.is_grad_enabled():  # create_graph=True: this backward is itself to be differentiated
             found = _differentiable_backward(
-                grad_output, grad_lse, query, key, value, seed, extras, Rules(*ctx.rules), asked
+                grad_output, grad_lse, query, key, value, seed, extras, ctx.rules, asked
             )
         else:
             found = torch.ops.kernels.attention_backward.default(
@@ -279,7 +271,7 @@ class Attention(torch.autograd.Function):
             )
         dq, dk, dv, dmask, dsinks = (grad if need else None for grad, need in zip(found, asked))
         grads = Extras(attn_mask=dmask, sinks=dsinks)
-        return (dq, dk, dv, None, *grads, *(None,) * (N_RULES + 2))
+        return (dq, dk, dv, None, *grads, None, None, None)
 
 
 def _differentiable_backward(

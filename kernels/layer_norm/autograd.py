@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 import kernels.layer_norm.ops  # noqa: F401 (registers the operations)
+from kernels.autograd import differentiable
 
 
 class NormRules(NamedTuple):
@@ -248,4 +249,4 @@ def apply_norm(
 ) -> tuple[torch.Tensor, ...]:
     """Differentiable output and sum, and mean and rstd, on the kernels; without residual the sum has 0 elements."""
     function = Norm if torch.compiler.is_compiling() else NormWithTangents
-    return function.apply(input, residual, seed, weight, bias, rules)
+    return differentiable(function, input, residual, seed, weight, bias, rules)
