@@ -1,5 +1,6 @@
 """What the Gluon kernels for Hopper chips share: names, named barriers, key tiles that are needed, clean values."""
 
+import functools
 from typing import Any
 
 import torch
@@ -84,7 +85,14 @@ def descriptor(x: torch.Tensor, rows: int, dtype: Any, columns: int = 0) -> Tens
     """How TMA finds boxes of `rows` rows of one head of x (B, H, L or S, D), and of `columns` columns, 0 for all."""
     box = [1, 1, rows, columns or x.shape[3]]
     strides = [stride if size > 1 else x.shape[3] for size, stride in zip(x.shape[:3], x.stride())]  # any, where unused
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], box, gl.NVMMASharedLayout.get_default_for(box, dtype))
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], box, shared_layout(*box, dtype))
+
+
+@functools.cache
+def shared_layout(*box_and_dtype: Any) -> gl.NVMMASharedLayout:
+    """How a box of numbers of a dtype lies in shared memory."""
+    *box, dtype = box_and_dtype
+    return gl.NVMMASharedLayout.get_default_for(box, dtype)
 
 
 def hopper_options(query: torch.Tensor, extras: Extras, rules: Rules) -> dict[str, Any]:

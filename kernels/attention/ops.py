@@ -49,7 +49,9 @@ def empty_rows(like: torch.Tensor, last: int) -> torch.Tensor:
 
     So the result of a query that is a transposed view of (B, L, H, E) goes back to (B, L, H * E) without a copy.
     """
-    b, h, n, _ = like.shape
+    b, h, n, e = like.shape
+    if last == e and like.is_contiguous():
+        return torch.empty_like(like)  # the same in a third of the time
     if like.stride(1) < like.stride(2):
         return like.new_empty((b, n, h, last)).transpose(1, 2)
     return like.new_empty((b, h, n, last))
@@ -59,7 +61,7 @@ def new_outputs(
     query: torch.Tensor, value: torch.Tensor, is_short: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Empty output (B, Hq, L, Ev) and statistics row_max, row_sum (B, Hq, L) float32; (0,) where nobody keeps them."""
-    row_max = query.new_empty((0,) if is_short else query.shape[:3], dtype=torch.float32)
+    row_max = query.new_empty(0 if is_short else query.shape[:3], dtype=torch.float32)
     return empty_rows(query, value.shape[-1]), row_max, torch.empty_like(row_max)
 
 
@@ -72,9 +74,9 @@ def new_gradients(
     """
     key_or_value = output_mask[1] or output_mask[2]
     needed = (output_mask[0], key_or_value, key_or_value)
-    grads = [empty_rows(x, x.shape[-1]) if n else x.new_empty((0,)) for x, n in zip((query, key, value), needed)]
+    grads = [empty_rows(x, x.shape[-1]) if n else x.new_empty(0) for x, n in zip((query, key, value), needed)]
     for x, n in zip((extras.attn_mask, extras.sinks), output_mask[3:]):
-        grads.append(query.new_empty((0,)) if x is None or not n else x.new_empty(x.shape))
+        grads.append(query.new_empty(0) if x is None or not n else x.new_empty(x.shape))
     return grads
 
 
@@ -84,10 +86,12 @@ def _require_triton(query: torch.Tensor) -> None:
         raise NotImplementedError(f"kernels::attention runs on Triton alone, and {reason}; call the public function")
 
 
-def _is_short(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rest: Sequence[Any]) -> bool:
+def _is_short(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: Extras, keep_statistics: bool
+) -> bool:
     """Whether the kernel for short sequences takes a forward call, which keeps no statistics then."""
-    statistics = "the caller" if rest[-1] else ""
-    return not why_not_short(query, key, value, Extras(*rest[:N_EXTRAS]), statistics, capability(query.device))
+    statistics = "the caller" if keep_statistics else ""
+    return not why_not_short(query, key, value, extras, statistics, capability(query.device))
 
 
 def _forward(
@@ -95,7 +99,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _require_triton(query)
     extras, rules = Extras(*rest[:N_EXTRAS]), Rules(*rest[N_EXTRAS:-1])
-    is_short = _is_short(query, key, value, rest)
+    is_short = _is_short(query, key, value, extras, rest[-1])
     outputs = new_outputs(query, value, is_short)
     if is_short:
         from kernels.attention.short import launch_short_forward
@@ -166,7 +170,7 @@ for _key in ("CPU", "CUDA"):
 def _fake_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seed: torch.Tensor | None, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return new_outputs(query, value, _is_short(query, key, value, rest))
+    return new_outputs(query, value, _is_short(query, key, value, Extras(*rest[:N_EXTRAS]), rest[-1]))
 
 
 @torch.library.register_fake("kernels::attention_backward", lib=library)

@@ -21,7 +21,7 @@ from kernels.attention.general import flags, head_stride, mask_kind, mask_stride
 from kernels.attention.pieces import LOG2_E, NO_BAND, NO_MASK, bend, dot, kept, restrict, zero_nonfinite
 from kernels.attention.rules import Extras, Rules
 from kernels.attention.tiles import block_of, choose_short_tile
-from kernels.launch import launch_on
+from kernels.launch import cdiv, launch_on
 
 
 @triton.jit
@@ -239,7 +239,7 @@ def launch_short_forward(
     """Launch the forward kernel. Arguments as of `launch_forward` in general.py, of a call that is short."""
     inputs, strides, shape = short_inputs(query, key, value, seed, extras)
     options = short_options("forward", query, key, value, seed, extras, rules)
-    grid = (triton.cdiv(shape[0], options["HEADS"] * options["PACK"]),)  # key heads fastest, then batch entries
+    grid = (cdiv(shape[0], options["HEADS"] * options["PACK"]),)  # key heads fastest, then batch entries
     with launch_on(query.device):
         short_forward_kernel[grid](
             *inputs, output, *strides, *output.stride(), head_stride(extras.alibi_slopes), *shape, *numbers(rules),

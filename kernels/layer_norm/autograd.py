@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 import kernels.layer_norm.ops  # noqa: F401 (registers the operations)
 from kernels.autograd import differentiable
@@ -248,5 +249,6 @@ def apply_norm(
     rules: NormRules,
 ) -> tuple[torch.Tensor, ...]:
     """Differentiable output and sum, and mean and rstd, on the kernels; without residual the sum has 0 elements."""
-    function = Norm if torch.compiler.is_compiling() else NormWithTangents
+    has_tangents = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    function = NormWithTangents if has_tangents else Norm
     return differentiable(function, input, residual, seed, weight, bias, rules)
