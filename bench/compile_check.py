@@ -90,11 +90,10 @@ def pretending(chip: Chip, run: Callable[..., Any]) -> Iterator[None]:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    driver.set_active(PretendedDriver(chip.arch))
     names = ["attention.general", "attention.ops", "attention.short", "layer_norm.backward", "layer_norm.ops"]
     names += ["attention.hopper_forward", "attention.hopper_backward"] if chip.arch == 90 else []
     modules = [importlib.import_module(f"kernels.{name}") for name in ("backend", *names)]
-    patches: list[tuple[Any, str, Any]] = [(JITFunction, "run", run)]
+    patches: list[tuple[Any, str, Any]] = [(JITFunction, "run", run), (driver, "_active", PretendedDriver(chip.arch))]
     for module in modules:
         patches += [(module, name, lambda _, value=value: value)
                     for name, value in (("capability", chip.arch), *chip._asdict().items()) if hasattr(module, name)]

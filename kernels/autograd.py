@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from kernels.backend import wants_gradient
-
 __all__ = ["differentiable"]
 
 
@@ -21,9 +19,10 @@ def differentiable(function: type[torch.autograd.Function], *args: Any) -> Any:
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    if forward_ad._current_level < 0 and not wants_gradient(*(x for x in args if isinstance(x, torch.Tensor))):
-        return function.forward(*args)
-    return with_context(function).apply(*args)
+    has_gradient = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
+    if has_gradient or forward_ad._current_level >= 0:
+        return with_context(function).apply(*args)
+    return function.forward(*args)
 
 
 @functools.cache

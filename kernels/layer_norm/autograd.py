@@ -102,7 +102,8 @@ class Norm(torch.autograd.Function):
         if grad_output is None and grad_sum is None:
             return (None,) * 6
         x, seed, weight, bias, mean, rstd = ctx.saved_tensors
-        rules, needed = ctx.rules, [ctx.needs_input_grad[i] for i in (0, 1, 3, 4)]
+        rules, (*inputs, _, weight_needed, bias_needed, _) = ctx.rules, ctx.needs_input_grad
+        needed = [*inputs, weight_needed, bias_needed]
         if grad_output is None:
             grad_output = torch.zeros_like(x)
         if torch.is_grad_enabled():  # create_graph=True: this backward is itself to be differentiated

@@ -417,7 +417,7 @@ def launch_backward(
         n_tiles, num_warps = cdiv(n_rows, tile.rows), tile.num_warps
     programs = n_programs(n_tiles, n_column_blocks, num_warps, multiprocessors(x.device))
     partials = [
-        None if grad is None else torch.empty((programs, n_cols), dtype=torch.float32, device=x.device)
+        None if grad is None else x.new_empty(programs, n_cols, dtype=torch.float32)
         for grad in (grad_weight, grad_bias)
     ]
     kind = {"CENTRE": centre, "FROM_OUTPUT": from_output, "ALIGN": alignment(n_cols, grad_rows, grad_sum, x)}

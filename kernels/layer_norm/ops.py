@@ -89,7 +89,7 @@ def _new_outputs(
     has_sum = residual is not None and need_sum
     output, total = _empty(input, True, dtype or input.dtype), _empty(input, has_sum, sum_dtype(input, residual))
     n_rows = math.prod(input.shape[: input.ndim - len(normalized_shape)])
-    rstd = input.new_empty((n_rows,), dtype=torch.promote_types(input.dtype, torch.float32))
+    rstd = input.new_empty(n_rows, dtype=torch.promote_types(input.dtype, torch.float32))
     return output, total, torch.empty_like(rstd) if centre else rstd.new_empty(0), rstd
 
 
