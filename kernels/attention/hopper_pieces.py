@@ -12,6 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kernels.attention.general import flags
 from kernels.attention.pieces import BOTH_BANDS, NO_BAND
 from kernels.attention.rules import Extras, Rules
+from kernels.launch import LAYOUTS
 
 # Names before and after they were changed: of the copies in Triton 3.9, of the barrier in 3.7.
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -83,9 +84,14 @@ def clean_values(values, flags, D: gl.constexpr, BLOCK_K: gl.constexpr):
 
 def descriptor(x: torch.Tensor, rows: int, dtype: Any, columns: int = 0) -> TensorDescriptor:
     """How TMA finds boxes of `rows` rows of one head of x (B, H, L or S, D), and of `columns` columns, 0 for all."""
-    box = [1, 1, rows, columns or x.shape[3]]
-    strides = [stride if size > 1 else x.shape[3] for size, stride in zip(x.shape[:3], x.stride())]  # any, where unused
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], box, shared_layout(*box, dtype))
+    return TensorDescriptor(x, *_boxes(x.shape, x.stride(), rows, columns or x.shape[3], dtype))
+
+
+@functools.lru_cache(LAYOUTS)
+def _boxes(shape: torch.Size, strides: tuple[int, ...], rows: int, columns: int, dtype: Any) -> tuple[Any, ...]:
+    """Shape, strides, box and layout of the descriptors of such tensors."""
+    steps = [stride if size > 1 else shape[3] for size, stride in zip(shape[:3], strides)]  # any, where unused
+    return list(shape), [*steps, 1], [1, 1, rows, columns], shared_layout(1, 1, rows, columns, dtype)
 
 
 @functools.cache
