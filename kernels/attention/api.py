@@ -196,6 +196,8 @@ def make_extras(
     sinks: torch.Tensor | None,
 ) -> Extras:
     """The tensors of a call as the kernels take them: float32 and int32, (B,) and (B or 1, Hq)."""
+    if key_lengths is None and alibi_slopes is None and sinks is None:
+        return Extras(mask)
     batch, heads = lead[:-1], math.prod(lead[-1:])
     if key_lengths is not None:
         key_lengths = key_lengths.to(torch.int32).expand(batch).reshape(-1)
