@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import importlib
+import itertools
 import os
 import re
 import subprocess
@@ -96,13 +97,32 @@ class Chip(NamedTuple):
 
 
 @contextmanager
+def pretending(chip: Chip, run: Callable[..., Any]) -> Iterator[None]:
+    """Within it tensors of any device go to the Triton kernels as on a chip; `run` stands in for JITFunction.run."""
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    names = ["attention.general", "attention.ops", "attention.short", "layer_norm.backward", "layer_norm.ops"]
+    names += ["attention.hopper_forward", "attention.hopper_backward"] if chip.arch == 90 else []
+    modules = [importlib.import_module(f"kernels.{name}") for name in ("backend", *names)]
+    patches: list[tuple[Any, str, Any]] = [(JITFunction, "run", run), (driver, "_active", PretendedDriver(chip.arch))]
+    for module in modules:
+        patches += [(module, name, lambda _, value=value: value)
+                    for name, value in (("capability", chip.arch), *chip._asdict().items()) if hasattr(module, name)]
+        patches += [(module, "why_not_triton", lambda *_: "")] if hasattr(module, "why_not_triton") else []
+    with ExitStack() as stack:
+        for target, name, value in patches:
+            stack.enter_context(mock.patch.object(target, name, value))
+        yield
+
+
+@contextmanager
 def compiling(chip: Chip, found: Callable[[str, dict[str, Any], Any], None]) -> Iterator[None]:
     """Within it launchers compile for a chip and launch nothing; public functions take tensors of the meta device.
 
     Args:
         found: called with a kernel's name, its options, and what was compiled or the error why it was not.
     """
-    from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
     run = JITFunction.run
@@ -114,24 +134,13 @@ def compiling(chip: Chip, found: Callable[[str, dict[str, Any], Any], None]) -> 
             compiled = error
         found(self.fn.__name__, options, compiled)
 
-    driver.set_active(PretendedDriver(chip.arch))
-    names = ["attention.general", "attention.ops", "attention.short", "layer_norm.backward", "layer_norm.ops"]
-    names += ["attention.hopper_forward", "attention.hopper_backward"] if chip.arch == 90 else []
-    modules = [importlib.import_module(f"kernels.{name}") for name in ("backend", *names)]
-    patches: list[tuple[Any, str, Any]] = [(JITFunction, "run", compile_only)]
-    for module in modules:
-        patches += [(module, name, lambda _, value=value: value)
-                    for name, value in (("capability", chip.arch), *chip._asdict().items()) if hasattr(module, name)]
-        patches += [(module, "why_not_triton", lambda *_: "")] if hasattr(module, "why_not_triton") else []
-    attention, norm = (importlib.import_module(f"kernels.{name}.ops") for name in ("attention", "layer_norm"))
-    for kind, module in (("attention", attention), ("norm", norm)):
-        for name in "forward", "backward":
-            getattr(torch.ops.kernels, f"{kind}_{name}")  # the namespace finds its operations when they are asked for
-            operation = types.SimpleNamespace(default=getattr(module, f"_{name}"))
-            patches.append((torch.ops.kernels, f"{kind}_{name}", operation))
-    with ExitStack() as stack:
-        for target, name, value in patches:
-            stack.enter_context(mock.patch.object(target, name, value))
+    with pretending(chip, compile_only), ExitStack() as stack:
+        for kind, name in itertools.product(("attention", "layer_norm"), ("forward", "backward")):
+            operation = f"{kind.removeprefix('layer_')}_{name}"
+            module = importlib.import_module(f"kernels.{kind}.ops")
+            getattr(torch.ops.kernels, operation)  # the namespace finds its operations when they are asked for
+            implementation = types.SimpleNamespace(default=getattr(module, f"_{name}"))
+            stack.enter_context(mock.patch.object(torch.ops.kernels, operation, implementation))
         yield
 
 

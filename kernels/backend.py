@@ -45,7 +45,9 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors in the dtype in which attention takes them."""
+    """The tensors, of one device, in the dtype in which attention takes them."""
+    if not autocasts(tensors[0].device):
+        return tensors
     return tuple(x.to(autocast_dtype(x)) for x in tensors)
 
 

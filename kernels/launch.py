@@ -8,6 +8,7 @@ import functools
 import numpy
 import torch
 
+LAYOUTS = 4096  # shapes and strides whose launch is remembered, of each kernel
 INTERPRETED_MULTIPROCESSORS = 2  # on a CPU: enough for more than one program
 
 
@@ -34,6 +35,11 @@ def l2_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return 50 << 20
     return torch.cuda.get_device_properties(device).L2_cache_size
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; triton.cdiv, which compiles too, takes ten times as long."""
+    return -(-a // b)
 
 
 def launch_on(device: torch.device) -> contextlib.AbstractContextManager:

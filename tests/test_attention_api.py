@@ -98,7 +98,7 @@ ERRORS = {
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors_say_rule_and_finding_in_one_line(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     error, pattern, call = ERRORS[case]
-    monkeypatch.setattr("kernels.attention.api.Attention.apply", lambda *_: pytest.fail("launched"))
+    monkeypatch.setattr("kernels.attention.api.differentiable", lambda *_: pytest.fail("launched"))
     monkeypatch.setattr("kernels.attention.eager.attention", lambda *_: pytest.fail("ran"))
     with pytest.raises(error, match=pattern) as caught:
         call(*inputs(2, 3, 5, 8))

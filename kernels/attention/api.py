@@ -14,6 +14,7 @@ from kernels.attention.composed import alibi, composed_attention
 from kernels.attention.ops import Attention
 from kernels.attention.rules import Extras, Rules
 from kernels.attention.tiles import MAX_HEAD_SIZE
+from kernels.autograd import differentiable
 from kernels.backend import Choice, as_autocast, autocast_dtype, choose, wants_gradient
 
 __all__ = ["AttentionResult", "scaled_dot_product_attention"]
@@ -195,6 +196,8 @@ def make_extras(
     sinks: torch.Tensor | None,
 ) -> Extras:
     """The tensors of a call as the kernels take them: float32 and int32, (B,) and (B or 1, Hq)."""
+    if key_lengths is None and alibi_slopes is None and sinks is None:
+        return Extras(mask)
     batch, heads = lead[:-1], math.prod(lead[-1:])
     if key_lengths is not None:
         key_lengths = key_lengths.to(torch.int32).expand(batch).reshape(-1)
@@ -222,7 +225,7 @@ def triton_attention(
         k, v = k.view_as(k), v.view_as(v)
     seed = torch.randint(2**63 - 1, (1,), device=q.device) if rules.dropout_p > 0.0 else None
     keep_statistics = bool(needs_statistics(extras, return_lse, wants_gradient(extras.attn_mask)))
-    output, lse, *_ = Attention.apply(q, k, v, seed, *extras, *rules, keep_statistics, return_lse)
+    output, lse, *_ = differentiable(Attention, q, k, v, seed, *extras, rules, keep_statistics, return_lse)
     return output, lse
 
 

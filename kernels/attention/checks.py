@@ -147,6 +147,8 @@ def check_rules(
         raise ValueError(f"softcap must be a positive number, or None for no cap, found {softcap!r}")
     if deterministic not in (None, True, False):
         raise ValueError(f"deterministic must be True, False or None, found {deterministic!r}")
+    if alibi_slopes is None and sinks is None and key_lengths is None:
+        return
     heads, batch = lead[-1:] or torch.Size([1]), lead[:-1]
     for name, x, shape, example in (
         ("alibi_slopes", alibi_slopes, (*batch, *heads), "(Hq,)"),

@@ -117,9 +117,9 @@ def why_not_hopper(
         return f"it takes a scale above 0, found {rules.scale}"
     if is_backward and rules.deterministic:
         return "in which order it adds up the gradient of the query is not settled"
+    if (direction, e) not in HOPPER_ASKED_FOR:
+        return "no GPU has shown that it is right and faster here: the environment variable KERNELS_HOPPER=1 lets it"
     for name, x in ("query", query), ("key", key), ("value", value):
         if not takes_tma(x):
             return f"TMA wants rows at multiples of 16 bytes, found {name} with strides {tuple(x.stride())}"
-    if (direction, e) not in HOPPER_ASKED_FOR:
-        return "no GPU has shown that it is right and faster here: the environment variable KERNELS_HOPPER=1 lets it"
     return ""

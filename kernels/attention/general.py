@@ -34,7 +34,7 @@ from kernels.attention.pieces import (
 from kernels.attention.rules import Extras, Rules
 from kernels.attention.tiles import choose_tile, column_blocks, what_is_asked
 from kernels.backend import INTERPRETED
-from kernels.launch import capability, l2_bytes, launch_on
+from kernels.launch import capability, cdiv, l2_bytes, launch_on
 
 
 FAR = 1 << 30  # a side of a window that no sequence reaches
@@ -304,8 +304,8 @@ def launch_forward(
     batch, n_queries, n_keys = lengths(query, key, extras, rules)
     tile = choose_tile("forward", *tile_arguments(query, value, seed, extras, rules, n_queries))
     sizes = column_blocks(e, ev)
-    chunks, group = triton.cdiv(ev, sizes["BLOCK_EV"]), n_heads // key.shape[1]
-    grid = (triton.cdiv(n_queries, tile.block_q) * chunks * n_heads * batch,)
+    chunks, group = cdiv(ev, sizes["BLOCK_EV"]), n_heads // key.shape[1]
+    grid = (cdiv(n_queries, tile.block_q) * chunks * n_heads * batch,)
     if grid[0] == 0:
         return
     strides = (*batch_strides(query, extras), *batch_strides(key, extras), *batch_strides(value, extras))

@@ -35,7 +35,7 @@ from kernels.attention.pieces import (
 )  # fmt: skip
 from kernels.attention.rules import Extras, Rules
 from kernels.attention.tiles import block_of, choose_tile, column_blocks
-from kernels.launch import launch_on
+from kernels.launch import cdiv, launch_on
 
 
 DELTA_ENTRIES = 4096  # of a tile of the delta kernel
@@ -398,16 +398,16 @@ def launch_backward(
     with launch_on(query.device):
         if dq is not None and dq.numel():
             tile = choose_tile("query", *about)
-            chunks = triton.cdiv(query.shape[-1], sizes["BLOCK_E"])
-            query_kernel[(triton.cdiv(n_queries, tile.block_q) * chunks * batch * n_heads,)](
+            chunks = cdiv(query.shape[-1], sizes["BLOCK_E"])
+            query_kernel[(cdiv(n_queries, tile.block_q) * chunks * batch * n_heads,)](
                 *inputs, dq, *strides, *batch_strides(dq, extras), *shape,
                 chunks * heads_in_turn(group, n_keys * width, rules, query.device), dq_scale,
                 MASK=mask_kind(extras.attn_mask), **options, **tile.options(),
             )  # fmt: skip
         if dk is not None and dv is not None and dk.numel():
             tile = choose_tile("key_value", *about)
-            chunks = triton.cdiv(max(query.shape[-1], value.shape[-1]), sizes["BLOCK_E"]) if sizes["LOOP"] else 1
-            key_value_kernel[(triton.cdiv(n_keys, tile.block_k) * chunks * batch * n_kv_heads,)](
+            chunks = cdiv(max(query.shape[-1], value.shape[-1]), sizes["BLOCK_E"]) if sizes["LOOP"] else 1
+            key_value_kernel[(cdiv(n_keys, tile.block_k) * chunks * batch * n_kv_heads,)](
                 *inputs, dk, dv, *strides, *batch_strides(dk, extras), *batch_strides(dv, extras), *shape,
                 chunks * heads_in_turn(1, group * n_queries * width, rules, query.device), rules.scale,
                 MASK=mask_kind(extras.attn_mask), **options, **tile.options(),
@@ -437,7 +437,7 @@ def launch_delta(
         block = block_of(ev)
         rows = max(1, min(16, DELTA_ENTRIES // block))
         with launch_on(output.device):
-            delta_kernel[(triton.cdiv(n_rows, rows) * batch * n_heads,)](  # rows fastest, then heads, batch
+            delta_kernel[(cdiv(n_rows, rows) * batch * n_heads,)](  # rows fastest, then heads, batch
                 output, grad, row_max, row_sum, grad_lse, zeros, *found, *output.stride(), *grad.stride(),
                 *((0, 0, 0) if grad_lse is None else grad_lse.stride()), n_heads, n_rows,
                 EV=ev, BLOCK_EV=block, BLOCK_Q=rows, MASK=mask_kind(extras.attn_mask), HAS_LSE=grad_lse is not None,

@@ -17,7 +17,6 @@ L2 mostly; dQ is added to L2 as often, in float32.
 from typing import Any
 
 import torch
-import triton
 from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -30,11 +29,11 @@ from kernels.attention.choice import takes_tma
 from kernels.attention.general import heads_in_turn
 from kernels.attention.hopper_pieces import (
     BARRIER_A, clean_values, descriptor, hopper_numbers, hopper_options, keys_in_use, load_tile, named_barrier,
-    store_tile, warp_group_barrier,
+    shared_layout, store_tile, warp_group_barrier,
 )  # fmt: skip
 from kernels.attention.pieces import BOTH_BANDS, NO_BAND, find_work
 from kernels.attention.rules import Extras, Rules
-from kernels.launch import launch_on
+from kernels.launch import cdiv, launch_on
 
 ROWS, KEYS = gl.constexpr(64), gl.constexpr(128)  # queries of a step; keys of a program
 HALF = KEYS // 2  # keys of a consumer: the rows of a warp group's matrix instruction
@@ -354,7 +353,7 @@ def launch_hopper_backward(
     """
     batch, n_heads, n_queries, d = query.shape
     n_kv_heads, n_keys = key.shape[1:3]
-    n_tiles = triton.cdiv(n_keys, KEYS)
+    n_tiles = cdiv(n_keys, int(KEYS))
     options = hopper_options(query, extras, rules)
     dtype = options["DTYPE"]
     left, right, scale, softcap = hopper_numbers(rules)
@@ -366,7 +365,7 @@ def launch_hopper_backward(
             descriptor(dv, KEYS, dtype), pivot, delta, extras.key_lengths,
             n_kv_heads, n_heads // n_kv_heads, n_queries, n_keys, left, right, scale, softcap, rules.scale, n_tiles,
             heads_in_turn(1, 2 * n_heads // n_kv_heads * n_queries * d * query.itemsize, rules, query.device),
-            D=d, SLOTS=SLOTS, REGISTERS=REGISTERS, DS_LAYOUT=gl.NVMMASharedLayout.get_default_for([KEYS, ROWS], dtype),
+            D=d, SLOTS=SLOTS, REGISTERS=REGISTERS, DS_LAYOUT=shared_layout(int(KEYS), int(ROWS), dtype),
             **options,
         )  # fmt: skip
     dq.copy_(total)

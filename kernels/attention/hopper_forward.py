@@ -18,7 +18,6 @@ mostly; 8 a row for the statistics, which are those of general.py.
 """
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -33,7 +32,7 @@ from kernels.attention.hopper_pieces import (
 from kernels.attention.pieces import BOTH_BANDS, NO_BAND, find_work
 from kernels.attention.rules import Extras, Rules
 from kernels.attention.tiles import choose_consumers
-from kernels.launch import launch_on, multiprocessors
+from kernels.launch import cdiv, launch_on, multiprocessors
 
 ROWS = gl.constexpr(64)  # queries of a consumer: the rows of a warp group's matrix instruction
 # Of a consumer's thread, by how many consumers there are. The producer has what is left: of 168 a thread of three warp
@@ -376,7 +375,7 @@ def launch_hopper_forward(
     batch, n_heads, n_queries, d = query.shape
     n_kv_heads, n_keys = key.shape[1:3]
     consumers = choose_consumers(d, n_queries)
-    group, n_tiles = n_heads // n_kv_heads, triton.cdiv(n_queries, consumers * ROWS)
+    group, n_tiles = n_heads // n_kv_heads, cdiv(n_queries, consumers * int(ROWS))
     block_k = 64 if d == 256 else 128
     options = hopper_options(query, extras, rules)
     dtype = options["DTYPE"]

@@ -1,5 +1,6 @@
 """What the Gluon kernels for Hopper chips share: names, named barriers, key tiles that are needed, clean values."""
 
+import functools
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kernels.attention.general import flags, numbers
 from kernels.attention.pieces import BOTH_BANDS, LOG2_E, NO_BAND
 from kernels.attention.rules import Extras, Rules
+from kernels.launch import LAYOUTS
 
 # Names before and after they were changed: of the copies in Triton 3.9, of the barrier in 3.7.
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -101,9 +103,21 @@ def clean_values(tile, good, D: gl.constexpr, BLOCK_K: gl.constexpr):
 
 def descriptor(x: torch.Tensor, rows: Any, dtype: Any, columns: Any = 0) -> TensorDescriptor:
     """How TMA finds boxes of `rows` rows of one head of x (B, H, L or S, D), and of `columns` columns, 0 for all."""
-    box = [1, 1, int(rows), int(columns) or x.shape[3]]
-    strides = [stride if size > 1 else x.shape[3] for size, stride in zip(x.shape[:3], x.stride())]  # any, where unused
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], box, gl.NVMMASharedLayout.get_default_for(box, dtype))
+    return TensorDescriptor(x, *_boxes(x.shape, x.stride(), int(rows), int(columns) or x.shape[3], dtype))
+
+
+@functools.lru_cache(LAYOUTS)
+def _boxes(shape: torch.Size, strides: tuple[int, ...], rows: int, columns: int, dtype: Any) -> tuple[Any, ...]:
+    """Shape, strides, box and layout of the descriptors of such tensors."""
+    steps = [stride if size > 1 else shape[3] for size, stride in zip(shape[:3], strides)]  # any, where unused
+    return list(shape), [*steps, 1], [1, 1, rows, columns], shared_layout(1, 1, rows, columns, dtype)
+
+
+@functools.cache
+def shared_layout(*box_and_dtype: Any) -> gl.NVMMASharedLayout:
+    """How a box of numbers of a dtype lies in shared memory."""
+    *box, dtype = box_and_dtype
+    return gl.NVMMASharedLayout.get_default_for(box, dtype)
 
 
 def hopper_options(query: torch.Tensor, extras: Extras, rules: Rules) -> dict[str, Any]:

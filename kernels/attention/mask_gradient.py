@@ -19,6 +19,7 @@ from kernels.attention.pieces import (
     tile_dropout_factors,
 )  # fmt: skip
 from kernels.attention.tiles import Tile
+from kernels.launch import cdiv
 
 
 @triton.jit
@@ -142,6 +143,6 @@ def summed_axes(dmask: torch.Tensor) -> dict[str, bool]:
 
 def mask_grid(dmask: torch.Tensor, n_queries: int, n_keys: int, tile: Tile) -> tuple[int]:
     """One program a tile of the mask's gradient (Bm, Hm, Lm, Sm): key tiles fastest, then query tiles, heads, batch."""
-    tiles_q = 1 if dmask.shape[2] == 1 else triton.cdiv(n_queries, tile.block_q)
-    tiles_k = 1 if dmask.shape[3] == 1 else triton.cdiv(n_keys, tile.block_k)
+    tiles_q = 1 if dmask.shape[2] == 1 else cdiv(n_queries, tile.block_q)
+    tiles_k = 1 if dmask.shape[3] == 1 else cdiv(n_keys, tile.block_k)
     return (tiles_k * tiles_q * dmask.shape[1] * dmask.shape[0],)

@@ -28,7 +28,7 @@ RULES = (
     "float scale, float dropout_p, float softcap, SymInt? left, SymInt? right, bool bottom_right, "
     "SymInt max_queries, SymInt max_keys, bool deterministic"
 )
-N_EXTRAS, N_RULES = len(Extras._fields), len(Rules._fields)
+N_EXTRAS = len(Extras._fields)
 SHORT_MASK = (True, True, True, False, False)  # the gradients that the kernel for short sequences makes, all at once
 library.define(
     f"attention_forward({INPUTS}, {RULES}, bool keep_statistics) -> (Tensor output, Tensor row_max, Tensor row_sum)",
@@ -47,7 +47,9 @@ def empty_rows(like: torch.Tensor, last: int) -> torch.Tensor:
 
     So the result of a query that is a transposed view of (B, L, H, E) goes back to (B, L, H * E) without a copy.
     """
-    b, h, n, _ = like.shape
+    b, h, n, e = like.shape
+    if last == e and like.is_contiguous():
+        return torch.empty_like(like)  # the same in a third of the time
     if like.stride(1) < like.stride(2):
         return like.new_empty((b, n, h, last)).transpose(1, 2)
     return like.new_empty((b, h, n, last))
@@ -57,7 +59,7 @@ def new_outputs(
     query: torch.Tensor, value: torch.Tensor, is_short: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Empty output (B, Hq, L, Ev) and statistics row_max, row_sum (B, Hq, L) float32; (0,) where nobody keeps them."""
-    row_max = query.new_empty((0,) if is_short else query.shape[:3], dtype=torch.float32)
+    row_max = query.new_empty(0 if is_short else query.shape[:3], dtype=torch.float32)
     return empty_rows(query, value.shape[-1]), row_max, torch.empty_like(row_max)
 
 
@@ -70,9 +72,9 @@ def new_gradients(
     """
     key_or_value = output_mask[1] or output_mask[2]
     needed = (output_mask[0], key_or_value, key_or_value)
-    grads = [empty_rows(x, x.shape[-1]) if n else x.new_empty((0,)) for x, n in zip((query, key, value), needed)]
+    grads = [empty_rows(x, x.shape[-1]) if n else x.new_empty(0) for x, n in zip((query, key, value), needed)]
     for x, n in zip((extras.attn_mask, extras.sinks), output_mask[3:]):
-        grads.append(query.new_empty((0,)) if x is None or not n else x.new_empty(x.shape))
+        grads.append(query.new_empty(0) if x is None or not n else x.new_empty(x.shape))
     return grads
 
 
@@ -82,10 +84,12 @@ def _require_triton(query: torch.Tensor) -> None:
         raise NotImplementedError(f"kernels::attention runs on Triton alone, and {reason}; call the public function")
 
 
-def _is_short(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rest: Sequence[Any]) -> bool:
+def _is_short(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: Extras, keep_statistics: bool
+) -> bool:
     """Whether the kernel for short sequences takes a forward call, which keeps no statistics then."""
-    statistics = "the caller" if rest[-1] else ""
-    return not why_not_short(query, key, value, Extras(*rest[:N_EXTRAS]), statistics, capability(query.device))
+    statistics = "the caller" if keep_statistics else ""
+    return not why_not_short(query, key, value, extras, statistics, capability(query.device))
 
 
 def _forward(
@@ -93,7 +97,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _require_triton(query)
     extras, rules = Extras(*rest[:N_EXTRAS]), Rules(*rest[N_EXTRAS:-1])
-    is_short = _is_short(query, key, value, rest)
+    is_short = _is_short(query, key, value, extras, rest[-1])
     outputs = new_outputs(query, value, is_short)
     if is_short:
         from kernels.attention.short import launch_short_forward
@@ -163,7 +167,7 @@ for _key in ("CPU", "CUDA"):
 def _fake_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seed: torch.Tensor | None, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return new_outputs(query, value, _is_short(query, key, value, rest))
+    return new_outputs(query, value, _is_short(query, key, value, Extras(*rest[:N_EXTRAS]), rest[-1]))
 
 
 @torch.library.register_fake("kernels::attention_backward", lib=library)
@@ -220,22 +224,14 @@ class Attention(torch.autograd.Function):
         sinks: torch.Tensor | None,
         query_starts: torch.Tensor | None,
         key_starts: torch.Tensor | None,
-        scale: float,
-        dropout_p: float,
-        softcap: float,
-        left: int | None,
-        right: int | None,
-        bottom_right: bool,
-        max_queries: int,
-        max_keys: int,
-        deterministic: bool,
+        rules: Rules,
         keep_statistics: bool,
         return_lse: bool,
     ) -> tuple[torch.Tensor | None, ...]:
-        """The fields of `Extras` and `Rules` one by one: Dynamo tells by their number that no context comes first."""
+        """The fields of `Extras` one by one: Dynamo tells by the number of arguments that no context comes first."""
         output, row_max, row_sum = torch.ops.kernels.attention_forward.default(
-            query, key, value, seed, attn_mask, key_lengths, alibi_slopes, sinks, query_starts, key_starts,
-            scale, dropout_p, softcap, left, right, bottom_right, max_queries, max_keys, deterministic, keep_statistics,
+            query, key, value, seed, attn_mask, key_lengths, alibi_slopes, sinks, query_starts, key_starts, *rules,
+            keep_statistics,
         )  # fmt: skip
         # A row with nothing to attend to has maximum -inf and sum 0; the other way round it would be NaN.
         lse = row_max + torch.log(row_sum) if return_lse else None
@@ -245,7 +241,7 @@ class Attention(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         """Keep inputs (references, no copies) and the dropout's seed; the output and two numbers a row where there are.
         """
-        tensors, ctx.rules = inputs[: 4 + N_EXTRAS], inputs[4 + N_EXTRAS : -2]
+        *tensors, ctx.rules, _, _ = inputs
         result, _, row_max, row_sum = output
         ctx.mark_non_differentiable(row_max, row_sum)
         ctx.set_materialize_grads(False)
@@ -257,7 +253,7 @@ class Attention(torch.autograd.Function):
         ctx: Any, grad_output: torch.Tensor | None, grad_lse: torch.Tensor | None = None, *_: None
     ) -> tuple[torch.Tensor | None, ...]:
         """Gradients of query, key, value, mask and sinks, those that are needed."""
-        n_inputs = 6 + N_EXTRAS + N_RULES
+        n_inputs = 7 + N_EXTRAS
         if grad_output is None and grad_lse is None:
             return (None,) * n_inputs
         query, key, value, seed, *rest = ctx.saved_tensors
@@ -268,7 +264,7 @@ class Attention(torch.autograd.Function):
         asked = [*needed[:3], needed[4], needed[4 + Extras._fields.index("sinks")]]
         if torch.is_grad_enabled():  # create_graph=True: this backward is itself to be differentiated
             found = _differentiable_backward(
-                grad_output, grad_lse, query, key, value, seed, extras, Rules(*ctx.rules), asked
+                grad_output, grad_lse, query, key, value, seed, extras, ctx.rules, asked
             )
         else:
             found = torch.ops.kernels.attention_backward.default(
@@ -276,7 +272,7 @@ class Attention(torch.autograd.Function):
             )
         dq, dk, dv, dmask, dsinks = (grad if need else None for grad, need in zip(found, asked))
         grads = Extras(attn_mask=dmask, sinks=dsinks)
-        return (dq, dk, dv, None, *grads, *(None,) * (N_RULES + 2))
+        return (dq, dk, dv, None, *grads, None, None, None)
 
 
 def _differentiable_backward(

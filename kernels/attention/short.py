@@ -23,7 +23,7 @@ from kernels.attention.pieces import (
 )  # fmt: skip
 from kernels.attention.rules import Extras, Rules
 from kernels.attention.tiles import block_of, choose_short_tile
-from kernels.launch import launch_on
+from kernels.launch import cdiv, launch_on
 
 
 @triton.jit
@@ -244,7 +244,7 @@ def launch_short_forward(
     query, rules = positive_scale(query, rules)
     inputs, strides, shape = short_inputs(query, key, value, seed, extras)
     options = short_options("forward", query, key, value, seed, extras, rules)
-    grid = (triton.cdiv(shape[0], options["HEADS"] * options["PACK"]),)  # key heads fastest, then batch entries
+    grid = (cdiv(shape[0], options["HEADS"] * options["PACK"]),)  # key heads fastest, then batch entries
     with launch_on(query.device):
         short_forward_kernel[grid](
             *inputs, output, *strides, *output.stride(), head_stride(extras.alibi_slopes), *shape, *numbers(rules),

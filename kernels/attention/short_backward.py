@@ -18,7 +18,7 @@ from kernels.attention.rules import Extras, Rules
 from kernels.attention.short import (
     exponentials, pointers_of, products, short_inputs, short_options, short_scores, survey, within,
 )  # fmt: skip
-from kernels.launch import launch_on
+from kernels.launch import cdiv, launch_on
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def launch_short_backward(
     query, rules = positive_scale(query, rules)
     inputs, strides, shape = short_inputs(query, key, value, seed, extras)
     options = short_options("backward", query, key, value, seed, extras, rules)
-    grid = (triton.cdiv(shape[0], options["HEADS"] * options["PACK"]),)
+    grid = (cdiv(shape[0], options["HEADS"] * options["PACK"]),)
     with launch_on(query.device):
         short_backward_kernel[grid](
             *inputs, grad, dq, dk, dv, *strides, *grad.stride(), *dq.stride(), *dk.stride(), *dv.stride(),

@@ -7,9 +7,11 @@ found a faster one, measured.py has it.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from kernels.attention.measured import SHORT_TILES, TILES
+from kernels.launch import LAYOUTS
 
 MAX_HEAD_SIZE = 2048  # largest E or Ev
 MAX_BLOCK = 256  # largest E or Ev that one tile holds; wider heads are worked on in chunks
@@ -127,6 +129,7 @@ def block_of(head_size: int) -> int:
     return max(16, 1 << (head_size - 1).bit_length())
 
 
+@functools.lru_cache(LAYOUTS)
 def column_blocks(e: int, ev: int) -> dict[str, int]:
     """The compile-time sizes of the head dimension: whole in a tile, or in chunks where E or Ev is too wide (LOOP)."""
     if max(e, ev) <= MAX_BLOCK:
@@ -134,6 +137,7 @@ def column_blocks(e: int, ev: int) -> dict[str, int]:
     return {"E": e, "EV": ev, "BLOCK_E": CHUNK_COLS, "BLOCK_EV": CHUNK_COLS, "LOOP": LOOP_COLS}
 
 
+@functools.lru_cache(LAYOUTS)
 def choose_tile(
     kernel: str, head_size: int, element_size: int, n_queries: int, capability: int, asked: str
 ) -> Tile:
@@ -194,6 +198,7 @@ def max_short(head_size: int, element_size: int, capability: int) -> int:
     return 32 if is_ampere and columns > 16 else MAX_SHORT
 
 
+@functools.lru_cache(LAYOUTS)
 def choose_short_tile(kernel: str, length: int, head_size: int, element_size: int) -> ShortTile:
     """Tile of a kernel for short sequences.
 

@@ -270,7 +270,7 @@ def _check(
     autocast = autocasts(input.device)
     if input.dtype not in DTYPES:
         raise TypeError(f"the norms take float16, bfloat16, float32 and float64, found {input.dtype}; convert it")
-    if not shape or tuple(input.shape[-len(shape) :]) != shape:
+    if not shape or input.shape[-len(shape) :] != shape:
         raise ValueError(
             f"normalized_shape must be the trailing dimensions of the input, found {shape} for an input of shape "
             f"{tuple(input.shape)}; for the last dimension alone pass input.shape[-1:]"
@@ -280,7 +280,7 @@ def _check(
         if parameter is None:
             continue
         dtypes.append(parameter.dtype)
-        if tuple(parameter.shape) != shape:
+        if parameter.shape != shape:
             raise ValueError(
                 f"{name} must have the shape normalized_shape = {shape}, found {tuple(parameter.shape)}; "
                 f"reshape it or pass None"

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 import kernels.layer_norm.ops  # noqa: F401 (registers the operations)
+from kernels.autograd import differentiable
 
 
 class NormRules(NamedTuple):
@@ -100,7 +102,8 @@ class Norm(torch.autograd.Function):
         if grad_output is None and grad_sum is None:
             return (None,) * 6
         x, seed, weight, bias, mean, rstd = ctx.saved_tensors
-        rules, needed = ctx.rules, [ctx.needs_input_grad[i] for i in (0, 1, 3, 4)]
+        rules, (*inputs, _, weight_needed, bias_needed, _) = ctx.rules, ctx.needs_input_grad
+        needed = [*inputs, weight_needed, bias_needed]
         if grad_output is None:
             grad_output = torch.zeros_like(x)
         if torch.is_grad_enabled():  # create_graph=True: this backward is itself to be differentiated
@@ -247,5 +250,6 @@ def apply_norm(
     rules: NormRules,
 ) -> tuple[torch.Tensor, ...]:
     """Differentiable output and sum, and mean and rstd, on the kernels; without residual the sum has 0 elements."""
-    function = Norm if torch.compiler.is_compiling() else NormWithTangents
-    return function.apply(input, residual, seed, weight, bias, rules)
+    has_tangents = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    function = NormWithTangents if has_tangents else Norm
+    return differentiable(function, input, residual, seed, weight, bias, rules)

@@ -22,13 +22,14 @@ comes from the cache.
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import launch_on, multiprocessors
+from kernels.launch import LAYOUTS, cdiv, launch_on, multiprocessors
 from kernels.layer_norm.forward import SMALLEST_BLOCK, alignment, keep_scale, kept, row_offsets, row_place
 
 TILE_ELEMENTS = 1024  # of each input a program of 4 warps holds: 8 a thread, 4 arrays of which stay in registers
@@ -49,6 +50,7 @@ class Tile(NamedTuple):
     chunked: bool = False
 
 
+@functools.lru_cache(LAYOUTS)
 def backward_tile(n_cols: int, element_size: int, crowded: bool = False) -> Tile:
     """Tile of the kernels that walk rows; like the forward tile it depends on the row alone.
 
@@ -408,14 +410,14 @@ def launch_backward(
     needs_sums = grad_weight is not None or grad_bias is not None
     column_rows, column_block, column_stages = COLUMNS
     if tile.chunked:
-        n_column_blocks = triton.cdiv(n_cols, column_block)
-        n_tiles, num_warps = triton.cdiv(n_rows, column_rows), 4
+        n_column_blocks = cdiv(n_cols, column_block)
+        n_tiles, num_warps = cdiv(n_rows, column_rows), 4
     else:
         n_column_blocks = 1
-        n_tiles, num_warps = triton.cdiv(n_rows, tile.rows), tile.num_warps
+        n_tiles, num_warps = cdiv(n_rows, tile.rows), tile.num_warps
     programs = n_programs(n_tiles, n_column_blocks, num_warps, multiprocessors(x.device))
     partials = [
-        None if grad is None else torch.empty((programs, n_cols), dtype=torch.float32, device=x.device)
+        None if grad is None else x.new_empty(programs, n_cols, dtype=torch.float32)
         for grad in (grad_weight, grad_bias)
     ]
     kind = {"CENTRE": centre, "FROM_OUTPUT": from_output, "ALIGN": alignment(n_cols, grad_rows, grad_sum, x)}
@@ -442,7 +444,7 @@ def launch_backward(
             )
         if needs_sums:
             reduce_rows, reduce_block = REDUCE
-            reduce_partials_kernel[(triton.cdiv(n_cols, reduce_block),)](  # one program a block of columns
+            reduce_partials_kernel[(cdiv(n_cols, reduce_block),)](  # one program a block of columns
                 *partials, grad_weight, grad_bias, n_partials=programs, n_cols=n_cols,
                 ROWS=reduce_rows, BLOCK_N=reduce_block, num_warps=4,
             )

@@ -24,6 +24,7 @@ Dropout keeps the elements whose random number is at least dropout_p, and the ba
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import launch_on
+from kernels.launch import LAYOUTS, cdiv, launch_on
 
 TILE_BYTES = 4096  # of input a program of 4 warps reads at once: 2 loads of 16 bytes a thread
 WHOLE_ROW_BYTES = 65536  # longest row held in registers, 64 bytes a thread of 32 warps
@@ -52,6 +53,7 @@ class Tile(NamedTuple):
     chunked: bool = False
 
 
+@functools.lru_cache(LAYOUTS)
 def forward_tile(n_cols: int, element_size: int) -> Tile:
     """Tile of the forward kernels.
 
@@ -271,6 +273,12 @@ def forward_chunks_kernel(
         tl.store(output_ptr + row * n_cols + cols, output.to(output_ptr.dtype.element_ty), mask=mask)
 
 
+@functools.cache
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of a dtype."""
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
 def row_place(x: torch.Tensor | None) -> tuple[int, ...]:
     """How rows of x (outer, middle, inner, N) are found, as `row_offsets` takes it."""
     return (1, 1, 0, 0, 0) if x is None else (*x.shape[1:3], *x.stride()[:3])
@@ -311,7 +319,7 @@ def launch_forward(
     shape = {
         "n_cols": n_cols, "input_place": row_place(rows), "residual_place": row_place(residual), "eps": eps,
         "dropout_p": dropout_p, "keep_scale": keep_scale(dropout_p), "CENTRE": mean is not None,
-        "SUM_DTYPE": getattr(tl, str(sum_dtype).removeprefix("torch.")),
+        "SUM_DTYPE": triton_dtype(sum_dtype),
         "BLOCK_N": tile.block_n, "ALIGN": alignment(n_cols, rows, residual),
         "num_warps": tile.num_warps,
     }  # fmt: skip
@@ -320,5 +328,5 @@ def launch_forward(
         if tile.chunked:
             forward_chunks_kernel[(n_rows,)](*tensors, **shape)  # one program a row
         else:
-            grid = (triton.cdiv(n_rows, tile.rows),)  # one program a tile of rows
+            grid = (cdiv(n_rows, tile.rows),)  # one program a tile of rows
             forward_rows_kernel[grid](*tensors, n_rows=n_rows, ROWS=tile.rows, **shape)

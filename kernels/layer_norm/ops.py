@@ -6,12 +6,14 @@ Triton's interpreter is on; nothing else gets here. Both write new, contiguous t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
 import torch
 
 from kernels.backend import why_not_triton
+from kernels.launch import LAYOUTS
 
 library = torch.library.Library("kernels", "FRAGMENT")
 library.define(
@@ -39,22 +41,31 @@ def _rows(tensor: torch.Tensor, n_cols: int) -> torch.Tensor:
 
     Rows that three strides lead to, such as those of transposed heads, are not copied. One stride is (M, 1, 1, n_cols).
     """
+    found = _row_layout(tensor.shape, tensor.stride(), n_cols)
+    return _rows(tensor.contiguous(), n_cols) if found is None else tensor.as_strided(*found)
+
+
+@functools.lru_cache(LAYOUTS)
+def _row_layout(
+    shape: torch.Size, strides: tuple[int, ...], n_cols: int
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Shape and strides of `_rows`; None where there are none."""
     merged: list[tuple[int, int]] = []  # (size, stride), innermost first; neighbours with one stride are one
     columns = 1
-    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride())):
+    for size, stride in zip(reversed(shape), reversed(strides)):
         if columns < n_cols:  # a trailing dimension
             if size > 1 and stride != columns:
-                return _rows(tensor.contiguous(), n_cols)
+                return None
             columns *= size
         elif size > 1 and merged and stride == merged[-1][0] * merged[-1][1]:
             merged[-1] = merged[-1][0] * size, merged[-1][1]
         elif size > 1:
             merged.append((size, stride))
     if len(merged) > 3:
-        return _rows(tensor.contiguous(), n_cols)
+        return None
     merged = [(1, 0)] * (3 - len(merged)) + merged  # innermost first: the kernels fold divisions by 1
-    sizes, strides = zip(*reversed(merged))
-    return tensor.as_strided((*sizes, n_cols), (*strides, 1))
+    sizes, steps = zip(*reversed(merged))
+    return (*sizes, n_cols), (*steps, 1)
 
 
 def _require_triton(x: torch.Tensor) -> None:
@@ -63,17 +74,23 @@ def _require_triton(x: torch.Tensor) -> None:
         raise NotImplementedError(f"this operation is a Triton kernel, and {reason}; call kernels.layer_norm instead")
 
 
+def _empty(like: torch.Tensor, needed: bool, dtype: torch.dtype) -> torch.Tensor:
+    """An empty contiguous tensor of the shape of `like`, (0,) where it is not needed."""
+    if not needed:
+        return like.new_empty(0, dtype=dtype)
+    return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)  # faster than new_empty by shape
+
+
 def _new_outputs(
     input: torch.Tensor, residual: torch.Tensor | None, normalized_shape: Sequence[int], centre: bool, need_sum: bool,
     dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Empty output and sum (the shape of the input), mean and rstd (M,); (0,) for those there will not be."""
-    output = torch.empty(input.shape, dtype=dtype or input.dtype, device=input.device)
     has_sum = residual is not None and need_sum
-    total = input.new_empty(input.shape if has_sum else (0,), dtype=sum_dtype(input, residual))
+    output, total = _empty(input, True, dtype or input.dtype), _empty(input, has_sum, sum_dtype(input, residual))
     n_rows = math.prod(input.shape[: input.ndim - len(normalized_shape)])
-    rstd = torch.empty((n_rows,), dtype=torch.promote_types(input.dtype, torch.float32), device=input.device)
-    return output, total, torch.empty_like(rstd) if centre else rstd.new_empty((0,)), rstd
+    rstd = input.new_empty(n_rows, dtype=torch.promote_types(input.dtype, torch.float32))
+    return output, total, torch.empty_like(rstd) if centre else rstd.new_empty(0), rstd
 
 
 def _forward(
@@ -113,7 +130,7 @@ def _new_gradients(
     """Empty gradients of input, residual, weight and bias; (0,) where the mask says that one is not needed."""
     dtypes = (input_dtype, residual_dtype, *(x.dtype if y is None else y.dtype for y in (weight, bias)))
     return tuple(
-        x.new_empty(like.shape if like is not None and needed else (0,), dtype=dtype)
+        _empty(x if like is None else like, like is not None and needed, dtype)
         for like, dtype, needed in zip((x, x, weight, bias), dtypes, output_mask)
     )
 
