@@ -56,19 +56,20 @@ class Feature(NamedTuple):
     kernel: str = "general"
 
 
+TABLE_SIZES = (64, 128, 256)  # of heads in docs/compiled.md
 EVERY: dict[str, Any] = {"dtypes": ("bf16", "fp32"), "sizes": HEAD_SIZES}  # float16 takes bfloat16's tiles
 EVERY_RULE = {"softcap": 30.0, "left": 512, "right": 64, "bottom_right": True}
 FEATURES = {
     "plain": Feature(dtypes=tuple(DTYPES), sizes=HEAD_SIZES),
     "causal": Feature((), {"right": 0}, **EVERY),
-    "mask": Feature(("mask",), {"right": 0}),
-    "bool mask": Feature(("bool mask",)),
-    "window": Feature((), {"left": 512, "right": 0}),
-    "softcap": Feature((), {"right": 0, "softcap": 30.0}),
-    "slopes": Feature(("slopes",), {"right": 0}),
+    "mask": Feature(("mask",), {"right": 0}, sizes=TABLE_SIZES),
+    "bool mask": Feature(("bool mask",), sizes=TABLE_SIZES),
+    "window": Feature((), {"left": 512, "right": 0}, sizes=TABLE_SIZES),
+    "softcap": Feature((), {"right": 0, "softcap": 30.0}, sizes=TABLE_SIZES),
+    "slopes": Feature(("slopes",), {"right": 0}, sizes=TABLE_SIZES),
     "rules": Feature(("lengths", "slopes", "sinks"), EVERY_RULE),
     "packed": Feature(("starts",), {"right": 0, "max_queries": LENGTH, "max_keys": LENGTH}),
-    "dropout": Feature(("seed",), {"right": 0, "dropout_p": 0.1}),
+    "dropout": Feature(("seed",), {"right": 0, "dropout_p": 0.1}, sizes=TABLE_SIZES),
     "all": Feature(("seed", "mask", "lengths", "slopes", "sinks"), {**EVERY_RULE, "dropout_p": 0.1}, **EVERY),
     "few": Feature(("seed", "mask"), {"right": 0, "dropout_p": 0.1}, length=1, **EVERY),
     "tf32": Feature((), {"right": 0}, dtypes=("fp32",), sizes=HEAD_SIZES),
@@ -135,7 +136,7 @@ def all_cases(archs: list[int], quick: bool, tiles: bool = False) -> Iterator[Ca
                 continue
             if FEATURES[feature].kernel == "short" and not may_be_short(arch, dtype, size, FEATURES[feature].length):
                 continue
-            if tiles and feature not in TILE_FEATURES:
+            if tiles and (feature not in TILE_FEATURES or (size < 64 and feature in ("mask", "dropout", "causal"))):
                 continue
             if dtype in FEATURES[feature].dtypes and size in FEATURES[feature].sizes:
                 yield Case(arch, dtype, size, feature)
@@ -151,7 +152,7 @@ def all_cases(archs: list[int], quick: bool, tiles: bool = False) -> Iterator[Ca
 
 def table_cases(archs: list[int]) -> Iterator[Case]:
     """The cases of docs/compiled.md."""
-    for arch, size, feature in itertools.product(archs, (64, 128, 256), TABLE_FEATURES):
+    for arch, size, feature in itertools.product(archs, TABLE_SIZES, TABLE_FEATURES):
         yield Case(arch, "bf16", size, feature)
 
 

@@ -3,16 +3,16 @@
     python -m bench.loop_cost [WORD ...] [--arch 90] [--write]
 
 The steady loop of an attention kernel is the one that all but a few tiles of a long sequence go through. Its
-instructions are counted and turned into cycles a 1,000 scores, for one of a multiprocessor's four schedulers:
+instructions are counted and turned into cycles a 1,000 scores of a multiprocessor, which has four schedulers:
 
     tensor   matrix products, at the rate of dense 16-bit ones    issue    all instructions, one a cycle
     half     those that run at half that rate or less             exp2     exp2 and its kin, eight cycles each
 
-"serial" is the speed if products and the dearest of the others take turns, which is what the waits of `tl.dot` loops come
-to; "overlap" if they run at the same time, what warp specialisation can come to. Both are TFLOP/s of the work that the
-kernel must do. They rank kernels; they are no measurement. Not seen: shared memory's banks, latencies that other
-programs on the multiprocessor do not hide. Loops without matrix products (the norms) are told by instructions for each byte
-that travels to or from memory, and the share of the memory's speed that they leave room for.
+"serial" is the speed if products and the dearest of the others take turns, which is what the waits of `tl.dot` loops
+come to; "overlap" if they run at the same time, what warp specialisation can come to. Both are TFLOP/s of the work that
+the kernel must do. They rank kernels; they are no measurement. Not seen: shared memory's banks, latencies that other
+programs on the multiprocessor do not hide. Kernels that memory bounds (norms, short sequences) are told by instructions
+for each byte that travels to or from memory, and the share of the memory's speed that they leave room for.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 TABLE = Path(__file__).parents[1] / "docs" / "compiled.md"
 LOOSE = 1.03  # a loop may come out this much dearer than the table says
+# Of wgmma's rate that the older instruction reaches on sm_90 (Luo et al. 2024, "Benchmarking and Dissecting the Nvidia
+# Hopper GPU Architecture via Microbenchmarking").
+MMA_SHARE = 0.63
 LATENCY = 600.0  # nanoseconds, of memory under load, about
 
 
@@ -184,16 +187,19 @@ def loop_cost(
     loop = max(found, key=lambda loop: (loop.flops / loop.issue, -loop.issue))
     needed, issued = 2 * PRODUCTS[kernel] * size, loop.flops * num_warps / (block_q * block_k)  # flops a score
     flops = max(needed, issued)
+    if arch == 90 and not any("HGMMA" in line for line in loop.code):
+        flops /= MMA_SHARE
     per_thousand = 1000 / (block_q * block_k) * num_warps / 4
     tensor = 1000 * flops / rates.flops
     rest = [x * per_thousand for x in (loop.issue, loop.half(rates), 8 * loop.count("MUFU"))]
-    speeds = (1000 * needed / cycles * rates.multiprocessors * rates.clock * 1e-3
-              for cycles in (tensor + max(rest), max(tensor, *rest)))  # fmt: skip
-    return Cost(tensor, *rest, *speeds, flops / needed - 1, loop.spilled)
+    speed = 1000 * needed * rates.multiprocessors * rates.clock * 1e-3  # at one cycle a 1,000 scores
+    serial, overlap = speed / (tensor + max(rest)), speed / max(tensor, *rest)
+    wasted = max(needed, issued) / needed - 1
+    return Cost(tensor, rest[0], rest[1], rest[2], serial, overlap, wasted, loop.spilled)
 
 
 class Traffic(NamedTuple):
-    """What a kernel that memory bounds does for a byte. width: bits of the widest access; resident: programs at a time."""
+    """What a kernel that memory bounds does for a byte. width: bits of its widest access; resident: programs."""
 
     instructions: float
     width: int
@@ -228,9 +234,9 @@ def traffic(text: str, registers: int, shared: int, num_warps: int, arch: int) -
 HEADER = """# Compiled, without a GPU
 
 What the machine code of the kernels says, by Triton {version}: made by `python -m bench.loop_cost --write`, checked by
-`python -m bench.compile_check`. Speeds are predictions (see bench/loop_cost.py), in TFLOP/s of what a kernel must do, with
-its recomputed products; no GPU has run them. Spills: bytes of the whole kernel, and instructions in the steady loop.
-Cycles: tensor, issue, half rate, exp2, a 1,000 scores.
+`python -m bench.compile_check`. Speeds are predictions (see bench/loop_cost.py), in TFLOP/s of what a kernel must do,
+its recomputed products included; no GPU has run them. Spills: bytes of the whole kernel, and instructions in the steady
+loop. Cycles a 1,000 scores: tensor, issue, half rate, exp2.
 
 """
 COLUMNS = "| sm | kernel | case | tile, warps | registers | spills, in the loop | cycles | serial | overlap |"
@@ -241,8 +247,11 @@ def line_of(result: Result) -> str:
     cost = result.cost
     assert isinstance(cost, Cost)
     cycles = " ".join(f"{x:.0f}" for x in cost[:4])
-    return (f"| {result.arch} | {result.kernel} | {result.case} | {result.tile}, {result.num_warps} | {result.registers} "
-            f"| {result.spills}, {cost.spilled} | {cycles} | {cost.serial:.0f} | {cost.overlap:.0f} |")  # fmt: skip
+    columns = (
+        result.arch, result.kernel, result.case, f"{result.tile}, {result.num_warps}", result.registers,
+        f"{result.spills}, {cost.spilled}", cycles, f"{cost.serial:.0f}", f"{cost.overlap:.0f}",
+    )  # fmt: skip
+    return "| " + " | ".join(map(str, columns)) + " |"
 
 
 def recorded() -> tuple[str, dict[tuple[int, str, str], float]]:
@@ -250,7 +259,8 @@ def recorded() -> tuple[str, dict[tuple[int, str, str], float]]:
     text = TABLE.read_text() if TABLE.exists() else ""
     version = re.search(r"by Triton (\S+):", text)
     lines = re.findall(r"^\| (\d+) \| (\w+) \| ([^|]+) \|.*\| (\d+) \| \d+ \|$", text, re.M)
-    return version[1] if version else "", {(int(sm), kernel, case): float(serial) for sm, kernel, case, serial in lines}
+    speeds = {(int(sm), kernel, case): float(serial) for sm, kernel, case, serial in lines}
+    return version[1] if version else "", speeds
 
 
 def why_dearer(result: Result, table: dict[tuple[int, str, str], float]) -> str:

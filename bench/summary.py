@@ -79,7 +79,7 @@ def tiles(rows: list[Row], file: str) -> Iterator[str]:
             if words[0] == "short":
                 entry = f'SHORT_TILES: ("{words[1]}", {words[2][1:]}, {words[3][1:]})'
             else:
-                asked = {"causal": "band"}.get(words[-1], "dropout" if words[-1] == "dropout" else "plain")
+                asked = words[-1] if words[-1] in ("causal", "dropout") else "plain"
                 entry = f'TILES: ("{words[0]}", 90, {words[1][1:]}, "{asked}")'
             yield f'    in measured.py, {entry}: ({best}, "{file}"),'
 

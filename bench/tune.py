@@ -4,7 +4,7 @@
 
 A search is one kernel at one size ("forward D128", "short backward L9 D16"). The WORDs are its name, or some of its
 words, for all searches that have them; "or" parts alternatives. For each it prints the tile that is taken today and the
-best others: by time, where there is a GPU, else by the speed that their loops are predicted (bench/loop_cost.py). A candidate
+best others: by time, where there is a GPU, else by what loops are predicted to reach (bench/loop_cost.py). A candidate
 that gives other numbers than today's tile is called wrong. What is found is entered by hand into
 kernels/attention/measured.py.
 """
@@ -25,7 +25,8 @@ from unittest import mock
 import torch
 
 from bench import machine
-from bench.compile_check import SHARED_MEMORY, Chip, compiling, read_resources
+from bench.compile_check import SHARED_MEMORY, Chip, compiling, disassemble, read_resources
+from bench.loop_cost import RATES, loop_cost
 from bench.rows import read_rows, write_row
 from bench.stages import cores, worker_pool
 from bench.timing import measure
@@ -35,8 +36,8 @@ from kernels.attention.tiles import ShortTile, Tile
 from kernels.launch import capability
 
 RULES = {"full": Rules(0.125), "causal": Rules(0.125, right=0)}
-TIMED = {"plain": ("full",), "band": ("causal",), "dropout": ("full", "causal")}  # what is asked: by which rules
-NAMES = {"plain": "", "band": " causal", "dropout": " dropout"}
+TIMED = {"plain": ("full",), "causal": ("causal",), "dropout": ("full", "causal")}  # what is asked: by which rules
+NAMES = {"plain": "", "causal": " causal", "dropout": " dropout"}
 SHORT_LENGTHS, SHORT_SIZES, SHORT_BATCH = (5, 9, 16, 32, 64), (16, 32, 64), 8_192
 SIZES = (64, 128, 256)
 SHOWN = 3  # best candidates of a search that are printed
@@ -86,7 +87,11 @@ class Search(NamedTuple):
 
 
 class Try(NamedTuple):
-    """What is known of a candidate. problem: why it is not timed, or was stopped; seconds: by mask, on a GPU."""
+    """What is known of a candidate.
+
+    problem: why it is not timed, or was stopped. seconds: by mask, on a GPU. predicted: TFLOP/s of the slowest steady
+    loop, 0 for one that spills, and for short sequences.
+    """
 
     search: str
     tile: Tile | ShortTile
@@ -95,10 +100,11 @@ class Try(NamedTuple):
     spills: int
     problem: str = ""
     seconds: dict[str, float] = {}
+    predicted: float = 0.0
 
     @property
-    def order(self) -> tuple[bool, float, int]:
-        return bool(self.problem), sum(self.seconds.values()), self.spills
+    def order(self) -> tuple[bool, float, float, int]:
+        return bool(self.problem), sum(self.seconds.values()), -self.predicted, self.spills
 
 
 def searches(words: list[str]) -> list[Search]:
@@ -160,9 +166,9 @@ def prepare(search: Search, device: str) -> Callable[[Rules], list[torch.Tensor]
 def compile_candidate(search: Search, tile: Tile | ShortTile, arch: int) -> Try:
     """Compile a candidate for a chip; Triton's cache then has it for the timing."""
     registers = spills = 0
-    problem = ""
+    problem, predictions = "", []
 
-    def add(_: str, __: dict[str, Any], compiled: Any) -> None:
+    def add(kernel: str, options: dict[str, Any], compiled: Any) -> None:
         nonlocal registers, spills, problem
         if isinstance(compiled, Exception):
             problem = f"{type(compiled).__name__}"
@@ -173,12 +179,19 @@ def compile_candidate(search: Search, tile: Tile | ShortTile, arch: int) -> Try:
             problem = f"{compiled.metadata.shared} bytes of shared memory"
         elif spills > MAX_SPILLS:
             problem = f"spills {spills} bytes"
+        if not search.is_short and arch in RATES:
+            cost = loop_cost(
+                disassemble(compiled.asm["cubin"]), kernel, search.size, options["BLOCK_Q"], options["BLOCK_K"],
+                compiled.metadata.num_warps, arch,
+            )  # fmt: skip
+            predictions.append(cost.serial if cost and not cost.spilled else 0.0)
 
     launch = prepare(search, "meta")
     with compiling(Chip(arch), add), forced(search, tile):
         for rules in search.rules.values():
             launch(rules)
-    return Try(str(search), tile, tile == search.own(arch), registers, spills, problem)
+    predicted = min(predictions, default=0.0)
+    return Try(str(search), tile, tile == search.own(arch), registers, spills, problem, predicted=predicted)
 
 
 def time_candidates(search: Search, tries: list[Try], device: torch.device) -> Iterator[Try]:
@@ -214,6 +227,7 @@ def show(tries: list[Try]) -> Iterator[str]:
         tile = "x".join(map(str, attempt.tile))
         mark = "table" if attempt.is_own else ""
         line = f"{attempt.search:<24} {tile:<14} {mark:<6} {attempt.registers:>4} registers {attempt.spills:>4} spilled"
+        line += f" {attempt.predicted:>4.0f} TFLOP/s predicted" if attempt.predicted else ""
         yield f"{line}  {times}{attempt.problem}".rstrip()
 
 

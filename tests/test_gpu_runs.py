@@ -249,8 +249,8 @@ LOST = [
 def test_searches_are_made_where_the_first_run_lost() -> None:
     assert [round(ratio, 2) for ratio, *_ in standings(LOST)] == [0.5, 0.9, 0.9, 1.12]
     found = gpu_second.lost_searches(LOST)
-    assert found[0] == "forward D128" and set(found) == {
-        "forward D128", "key_value D64 dropout", "query D64 dropout", "short forward L9 D32"}  # fmt: skip
+    assert found[0] == "forward D128 causal" and set(found) == {
+        "forward D128 causal", "key_value D64 dropout", "query D64 dropout", "short forward L9 D32"}  # fmt: skip
     from bench import tune
 
     names = [str(search) for search in tune.searches(" or ".join(found).split())]
@@ -275,12 +275,12 @@ def test_a_measured_tile_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     from kernels.attention.tiles import Tile, choose_tile
 
     choose_tile = choose_tile.__wrapped__  # not what it remembers
-    monkeypatch.setitem(measured.TILES, ("key_value", 90, 128, False), ((32, 128, 8, 2), "a file"))
-    assert choose_tile("key_value", 96, 2, 4096, 90, False) == Tile(32, 128, 8, 2)
-    assert choose_tile("key_value", 96, 2, 16, 90, False) == Tile(16, 128, 8, 2)  # few queries
-    for other in (("key_value", 96, 4, 4096, 90, False), ("key_value", 96, 2, 4096, 90, True),
-                  ("key_value", 96, 2, 4096, 80, False), ("query", 96, 2, 4096, 90, False)):  # fmt: skip
-        assert choose_tile(*other) != Tile(32, 128, 8, 2)
+    monkeypatch.setitem(measured.TILES, ("key_value", 90, 128, "plain"), ((32, 256, 8, 2), "a file"))
+    assert choose_tile("key_value", 96, 2, 4096, 90, "plain") == Tile(32, 256, 8, 2)
+    assert choose_tile("key_value", 96, 2, 16, 90, "plain") == Tile(16, 256, 8, 2)  # few queries
+    for other in (("key_value", 96, 4, 4096, 90, "plain"), ("key_value", 96, 2, 4096, 90, "dropout"),
+                  ("key_value", 96, 2, 4096, 80, "plain"), ("query", 96, 2, 4096, 90, "plain")):  # fmt: skip
+        assert choose_tile(*other) != Tile(32, 256, 8, 2)
 
 
 def test_the_newest_results_go_by_date(tmp_path: Path) -> None:

@@ -24,13 +24,13 @@ SHORT = Search("short backward", 16, 5)
 
 
 def test_searches_are_found_by_words(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(set(map(str, tune.searches([])))) == len(tune.searches([])) == 2 * 3 * 3 + 2 * 5 * 3
+    assert len(set(map(str, tune.searches([])))) == len(tune.searches([])) == 3 * 3 * 3 + 2 * 5 * 3
     assert list(map(str, tune.searches(["query", "D64"]))) == ["query D64"]  # its name
-    assert list(map(str, tune.searches(["D64", "query"]))) == ["query D64", "query D64 dropout"]
+    assert list(map(str, tune.searches(["D64", "query"]))) == ["query D64", "query D64 causal", "query D64 dropout"]
     assert tune.main(["short", "forward", "L9", "--list"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"short forward L9 D{size}" for size in (16, 32, 64)]
     found = tune.searches("D256 key_value or forward D64".split())  # alternatives, in their order
-    assert list(map(str, found)) == ["key_value D256", "key_value D256 dropout", "forward D64"]
+    assert list(map(str, found)) == ["key_value D256", "key_value D256 causal", "key_value D256 dropout", "forward D64"]
     with pytest.raises(SystemExit):
         tune.main(["sideways"])
 

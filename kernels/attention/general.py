@@ -259,7 +259,7 @@ def tile_arguments(
     """What `choose_tile` asks about a call."""
     head_size = max(query.shape[-1], value.shape[-1])
     asked = what_is_asked(
-        rules.right is not None or rules.left is not None, extras.attn_mask is not None, bool(rules.softcap),
+        rules.right is not None, rules.left is not None, extras.attn_mask is not None, bool(rules.softcap),
         extras.alibi_slopes is not None, seed is not None,
     )  # fmt: skip
     return head_size, query.element_size(), n_queries, capability(query.device), asked

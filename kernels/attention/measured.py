@@ -10,7 +10,7 @@ from __future__ import annotations
 HOPPER: dict[tuple[str, int], str] = {}
 
 # Tiles that were faster than those of tiles.py, by kernel, chip, block of the head size and what is asked (ASKED):
-# ("key_value", 90, 128, "band"): ((32, 128, 8, 2), "bench/results/....jsonl"). For elements of 2 bytes.
+# ("key_value", 90, 128, "causal"): ((32, 128, 8, 2), "bench/results/....jsonl"). For elements of 2 bytes.
 TILES: dict[tuple[str, int, int, str], tuple[tuple[int, int, int, int], str]] = {}
 
 # Tiles of the kernels for short sequences, by kernel, the larger of L and S, and block of the head size:

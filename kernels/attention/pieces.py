@@ -209,7 +209,9 @@ def start_of_tile(place, begin, open_begin, open_end, PASS: tl.constexpr):
 @triton.jit
 def is_spoilt(x):
     """Whether a number in x is NaN or Inf."""
-    return tl.max(tl.max((tl.abs(x) < float("inf")).to(tl.int32) ^ 1, 1), 0) != 0
+    rows = tl.max((tl.abs(x) < float("inf")).to(tl.int32) ^ 1, 1)
+    # The scan is for Triton 3.7 and sm_100, where two reductions in a row of an accumulator fail to compile.
+    return tl.max(tl.cumsum(rows, 0), 0) != 0
 
 
 @triton.jit
@@ -308,13 +310,16 @@ def dropout_factor(number, drop_below, keep_scale):
 
 
 @triton.jit
-def dropout_factors(seed, i, j, head, drop_below, keep_scale):
-    """Of the weights of queries i and keys j in this head of this batch entry.
+def dropout_factors(seed, i, j, head, drop_below, keep_scale, BELOW_8: tl.constexpr):
+    """Of the weights of queries i and keys j in this head of this batch entry. BELOW_8: so are all i and j.
 
     The counter is the position itself, so every kernel and every tile size drops the same weights under a seed.
     """
-    a, b, c, d = random_numbers(seed, i & ~8, j & ~8, head)
-    number = tl.where((i & 8) != 0, tl.where((j & 8) != 0, d, c), tl.where((j & 8) != 0, b, a))
+    if BELOW_8:
+        number, _, _, _ = random_numbers(seed, i, j, head)
+    else:
+        a, b, c, d = random_numbers(seed, i & ~8, j & ~8, head)
+        number = tl.where((i & 8) != 0, tl.where((j & 8) != 0, d, c), tl.where((j & 8) != 0, b, a))
     return dropout_factor(number, drop_below, keep_scale)
 
 

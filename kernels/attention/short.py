@@ -203,7 +203,7 @@ def short_forward_kernel(
         )  # fmt: skip
         weights, row_sum = exponentials(scores, factor, MASK)
         if HAS_DROPOUT:
-            weights *= dropout_factors(seed, i, j, b * (n_kv_heads * group) + h, drop_below, keep_scale)
+            weights *= dropout_factors(seed, i, j, b * (n_kv_heads * group) + h, drop_below, keep_scale, PACK > 1)
         if BAND != NO_BAND or MASK != NO_MASK or PACK > 1:
             weights = tl.where((scores != float("-inf")) & (finite == 0), float("nan"), weights)
         out = products(weights.to(v.dtype), v, None, PRECISION) / row_sum

@@ -73,7 +73,7 @@ def short_backward_kernel(
         dp = products(grad, tl.permute(v, (0, 2, 1)), None, PRECISION)
         dropped = weights
         if HAS_DROPOUT:
-            factors = dropout_factors(seed, i, j, b * (n_kv_heads * group) + h, drop_below, keep_scale)
+            factors = dropout_factors(seed, i, j, b * (n_kv_heads * group) + h, drop_below, keep_scale, PACK > 1)
             dp *= factors
             dropped = weights * factors
         dp = tl.where(allowed, dp, 0.0)  # it is NaN where a forbidden value is

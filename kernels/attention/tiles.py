@@ -40,18 +40,20 @@ class Tile(NamedTuple):
         }
 
 
-# What a call asks of a kernel, by the registers it takes: nothing; a causal mask or a window; a mask, a soft cap or
-# slopes; dropout; more than one of the latter.
-ASKED = ("plain", "band", "mask", "dropout", "every")
+# What a call asks of a kernel, by the registers it takes: nothing; a causal mask; a window, a mask, a soft cap or
+# slopes; dropout; more than one of mask, soft cap, slopes and dropout.
+ASKED = ("plain", "causal", "mask", "dropout", "every")
 
 
-def what_is_asked(has_band: bool, has_mask: bool, has_softcap: bool, has_slopes: bool, has_dropout: bool) -> str:
+def what_is_asked(
+    is_causal: bool, has_window: bool, has_mask: bool, has_softcap: bool, has_slopes: bool, has_dropout: bool
+) -> str:
     """The one of ASKED that stands for a call."""
     if has_mask + has_softcap + has_slopes + has_dropout > 1:
         return "every"
     if has_dropout:
         return "dropout"
-    return "mask" if has_mask or has_softcap or has_slopes else "band" if has_band else "plain"
+    return "mask" if has_window or has_mask or has_softcap or has_slopes else "causal" if is_causal else "plain"
 
 
 def _tiles(*tiles: tuple[int, int, int, int]) -> dict[str, Tile]:
@@ -75,48 +77,45 @@ _TABLES: dict[tuple[str, int], dict[int, dict[str, Tile]]] = {
     ("key_value", 90): {
         64: _tiles((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2)),
         128: _tiles((32, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 2), (16, 128, 8, 2)),
-        256: _tiles((32, 64, 8, 1), (32, 64, 8, 1), (32, 64, 8, 1), (16, 64, 8, 1)),
+        256: _tiles((32, 32, 4, 1), (32, 32, 4, 1), (64, 32, 8, 1)),
     },
     ("mask", 90): {
-        64: _tiles((128, 32, 8, 2)),
+        64: _tiles((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
         256: _tiles((128, 32, 8, 1)),
     },
     ("forward", 80): {
-        64: _tiles((128, 32, 8, 3), (128, 32, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
-        128: _tiles((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
-        256: _tiles((64, 32, 8, 1)),
+        64: _tiles((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
+        128: _tiles((128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (128, 16, 8, 2)),
+        256: _tiles((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 8, 1)),
     },
     ("query", 80): {
-        32: _tiles((64, 32, 8, 2)),
-        64: _tiles((128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
-        128: _tiles((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
+        64: _tiles((128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2)),
+        128: _tiles((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1)),
         256: _tiles((32, 32, 8, 1)),
     },
     ("key_value", 80): {
-        64: _tiles((32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
-        128: _tiles((32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
-        256: _tiles((16, 32, 8, 1)),
+        64: _tiles((32, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 2), (16, 128, 8, 2)),
+        128: _tiles((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 1), (32, 64, 8, 2), (32, 32, 8, 2)),
+        256: _tiles((16, 64, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1), (16, 32, 8, 1)),
     },
     ("mask", 80): {
-        64: _tiles((64, 32, 8, 2)),
-        128: _tiles((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
+        64: _tiles((128, 32, 8, 2)),
+        128: _tiles((128, 32, 8, 1), (128, 32, 8, 1), (128, 32, 8, 1), (128, 16, 8, 1)),
         256: _tiles((32, 32, 8, 1)),
     },
     ("forward", 100): {
-        16: _tiles((128, 32, 8, 3), (128, 32, 8, 3), (128, 32, 8, 3), (64, 64, 8, 2)),
-        64: _tiles((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 3)),
-        128: _tiles((128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2)),
-        256: _tiles((64, 32, 8, 2)),
+        64: _tiles((128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
+        128: _tiles((128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
+        256: _tiles((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
     },
     ("query", 100): {
-        32: _tiles((128, 32, 8, 2)),
-        64: _tiles((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (128, 32, 8, 2)),
-        128: _tiles((128, 32, 8, 2)),
-        256: _tiles((64, 32, 8, 1)),
+        64: _tiles((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
+        128: _tiles((128, 64, 8, 1), (128, 64, 8, 1), (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 1)),
+        256: _tiles((128, 32, 8, 1), (128, 32, 8, 1), (64, 32, 8, 1)),
     },
     ("key_value", 100): {
-        64: _tiles((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (16, 64, 8, 2)),
-        128: _tiles((16, 128, 8, 1)),
+        64: _tiles((64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2)),
+        128: _tiles((32, 128, 8, 1), (32, 128, 8, 1), (16, 128, 8, 1)),
         256: _tiles((16, 64, 8, 1)),
     },
 }
@@ -161,7 +160,10 @@ def choose_tile(
     tile = next(tiles for size, tiles in table.items() if size >= block)[asked]
     if element_size == 2 and (kernel, chip, block, asked) in TILES:
         tile = Tile(*TILES[kernel, chip, block, asked][0])
-    return tile._replace(block_q=16) if n_queries <= FEW_ROWS else tile
+    if n_queries > FEW_ROWS:
+        return tile
+    # With 16 queries eight warps would make most scores twice; a tile of keys and their gradients keeps them.
+    return tile._replace(block_q=16, num_warps=tile.num_warps if kernel == "key_value" else 4)
 
 
 def choose_consumers(head_size: int, n_queries: int) -> int:
