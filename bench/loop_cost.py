@@ -303,4 +303,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from bench.loop_cost import main as main_of_the_module  # whose Cost is the one that compile_check makes
+
+    sys.exit(main_of_the_module())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -259,6 +260,50 @@ def test_dropout_is_replayed_in_the_backward(p_drop: float, masked: bool, is_cau
     assert abs(share - (1 - p_drop)) < 4 * math.sqrt(p_drop * (1 - p_drop) / p.kept.numel())
     heads = p.kept.flatten(0, 1)
     assert not any(torch.equal(heads[0], other) for other in heads[1:]), "every head draws its own mask"
+
+
+def philox(counter: numpy.ndarray, key: numpy.ndarray, rounds: int = 7) -> list[numpy.ndarray]:
+    """Four random words for each counter (4, ...) and key (2,), uint64 that hold 32 bits (Salmon et al. 2011)."""
+    a, b, c, d = counter
+    low, high = key
+    for _ in range(rounds):
+        first, second = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b, c, d = (second >> 32) ^ b ^ low, second & 0xFFFFFFFF, (first >> 32) ^ d ^ high, first & 0xFFFFFFFF
+        low, high = (low + 0x9E3779B9) & 0xFFFFFFFF, (high + 0xBB67AE85) & 0xFFFFFFFF
+    return [a, b, c, d]
+
+
+def test_philox_by_a_known_answer() -> None:
+    """The known answers of Salmon's Random123 for philox4x32 of 7 rounds."""
+    zeros = philox(numpy.zeros((4, 1), numpy.uint64), numpy.zeros(2, numpy.uint64))
+    assert [int(x[0]) for x in zeros] == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
+
+
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(37, 53), (7, 5), (16, 16)])
+@pytest.mark.parametrize("p_drop", [0.3, 1e-3, 0.999])
+def test_which_weights_drop_is_philox_of_their_place(p_drop: float, n_queries: int, n_keys: int, device: str) -> None:
+    """So whatever the tiles are: the same word for (i, j) as its place in {i, i + 8} x {j, j + 8} says."""
+    query = torch.zeros(2, 3, n_queries, 16, device=device)
+    key, unit = torch.zeros(2, 3, n_keys, 16, device=device), torch.eye(n_keys, device=device).expand(2, 3, -1, -1)
+    torch.manual_seed(11)
+    kept = triton_attention(query, key, unit, dropout_p=p_drop) != 0
+    torch.manual_seed(11)
+    seed = int(torch.randint(2**63 - 1, (1,), device=device))
+    head, i, j = numpy.indices((6, n_queries, n_keys)).astype(numpy.uint64)
+    words = philox(numpy.stack([j & ~numpy.uint64(8), i & ~numpy.uint64(8), head, 0 * head]),
+                   numpy.array([seed & 0xFFFFFFFF, seed >> 32], numpy.uint64))  # fmt: skip
+    word = numpy.choose((2 * (i >> 3 & 1) + (j >> 3 & 1)).astype(int), words).astype(numpy.uint32).view(numpy.int32)
+    expected = word >= round(p_drop * 2**32) - 2**31
+    assert numpy.array_equal(kept.flatten(0, 1).cpu().numpy(), expected)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-30], ids=str)
+@pytest.mark.parametrize("mask", [None, "bool", "float"])
+def test_scales_that_are_not_above_zero(scale: float, mask: str | None, device: str) -> None:
+    masks = {None: None, "bool": bool_mask(37, 53), "float": float_mask(37, 53)}
+    is_causal = mask is not None  # PyTorch's own result is NaN where it is causal by itself
+    p = problem((2, 4, 2, 37, 53, 16, 16), device=device, mask=masks[mask], is_causal=is_causal, scale=scale)
+    check(p, triton_attention)
 
 
 def test_dropout_follows_the_generator_of_torch(device: str) -> None:
