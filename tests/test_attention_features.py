@@ -325,6 +325,29 @@ def test_bottom_right_skips_what_no_query_sees(monkeypatch: pytest.MonkeyPatch) 
     assert visits(monkeypatch, 128, 16, **options) == 1, "only the last tile of queries sees a key"
 
 
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("sizes", [(37, 41), (40, 33), (64, 48), (5, 80)], ids=str)
+def test_no_entry_past_the_end_of_a_mask_is_read(
+    sizes: tuple[int, int], is_causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor before its beginning, forward and backward: where a byte is read, it is the mask's."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    mask, load = torch.rand(sizes) < 0.7, InterpreterBuilder.create_masked_load
+    read = set()
+
+    def watched(self: object, pointers: Any, inside: Any, *rest: object) -> object:
+        if pointers.get_element_ty().primitive_bitwidth == 8:
+            read.update((pointers.data[inside.data].astype("int64") - mask.data_ptr()).tolist())
+        return load(self, pointers, inside, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", watched)
+    leaves = [torch.randn(1, 2, n, 8, requires_grad=True) for n in (sizes[0], sizes[1], sizes[1])]
+    output = attention(*leaves, attn_mask=mask, is_causal=is_causal)
+    torch.autograd.grad(output, leaves, torch.ones_like(output))
+    assert read <= set(range(mask.numel())) and (is_causal or len(read) == mask.numel())
+
+
 # Packed sequences
 
 LENGTHS = [((5, 0, 17, 33), (7, 3, 0, 20)), ((1,), (1,)), ((0, 0), (0, 0)), ((16, 16), (16, 16))]
