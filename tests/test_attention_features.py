@@ -282,6 +282,13 @@ def test_keys_out_of_sight_are_never_read(device: str) -> None:
 # Visits of tiles
 
 
+@pytest.fixture
+def interpreted(device: str) -> None:
+    """For what only the interpreter shows."""
+    if device != "cpu":
+        pytest.skip("looks into the interpreter")
+
+
 def visits(monkeypatch: pytest.MonkeyPatch, n_queries: int, n_keys: int, **options: Any) -> int:
     """How many key tiles of 16 the forward of one head reads, in the interpreter."""
     from triton.runtime.interpreter import InterpreterBuilder
@@ -301,6 +308,7 @@ def visits(monkeypatch: pytest.MonkeyPatch, n_queries: int, n_keys: int, **optio
     return count // 2
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(("options", "expected"), [
     ({}, 8 * 8),
     ({"is_causal": True}, 8 * 9 // 2),
@@ -319,12 +327,14 @@ def test_only_the_tiles_in_sight_are_visited(
     assert visits(monkeypatch, 128, 128, **options) == expected
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_bottom_right_skips_what_no_query_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"is_causal": True, "causal_alignment": "bottom_right"}
     assert visits(monkeypatch, 16, 128, **options) == 8
     assert visits(monkeypatch, 128, 16, **options) == 1, "only the last tile of queries sees a key"
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("sizes", [(37, 41), (40, 33), (64, 48), (5, 80)], ids=str)
 def test_no_entry_past_the_end_of_a_mask_is_read(
