@@ -306,6 +306,18 @@ def test_scales_that_are_not_above_zero(scale: float, mask: str | None, device: 
     check(p, triton_attention)
 
 
+@pytest.mark.parametrize("scale", [1e4, 1e7, 1e30], ids=str)
+def test_values_get_their_gradient_where_scores_are_huge(scale: float, device: str) -> None:
+    """Each query then takes the one key of its largest score, and no rounding of that score may show."""
+    q, k, v, grad = (torch.randn(1, 1, 24, 16, device=device) for _ in range(4))
+    v.requires_grad_()
+    found = torch.autograd.grad(triton_attention(q, k, v, scale=scale), v, grad)[0]
+    first, second = (q.double() @ k.double().mT).topk(2, -1)[0].unbind(-1)
+    assert ((first - second) * scale > 30).all()
+    chosen = torch.nn.functional.one_hot((q.double() @ k.double().mT).argmax(-1), 24).to(grad)
+    torch.testing.assert_close(found, chosen.mT @ grad)
+
+
 def test_dropout_follows_the_generator_of_torch(device: str) -> None:
     p = problem((1, 2, 2, 37, 53, 16, 16), device=device)
     draw = functools.partial(triton_attention, p.query, p.key, p.value, dropout_p=0.3)

@@ -38,6 +38,13 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
             monkeypatch.setattr(f"kernels.attention.{module}.choose_tile", lambda *_: tile)
 
 
+@pytest.fixture
+def interpreted(device: str) -> None:
+    """For what only the interpreter shows."""
+    if device != "cpu":
+        pytest.skip("looks into the interpreter")
+
+
 def formula(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -279,14 +286,22 @@ def test_keys_out_of_sight_are_never_read(device: str) -> None:
         assert torch.equal(clean, spoiled)
 
 
+@pytest.mark.usefixtures("interpreted")
+def test_rows_without_keys_have_no_gradient_whatever_tiles_they_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sink of -inf, forward tiles without any key, and backward tiles that hold their queries beside others."""
+    monkeypatch.setattr("kernels.attention.general_backward.choose_tile", lambda *_: tiles.Tile(64, 16, 4, 1))
+    q, k, v = (torch.randn(1, 1, n, 16, requires_grad=True) for n in (64, 16, 16))
+    options = {"is_causal": True, "causal_alignment": "bottom_right", "sinks": torch.tensor([-math.inf])}
+    output = attention(q, k, v, **options)
+    alone = attention(q[:, :, 48:], k, v, is_causal=True)
+    upstream = torch.randn_like(output)
+    found = torch.autograd.grad(output, (q, k, v), upstream)
+    expected = torch.autograd.grad(alone, (q, k, v), upstream[:, :, 48:])
+    for ours, right in zip((output[:, :, 48:], *found), (alone, *expected)):
+        torch.testing.assert_close(ours, right)
+
+
 # Visits of tiles
-
-
-@pytest.fixture
-def interpreted(device: str) -> None:
-    """For what only the interpreter shows."""
-    if device != "cpu":
-        pytest.skip("looks into the interpreter")
 
 
 def visits(monkeypatch: pytest.MonkeyPatch, n_queries: int, n_keys: int, **options: Any) -> int:

@@ -13,7 +13,7 @@ scores travel to memory and back at least three times.
 
 The statistics of a row are `row_max` (-inf for a row that may attend to nothing) and `row_sum` (of
 exp(score - row_max)). Two numbers rather than their log-sum-exp: under a float mask of finfo.min the sum would drown in
-the maximum. A sink is a row's first score, without a value.
+the maximum, and with large scores its digits. A sink is a row's first score, without a value.
 
 Heads wider than a tile (LOOP > 0): a program makes one chunk of columns of the output and computes the scores over all
 chunks anew, so Q and K are multiplied once a chunk.
@@ -96,9 +96,10 @@ def forward_kernel(
         slope = tl.load(slopes_ptr + b * stride_ab + h)
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
-    IS_PRODUCT: tl.constexpr = not (HAS_SOFTCAP or HAS_ALIBI or MASK == FLOAT_MASK)
+    EXACT: tl.constexpr = MASK == FLOAT_MASK or q_ptr.dtype.element_ty == tl.float32
+    IS_PRODUCT: tl.constexpr = not (HAS_SOFTCAP or HAS_ALIBI or EXACT)
     factor = scale * LOG2_E if IS_PRODUCT else LOG2_E
-    unit = 1.0 if MASK == FLOAT_MASK else LOG2_E  # of row_max, in natural units
+    unit = 1.0 if EXACT else LOG2_E  # of row_max, in natural units
 
     if LOOP == 0:
         q = load_rows(q_ptr, start_q, n_queries, stride_ql, stride_qe, 0, BLOCK_Q, E, BLOCK_E, WIDE)
@@ -141,12 +142,12 @@ def forward_kernel(
                 mask_ptr, stride_ml, stride_ms, BAND, MASK, WIDE, PASS,
             )  # fmt: skip
             tile_max = tl.max(scores, 1)
-            new_max = tl.maximum(row_max, tile_max if MASK == FLOAT_MASK else tile_max * factor)
+            new_max = tl.maximum(row_max, tile_max if EXACT else tile_max * factor)
             pivot = new_max
             if PASS != OPEN or MASK != NO_MASK:
                 pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
-            weights = powers(scores, pivot[:, None], factor, MASK)
-            shrink = powers(row_max, pivot, 1.0, MASK)
+            weights = powers(scores, pivot[:, None], factor, EXACT)
+            shrink = powers(row_max, pivot, 1.0, EXACT)
             row_sum = row_sum * shrink + tl.sum(weights, 1)
             row_max = new_max
             acc *= shrink[:, None]
@@ -179,6 +180,11 @@ def mask_kind(attn_mask: torch.Tensor | None) -> int:
     if attn_mask is None:
         return NO_MASK.value
     return BOOL_MASK.value if attn_mask.dtype == torch.bool else FLOAT_MASK.value
+
+
+def is_exact(dtype: torch.dtype, extras: Extras) -> bool:
+    """Whether the kernels take two statistics of a row instead of its log-sum-exp: see the top of pieces.py."""
+    return dtype == torch.float32 or mask_kind(extras.attn_mask) == FLOAT_MASK.value
 
 
 def mask_strides(attn_mask: torch.Tensor | None) -> tuple[int, ...]:

@@ -6,9 +6,9 @@ With P = softmax(scale Q K^T + mask), D the dropout mask over 1 - p, and dO the 
     dS = P (dP - delta)    dQ = scale dS K        dK = scale dS^T Q
 
 (FlashAttention-2, Dao 2023, section 3.1). With a soft cap, dS is times 1 - tanh^2 for dQ and dK. A gradient of the
-log-sum-exp is taken off delta. P is recomputed tile by tile, from a pivot a row: its log-sum-exp in base 2, or, under a
-float mask, its largest score in natural units, and beside it 1 over its sum (general.py says why); the delta kernel
-makes them of the saved statistics. Each output has one owner: dQ a
+log-sum-exp is taken off delta. P is recomputed tile by tile, from a pivot a row: its log-sum-exp in base 2, or, if
+EXACT (pieces.py), its largest score in natural units, and beside it 1 over its sum; the delta kernel makes them of the
+saved statistics. Each output has one owner: dQ a
 program per query tile, dK and dV a program per key tile, which walks the query heads of its group. So there are no
 atomics, and repeated runs agree bit for bit. The mask's gradient: mask_gradient.py.
 
@@ -24,7 +24,7 @@ import triton.language as tl
 
 from kernels.attention.choice import is_wide
 from kernels.attention.general import (
-    batch_strides, flags, head_stride, heads_in_turn, lengths, mask_kind, mask_strides, numbers, pointers,
+    batch_strides, flags, head_stride, heads_in_turn, is_exact, lengths, mask_kind, mask_strides, numbers, pointers,
     positive_scale, tile_arguments,
 )  # fmt: skip
 from kernels.attention.mask_gradient import mask_grid, mask_kernel, summed_axes
@@ -48,7 +48,7 @@ def delta_kernel(
     stride_gb, stride_gh, stride_gl, stride_ge,
     stride_lb, stride_lh, stride_ll,
     n_heads, L,
-    EV: tl.constexpr, BLOCK_EV: tl.constexpr, BLOCK_Q: tl.constexpr, MASK: tl.constexpr, HAS_LSE: tl.constexpr,
+    EV: tl.constexpr, BLOCK_EV: tl.constexpr, BLOCK_Q: tl.constexpr, EXACT: tl.constexpr, HAS_LSE: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
 ):  # fmt: skip
     """What the other kernels ask of a row, (B, n_heads, L) float32, so that none of them computes it in a loop.
@@ -83,8 +83,8 @@ def delta_kernel(
         store_rows(zeros_ptr + head.to(tl.int64) * L * EV, zeros, start_q, L, EV, 1, 0, BLOCK_Q, EV, BLOCK_EV)
     row_max = tl.load(row_max_ptr + row, mask=inside, other=0.0)
     row_sum = tl.load(row_sum_ptr + row, mask=inside, other=1.0)
-    empty = row_sum == 0.0
-    if MASK == FLOAT_MASK:
+    empty = (row_sum == 0.0) | (row_max == float("-inf"))  # the latter with a sink of -inf
+    if EXACT:
         tl.store(inverse_ptr + row, tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, row_sum)), mask=inside)
         pivot = row_max
     else:
@@ -139,7 +139,8 @@ def query_kernel(
         slope = tl.load(slopes_ptr + b * stride_ab + h)
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
-    IS_PRODUCT: tl.constexpr = not (HAS_SOFTCAP or HAS_ALIBI or MASK == FLOAT_MASK)
+    EXACT: tl.constexpr = MASK == FLOAT_MASK or q_ptr.dtype.element_ty == tl.float32
+    IS_PRODUCT: tl.constexpr = not (HAS_SOFTCAP or HAS_ALIBI or EXACT)
     factor = scale * LOG2_E if IS_PRODUCT else LOG2_E
 
     if LOOP == 0:
@@ -147,7 +148,7 @@ def query_kernel(
         grad = load_rows(grad_ptr, start_q, n_queries, stride_gl, stride_ge, 0, BLOCK_Q, EV, BLOCK_EV, WIDE)
     stats = b * stride_sb + h * stride_sh + first_q
     pivot, inverse, delta = load_statistics(
-        pivot_ptr + stats, inverse_ptr + stats, delta_ptr + stats, start_q, n_queries, BLOCK_Q, MASK, False
+        pivot_ptr + stats, inverse_ptr + stats, delta_ptr + stats, start_q, n_queries, BLOCK_Q, EXACT, False
     )
     dq = tl.zeros((BLOCK_Q, BLOCK_E), tl.float32)
 
@@ -189,8 +190,8 @@ def query_kernel(
                 scores, start_q, start_k, di, dj, n_queries, n_keys, offset, left, right,
                 mask_ptr, stride_ml, stride_ms, BAND, MASK, WIDE, PASS,
             )  # fmt: skip
-            weights = powers(scores, pivot[:, None], factor, MASK)
-            if MASK == FLOAT_MASK:
+            weights = powers(scores, pivot[:, None], factor, EXACT)
+            if EXACT:
                 weights *= inverse[:, None]
             if HAS_DROPOUT:
                 dp *= tile_dropout_factors(
@@ -258,7 +259,8 @@ def key_value_kernel(
     dv = tl.zeros((BLOCK_K, BLOCK_EV), tl.float32)
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
-    IS_PRODUCT: tl.constexpr = not (HAS_SOFTCAP or HAS_ALIBI or MASK == FLOAT_MASK)
+    EXACT: tl.constexpr = MASK == FLOAT_MASK or q_ptr.dtype.element_ty == tl.float32
+    IS_PRODUCT: tl.constexpr = not (HAS_SOFTCAP or HAS_ALIBI or EXACT)
     factor = scale * LOG2_E if IS_PRODUCT else LOG2_E
 
     # Keys past the end need no look: their rows of dK and dV are zeroed or not stored.
@@ -297,7 +299,7 @@ def key_value_kernel(
                 )  # fmt: skip
                 pivot, inverse, delta = load_statistics(
                     pivot_ptr + stats, inverse_ptr + stats, delta_ptr + stats, start_q, n_queries,
-                    BLOCK_Q, MASK, PASS == OPEN,
+                    BLOCK_Q, EXACT, PASS == OPEN,
                 )  # fmt: skip
                 if LOOP == 0:
                     scores = dot(k, tl.trans(q), None, PRECISION)
@@ -320,8 +322,8 @@ def key_value_kernel(
                     scores, start_q, start_k, di, dj, n_queries, n_keys, offset, left, right,
                     mask_head, stride_ml, stride_ms, BAND, MASK, WIDE, PASS,
                 )  # fmt: skip
-                weights = powers(scores, pivot[None, :], factor, MASK)
-                if MASK == FLOAT_MASK:
+                weights = powers(scores, pivot[None, :], factor, EXACT)
+                if EXACT:
                     weights *= inverse[None, :]
                 dropped = weights
                 if HAS_DROPOUT:
@@ -440,7 +442,7 @@ def launch_delta(
             delta_kernel[(cdiv(n_rows, rows) * batch * n_heads,)](  # rows fastest, then heads, batch
                 output, grad, row_max, row_sum, grad_lse, zeros, *found, *output.stride(), *grad.stride(),
                 *((0, 0, 0) if grad_lse is None else grad_lse.stride()), n_heads, n_rows,
-                EV=ev, BLOCK_EV=block, BLOCK_Q=rows, MASK=mask_kind(extras.attn_mask), HAS_LSE=grad_lse is not None,
+                EV=ev, BLOCK_EV=block, BLOCK_Q=rows, EXACT=is_exact(output.dtype, extras), HAS_LSE=grad_lse is not None,
                 HAS_ZEROS=zeros is not None,
             )  # fmt: skip
     return found

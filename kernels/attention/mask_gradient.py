@@ -81,8 +81,7 @@ def mask_kernel(
                 q = load_rows(q_head, start_q, n_queries, stride_ql, stride_qe, 0, BLOCK_Q, E, BLOCK_E, WIDE)
                 grad = load_rows(grad_head, start_q, n_queries, stride_gl, stride_ge, 0, BLOCK_Q, EV, BLOCK_EV, WIDE)
             pivot, inverse, delta = load_statistics(
-                pivot_ptr + stats, inverse_ptr + stats, delta_ptr + stats, start_q, n_queries, BLOCK_Q, FLOAT_MASK,
-                False,
+                pivot_ptr + stats, inverse_ptr + stats, delta_ptr + stats, start_q, n_queries, BLOCK_Q, True, False,
             )  # fmt: skip
             begin, end, _, _ = key_range(start_q, n_keys, offset, left, right, BLOCK_Q, BLOCK_K, BAND)
             if not SUM_S:
@@ -108,7 +107,7 @@ def mask_kernel(
                     scores, start_q, start_k, di, dj, n_queries, n_keys, offset, left, right,
                     mask_head, stride_ml, stride_ms, BAND, FLOAT_MASK, WIDE, CARE,
                 )  # fmt: skip
-                weights = powers(scores, pivot[:, None], 1.0, FLOAT_MASK) * inverse[:, None]
+                weights = powers(scores, pivot[:, None], 1.0, True) * inverse[:, None]
                 if HAS_DROPOUT:
                     dp *= tile_dropout_factors(
                         seed, start_q, start_k, head.to(tl.int32), drop_below, keep_scale, BLOCK_Q, BLOCK_K, True

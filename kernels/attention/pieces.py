@@ -4,6 +4,10 @@ What a step costs is mostly its arithmetic a score, so scores are made with as l
 nothing is added to them, they stay products of Q and K, and scale and log2(e) go into the one multiply-add before exp2:
 exp(scale s - m) = exp2(factor s - m log2(e)). Else they are in natural units, and the factor is log2(e). The scale is
 above 0 (`positive_scale` in general.py), so the largest product is the largest score.
+
+EXACT: scores are in natural units, and a row's largest is subtracted before anything else: under a float mask, since
+the largest float32 numbers would not be the same after a multiplication, and for float32 inputs, whose weights would
+show the rounding of large scores.
 """
 
 import triton
@@ -280,13 +284,9 @@ def restrict(
 
 
 @triton.jit
-def powers(scores, pivot, factor, MASK: tl.constexpr):
-    """exp of scores less their row's pivot, both as the scores are: see the top of this page.
-
-    Under a float mask the pivot is in natural units and subtracted first, since the largest float32 numbers would not
-    be the same after a multiplication; else it is in base 2.
-    """
-    if MASK == FLOAT_MASK:
+def powers(scores, pivot, factor, EXACT: tl.constexpr):
+    """exp of scores less their row's pivot, in natural units if EXACT, else in base 2: see the top of this page."""
+    if EXACT:
         return tl.exp2((scores - pivot) * LOG2_E)
     else:
         return tl.exp2(scores * factor - pivot)
@@ -351,9 +351,9 @@ def tile_dropout_factors(
 
 @triton.jit
 def load_statistics(
-    pivot_ptr, inverse_ptr, delta_ptr, start, n_queries, ROWS: tl.constexpr, MASK: tl.constexpr, WHOLE: tl.constexpr
+    pivot_ptr, inverse_ptr, delta_ptr, start, n_queries, ROWS: tl.constexpr, EXACT: tl.constexpr, WHOLE: tl.constexpr
 ):  # fmt: skip
-    """Of the queries from `start` on what `delta_kernel` found: pivots, inverses of sums under a float mask, deltas.
+    """Of the queries from `start` on what `delta_kernel` found: pivots, inverses of sums if EXACT, deltas.
 
     Queries past the end weigh nothing.
     """
@@ -362,11 +362,11 @@ def load_statistics(
     inverse = tl.full((ROWS,), 1.0, tl.float32)
     if WHOLE:
         pivot, delta = tl.load(pivot_ptr + offs), tl.load(delta_ptr + offs)
-        if MASK == FLOAT_MASK:
+        if EXACT:
             inverse = tl.load(inverse_ptr + offs)
     else:
         pivot = tl.load(pivot_ptr + offs, mask=inside, other=float("inf"))
         delta = tl.load(delta_ptr + offs, mask=inside, other=0.0)
-        if MASK == FLOAT_MASK:
+        if EXACT:
             inverse = tl.load(inverse_ptr + offs, mask=inside, other=0.0)
     return pivot, inverse, delta

@@ -152,7 +152,7 @@ def exponentials(scores, factor, MASK: tl.constexpr):
     """exp(score - the row's largest), and their sum a row, 1 where a query may attend to nothing."""
     row_max = tl.max(scores, 2)[:, :, None]
     pivot = tl.where(row_max == float("-inf"), 0.0, row_max if MASK == FLOAT_MASK else row_max * factor)
-    weights = powers(scores, pivot, factor, MASK)
+    weights = powers(scores, pivot, factor, MASK == FLOAT_MASK)
     row_sum = tl.sum(weights, 2)[:, :, None]
     return weights, tl.where(row_sum == 0.0, 1.0, row_sum)
 
