@@ -46,7 +46,7 @@ SPILLS = {
 }
 OUTSIDE = 512  # bytes that a general kernel may spill outside of its steady loop, in tiles that an edge cuts
 # Kernels whose warps make some products twice, by chip, kernel and least head size, and why they may. Where a call has
-# few queries, all may: the keys' way from memory is what counts.
+# few queries, all may: the keys' way from memory is what counts. (A Hopper backward's code has both consumers' turns.)
 WASTED = {
     (80, "forward_kernel", 256): "four warps spill in the loop, under dropout",
     (80, "query_kernel", 256): "tiles of more queries take more registers than there are",
@@ -186,19 +186,23 @@ def judge(case: Case, kernel: str, options: dict[str, Any], compiled: Any) -> Re
     must_have_wgmma |= is_hopper
     text, num_warps = disassemble(compiled.asm["cubin"]), compiled.metadata.num_warps
     cost: Cost | Traffic | None = None
-    if kernel in PRODUCTS and case.arch in RATES and case.dtype != "fp32" and not wide and not is_hopper:
-        cost = loop_cost(text, kernel, case.size, options["BLOCK_Q"], options["BLOCK_K"], num_warps, case.arch)
-    elif case.arch in RATES and (norm or kernel.startswith("short")):
-        cost = traffic(text, registers, shared, num_warps, case.arch)
+    chip = case.arch if case.arch in RATES else 80  # whose tiles the others run
+    if is_hopper:  # a step of one of its consumers, warp groups that are alike
+        options = {"BLOCK_Q": 64, "BLOCK_K": options.get("BLOCK_K", 64)}
+    if kernel in PRODUCTS and case.dtype != "fp32" and not wide:
+        warps = 4 if is_hopper else num_warps
+        cost = loop_cost(text, kernel, case.size, options["BLOCK_Q"], options["BLOCK_K"], warps, chip)
+    elif norm or kernel.startswith("short"):
+        cost = traffic(text, registers, shared, num_warps, chip)
     allowed = SPILLS.get((kernel, case.feature == "hopper all"), 0)
-    if isinstance(cost, Cost) and cost.spilled == 0:
+    if isinstance(cost, Cost) and cost.spilled == 0 and not is_hopper:
         allowed = OUTSIDE
-    reason = next((why for (arch, name, size), why in WASTED.items()
-                   if arch == case.arch and name == kernel and size <= case.size), "")  # fmt: skip
+    may_waste = is_hopper or case.feature == "few" or any(
+        (arch, name) == (chip, kernel) and size <= case.size for arch, name, size in WASTED)  # fmt: skip
     fault = ""
     if shared > SHARED_MEMORY[case.arch]:
         fault = f"needs {shared} bytes of shared memory, has {SHARED_MEMORY[case.arch]}"
-    elif isinstance(cost, Cost) and cost.wasted > 0.01 and not reason and case.feature != "few":
+    elif isinstance(cost, Cost) and cost.wasted > 0.01 and not may_waste:
         fault = f"warps make {cost.wasted:.0%} of the products twice: fewer than 16 own rows a warp"
     elif spills > allowed and (
         norm or is_hopper or kernel.startswith("short") or (case.dtype != "fp32" and case.size <= 128)

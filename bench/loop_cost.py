@@ -133,14 +133,15 @@ def read_code(text: str) -> tuple[list[str], dict[str, int]]:
     return code, labels
 
 
-def loops(text: str) -> Iterator[Loop]:
-    """The innermost loops of a disassembly."""
+def loops(text: str, mark: str = "") -> Iterator[Loop]:
+    """The innermost of a disassembly's loops that have an instruction with `mark` in its name."""
     code, labels = read_code(text)
     found = []
     for end, line in enumerate(code):
         branch = re.search(r"BRA(?:\.\S+)?\s+.*?`\((\.L_x_\d+)\)", line)
-        if branch and labels.get(branch[1], len(code)) < end:
-            found.append((labels[branch[1]], end))
+        start = labels.get(branch[1], end) if branch else end
+        if any(mark in full_name_of(line) for line in code[start:end]):
+            found.append((start, end))
     for start, end in found:
         if not any((start, end) != other and start <= other[0] and other[1] <= end for other in found):
             yield Loop(code[start : end + 1])
@@ -161,11 +162,6 @@ class Cost(NamedTuple):
     wasted: float
     spilled: int
 
-    @property
-    def cycles(self) -> float:
-        """A 1,000 scores, where products and the rest take turns."""
-        return self.tensor + max(self.issue, self.half, self.exp2)
-
     def __str__(self) -> str:
         four = " ".join(f"{x:4.0f}" for x in self[:4])
         return f"{four} serial {self.serial:4.0f} overlap {self.overlap:4.0f} spilled {self.spilled}"
@@ -177,10 +173,11 @@ def loop_cost(
     """Cost of an attention kernel of heads of `size` on a chip; None where no loop has matrix products.
 
     Args:
-        text: the disassembly. kernel: one of PRODUCTS. block_q, block_k, num_warps: of its tile.
+        text: the disassembly. kernel: one of PRODUCTS. block_q, block_k, num_warps: of its tile, or of one of a Hopper
+            kernel's consumers, which are alike.
     """
     rates = RATES[arch]
-    found = [loop for loop in loops(text) if any("MMA" in line for line in loop.code)]
+    found = list(loops(text, "MMA"))
     if not found:
         return None
     # The steady loop makes the most flops an instruction: others look at edges, or for NaN.
@@ -218,7 +215,7 @@ def traffic(text: str, registers: int, shared: int, num_warps: int, arch: int) -
     """
     rates = RATES[arch]
     every = Loop(read_code(text)[0])
-    loop = max((loop for loop in loops(text) if loop.bytes("LDG")), key=lambda loop: loop.issue, default=every)
+    loop = max(loops(text, "LDG"), key=lambda loop: loop.issue, default=every)
     if not loop.bytes("LDG"):
         return None
     threads = 32 * num_warps
@@ -236,7 +233,7 @@ HEADER = """# Compiled, without a GPU
 What the machine code of the kernels says, by Triton {version}: made by `python -m bench.loop_cost --write`, checked by
 `python -m bench.compile_check`. Speeds are predictions (see bench/loop_cost.py), in TFLOP/s of what a kernel must do,
 its recomputed products included; no GPU has run them. Spills: bytes of the whole kernel, and instructions in the steady
-loop. Cycles a 1,000 scores: tensor, issue, half rate, exp2.
+loop. Cycles a 1,000 scores: tensor, issue, half rate, exp2. Of Hopper kernels: a consumer, for which "overlap" counts.
 
 """
 COLUMNS = "| sm | kernel | case | tile, warps | registers | spills, in the loop | cycles | serial | overlap |"

@@ -60,7 +60,7 @@ def test_a_loop_by_hand() -> None:
     assert cost.tensor == pytest.approx(1000 * 2 * 2 * 16 / 4096) and cost.wasted == 0.0 and cost.spilled == 0
     speed = 1000 * 64 * 132 * 1.7e-3
     assert cost.serial == pytest.approx(speed / (cost.tensor + 8 * one))
-    assert cost.overlap == pytest.approx(speed / cost.tensor) and cost.cycles == pytest.approx(cost.tensor + 8 * one)
+    assert cost.overlap == pytest.approx(speed / cost.tensor)
 
 
 def test_spills_repeated_products_and_older_instructions_are_seen() -> None:
@@ -124,8 +124,9 @@ def test_the_recorded_table_is_whole_and_reaches_its_goals() -> None:
     for arch in loop_cost.RATES:
         for feature in TABLE_FEATURES:
             for size in TABLE_SIZES:
-                for kernel in GOALS:
-                    assert (arch, kernel, f"bf16 D{size} {feature}") in table
+                is_hopper = feature.startswith("hopper")
+                for kernel in ("hopper_forward_kernel",) if is_hopper else GOALS:
+                    assert (arch, kernel, f"bf16 D{size} {feature}") in table or (is_hopper and arch != 90)
     for kernel, sizes in GOALS.items():
         for size, goal in sizes.items():
             assert table[90, kernel, f"bf16 D{size} plain"] >= goal

@@ -132,7 +132,6 @@ def test_more_sequences_than_a_second_grid_axis_holds(device: str) -> None:
 # What is not a number
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's, at Inf times 0
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("name", ["query", "key", "value", "upstream"])
 @pytest.mark.parametrize("length", [5, 12])

@@ -55,7 +55,7 @@ def forward_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BAND: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, PACKED: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Output and statistics of BLOCK_Q queries of one head.
 
@@ -96,11 +96,11 @@ def forward_kernel(
         slope = tl.load(slopes_ptr + b * stride_ab + h)
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
-    EXACT: tl.constexpr = MASK == FLOAT_MASK or q_ptr.dtype.element_ty == tl.float32
     IS_PRODUCT: tl.constexpr = not (HAS_SOFTCAP or HAS_ALIBI or EXACT)
     factor = scale * LOG2_E if IS_PRODUCT else LOG2_E
     unit = 1.0 if EXACT else LOG2_E  # of row_max, in natural units
 
+    di, dj = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_K)[None, :]
     if LOOP == 0:
         q = load_rows(q_ptr, start_q, n_queries, stride_ql, stride_qe, 0, BLOCK_Q, E, BLOCK_E, WIDE)
     first_max, first_sum = float("-inf"), 0.0
@@ -118,7 +118,6 @@ def forward_kernel(
             again = is_spoilt(acc)
             row_max, row_sum = tl.where(again, first_max, row_max), tl.where(again, first_sum, row_sum)
             acc = tl.where(again, 0.0, acc)
-        di, dj = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_K)[None, :]
         first, last = tiles_of_pass(begin, end, open_begin, open_end, again, PASS)
         for place in range(first, last, BLOCK_K):
             start_k = start_of_tile(place, begin, open_begin, open_end, PASS)
@@ -183,7 +182,7 @@ def mask_kind(attn_mask: torch.Tensor | None) -> int:
 
 
 def is_exact(dtype: torch.dtype, extras: Extras) -> bool:
-    """Whether the kernels take two statistics of a row instead of its log-sum-exp: see the top of pieces.py."""
+    """Whether a row's largest score is subtracted before anything else: EXACT, see the top of pieces.py."""
     return dtype == torch.float32 or mask_kind(extras.attn_mask) == FLOAT_MASK.value
 
 
@@ -228,6 +227,7 @@ def flags(query: torch.Tensor, seed: torch.Tensor | None, extras: Extras, rules:
         "HAS_SOFTCAP": bool(rules.softcap),
         "HAS_ALIBI": extras.alibi_slopes is not None,
         "HAS_DROPOUT": seed is not None,
+        "EXACT": is_exact(query.dtype, extras),
         "PRECISION": dot_precision(query.dtype),
         "WIDE": wide,
     }

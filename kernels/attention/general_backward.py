@@ -8,9 +8,9 @@ With P = softmax(scale Q K^T + mask), D the dropout mask over 1 - p, and dO the 
 (FlashAttention-2, Dao 2023, section 3.1). With a soft cap, dS is times 1 - tanh^2 for dQ and dK. A gradient of the
 log-sum-exp is taken off delta. P is recomputed tile by tile, from a pivot a row: its log-sum-exp in base 2, or, if
 EXACT (pieces.py), its largest score in natural units, and beside it 1 over its sum; the delta kernel makes them of the
-saved statistics. Each output has one owner: dQ a
-program per query tile, dK and dV a program per key tile, which walks the query heads of its group. So there are no
-atomics, and repeated runs agree bit for bit. The mask's gradient: mask_gradient.py.
+saved statistics. Each output has one owner: dQ a program per query tile, dK and dV a program per key tile, which walks
+the query heads of its group. So there are no atomics, and repeated runs agree bit for bit. The mask's gradient:
+mask_gradient.py.
 
 Heads wider than a tile (LOOP > 0): a program makes one chunk of columns and computes scores and dP over all anew.
 
@@ -29,7 +29,7 @@ from kernels.attention.general import (
 )  # fmt: skip
 from kernels.attention.mask_gradient import mask_grid, mask_kernel, summed_axes
 from kernels.attention.pieces import (
-    CARE, FLOAT_MASK, LOG2_E, NO_BAND, NO_MASK, OPEN, batch_bounds, bend, cap_slope, dot, find_work, is_spoilt,
+    CARE, LOG2_E, NO_BAND, NO_MASK, OPEN, batch_bounds, bend, cap_slope, dot, find_work, is_spoilt,
     key_range, load_rows, load_statistics, open_to_all, powers, product_of_rows, query_range, restrict, start_of_tile,
     store_rows, tile_dropout_factors, tiles_of_pass, zero_nonfinite,
 )  # fmt: skip
@@ -108,7 +108,7 @@ def query_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BAND: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, PACKED: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """dQ of BLOCK_Q queries of one head. grad_ptr (B, n_heads, L, EV): dO. The rest as in forward_kernel."""
     chunks: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
@@ -139,10 +139,10 @@ def query_kernel(
         slope = tl.load(slopes_ptr + b * stride_ab + h)
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
-    EXACT: tl.constexpr = MASK == FLOAT_MASK or q_ptr.dtype.element_ty == tl.float32
     IS_PRODUCT: tl.constexpr = not (HAS_SOFTCAP or HAS_ALIBI or EXACT)
     factor = scale * LOG2_E if IS_PRODUCT else LOG2_E
 
+    di, dj = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_K)[None, :]
     if LOOP == 0:
         q = load_rows(q_ptr, start_q, n_queries, stride_ql, stride_qe, 0, BLOCK_Q, E, BLOCK_E, WIDE)
         grad = load_rows(grad_ptr, start_q, n_queries, stride_gl, stride_ge, 0, BLOCK_Q, EV, BLOCK_EV, WIDE)
@@ -159,7 +159,6 @@ def query_kernel(
         if PASS == CARE:
             again = is_spoilt(dq)
             dq = tl.where(again, 0.0, dq)
-        di, dj = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_K)[None, :]
         first, last = tiles_of_pass(begin, end, open_begin, open_end, again, PASS)
         for place in range(first, last, BLOCK_K):
             start_k = start_of_tile(place, begin, open_begin, open_end, PASS)
@@ -226,7 +225,7 @@ def key_value_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BAND: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, PACKED: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BLOCK_K keys of one key head, summed over the `group` query heads that share it.
 
@@ -252,6 +251,7 @@ def key_value_kernel(
             return
     k_ptr += b * stride_kb + h_kv * stride_kh + first_k * stride_ks
     v_ptr += b * stride_vb + h_kv * stride_vh + first_k * stride_vs
+    di, dj = tl.arange(0, BLOCK_Q)[None, :], tl.arange(0, BLOCK_K)[:, None]
     if LOOP == 0:
         k = load_rows(k_ptr, start_k, n_keys, stride_ks, stride_ke, 0, BLOCK_K, E, BLOCK_E, WIDE)
         v = load_rows(v_ptr, start_k, n_keys, stride_vs, stride_ve, 0, BLOCK_K, EV, BLOCK_EV, WIDE)
@@ -259,7 +259,6 @@ def key_value_kernel(
     dv = tl.zeros((BLOCK_K, BLOCK_EV), tl.float32)
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
-    EXACT: tl.constexpr = MASK == FLOAT_MASK or q_ptr.dtype.element_ty == tl.float32
     IS_PRODUCT: tl.constexpr = not (HAS_SOFTCAP or HAS_ALIBI or EXACT)
     factor = scale * LOG2_E if IS_PRODUCT else LOG2_E
 
@@ -273,7 +272,6 @@ def key_value_kernel(
         if PASS == CARE:
             again = is_spoilt(dk)
             dk, dv = tl.where(again, 0.0, dk), tl.where(again, 0.0, dv)
-        di, dj = tl.arange(0, BLOCK_Q)[None, :], tl.arange(0, BLOCK_K)[:, None]
         first, last = tiles_of_pass(begin, end, open_begin, open_end, again, PASS)
         for member in range(0, group):
             h = h_kv * group + member

@@ -39,7 +39,7 @@ def mask_kernel(
     BAND: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, PACKED: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     SUM_B: tl.constexpr, SUM_H: tl.constexpr, SUM_L: tl.constexpr, SUM_S: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of the float mask: dS summed over the axes along which the mask was broadcast (SUM_*).
 
@@ -81,7 +81,7 @@ def mask_kernel(
                 q = load_rows(q_head, start_q, n_queries, stride_ql, stride_qe, 0, BLOCK_Q, E, BLOCK_E, WIDE)
                 grad = load_rows(grad_head, start_q, n_queries, stride_gl, stride_ge, 0, BLOCK_Q, EV, BLOCK_EV, WIDE)
             pivot, inverse, delta = load_statistics(
-                pivot_ptr + stats, inverse_ptr + stats, delta_ptr + stats, start_q, n_queries, BLOCK_Q, True, False,
+                pivot_ptr + stats, inverse_ptr + stats, delta_ptr + stats, start_q, n_queries, BLOCK_Q, EXACT, False,
             )  # fmt: skip
             begin, end, _, _ = key_range(start_q, n_keys, offset, left, right, BLOCK_Q, BLOCK_K, BAND)
             if not SUM_S:
@@ -107,7 +107,7 @@ def mask_kernel(
                     scores, start_q, start_k, di, dj, n_queries, n_keys, offset, left, right,
                     mask_head, stride_ml, stride_ms, BAND, FLOAT_MASK, WIDE, CARE,
                 )  # fmt: skip
-                weights = powers(scores, pivot[:, None], 1.0, True) * inverse[:, None]
+                weights = powers(scores, pivot[:, None], 1.0, EXACT) * inverse[:, None]
                 if HAS_DROPOUT:
                     dp *= tile_dropout_factors(
                         seed, start_q, start_k, head.to(tl.int32), drop_below, keep_scale, BLOCK_Q, BLOCK_K, True

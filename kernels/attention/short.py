@@ -228,7 +228,7 @@ def short_options(
     """Sizes of tiles, compile-time switches and warps of a launch."""
     n_queries, n_keys, e, ev = query.shape[2], key.shape[2], query.shape[3], value.shape[3]
     switches = flags(query, seed, extras, rules, False)
-    del switches["PACKED"], switches["WIDE"]
+    del switches["PACKED"], switches["WIDE"], switches["EXACT"]
     tile = choose_short_tile(kernel, max(n_queries, n_keys), max(e, ev), query.element_size())
     return {
         "E": e, "EV": ev, "BLOCK_E": block_of(e), "BLOCK_EV": block_of(ev), "BLOCK_L": block_of(n_queries),
