@@ -133,14 +133,15 @@ def read_code(text: str) -> tuple[list[str], dict[str, int]]:
     return code, labels
 
 
-def loops(text: str, mark: str = "") -> Iterator[Loop]:
-    """The innermost of a disassembly's loops that have an instruction with `mark` in its name."""
+def loops(text: str, *marks: str) -> Iterator[Loop]:
+    """The innermost of a disassembly's loops that have an instruction with each of `marks` in its name."""
     code, labels = read_code(text)
     found = []
     for end, line in enumerate(code):
         branch = re.search(r"BRA(?:\.\S+)?\s+.*?`\((\.L_x_\d+)\)", line)
         start = labels.get(branch[1], end) if branch else end
-        if any(mark in full_name_of(line) for line in code[start:end]):
+        names = [full_name_of(line) for line in code[start:end]]
+        if start < end and all(any(mark in name for name in names) for mark in marks):
             found.append((start, end))
     for start, end in found:
         if not any((start, end) != other and start <= other[0] and other[1] <= end for other in found):
@@ -177,7 +178,8 @@ def loop_cost(
             kernel's consumers, which are alike.
     """
     rates = RATES[arch]
-    found = list(loops(text, "MMA"))
+    found = [loop for loop in loops(text) if any("MMA" in line for line in loop.code)]
+    found = found or list(loops(text, "MMA", "MUFU"))  # a Hopper consumer's hold others, which wait for its producer
     if not found:
         return None
     # The steady loop makes the most flops an instruction: others look at edges, or for NaN.
