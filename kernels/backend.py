@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy
 import torch
 
 BACKENDS = ("auto", "triton", "torch")
@@ -49,6 +50,13 @@ def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if not autocasts(tensors[0].device):
         return tensors
     return tuple(x.to(autocast_dtype(x)) for x in tensors)
+
+
+def as_number(x: Any) -> Any:
+    """The Python number that a NumPy scalar, or a tensor of no dimensions and no gradient, holds; else x as it is."""
+    if isinstance(x, numpy.generic) or (isinstance(x, torch.Tensor) and x.ndim == 0 and not x.requires_grad):
+        return x.item()
+    return x
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
