@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["differentiable"]
+__all__ = ["differentiable", "in_forward_mode", "transformed"]
+
+
+def in_forward_mode() -> bool:
+    """Whether tangents are carried along, outside of compiled code."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward mode is at work, outside of compiled code."""
+    return in_forward_mode() or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
 
 
 def differentiable(function: type[torch.autograd.Function], *args: Any) -> Any:

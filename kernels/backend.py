@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from typing import Any, NamedTuple
@@ -35,6 +36,11 @@ def autocasts(device: torch.device) -> bool:
     return device.type in AUTOCAST_KINDS and torch.is_autocast_enabled(device.type)
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Autocast off for this kind of device, where it has one."""
+    return torch.autocast(device.type, enabled=False) if device.type in AUTOCAST_KINDS else contextlib.nullcontext()
+
+
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
     """Whether the gradient of one of the tensors may be asked for."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
@@ -57,6 +63,12 @@ def as_number(x: Any) -> Any:
     if isinstance(x, numpy.generic) or (isinstance(x, torch.Tensor) and x.ndim == 0 and not x.requires_grad):
         return x.item()
     return x
+
+
+def shown(x: object) -> str:
+    """x as a message shows it: one line, cut where it is long."""
+    text = " ".join(repr(x).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
@@ -89,8 +101,8 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, unsupported: 
     Raises:
         ValueError: the backend is unknown, or "triton" was asked for and cannot run.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, found {backend!r}")
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, found {shown(backend)}")
     if backend == "torch":
         return Choice("torch", 'backend="torch" was asked for')
     reason = why_not_triton(device, dtype) or unsupported

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from kernels.subclasses import is_traced
+
 # Above this probability a number for every element is drawn faster than the places of dropped elements.
 SPARSE_LIMIT = 0.25
 LEAST = 4096  # elements, below which a number for each is as cheap
@@ -16,30 +18,24 @@ def dropped_places(count: int, p: float) -> torch.Tensor:
     of balls is Poisson distributed by itself (Kingman 1993, "Poisson Processes", section 1.2), and 0 with probability
     1 - p. That takes about count * p random numbers.
     """
-    balls = torch.poisson(torch.full((), -count * math.log1p(-p), dtype=torch.float64))
-    return torch.randint(count, (int(balls),))
+    balls = torch.poisson(torch.full((), -count * math.log1p(-p), dtype=torch.float64, device="cpu"))
+    return torch.randint(count, (int(balls),), dtype=torch.int64, device="cpu")
 
 
 def keep_factors(shape: tuple[int, ...], p: float) -> torch.Tensor:
     """A float32 tensor of `shape` on the CPU: 0 with probability p, else 1 / (1 - p)."""
     if p >= 1.0:
-        return torch.zeros(shape)
+        return torch.zeros(shape, dtype=torch.float32, device="cpu")
     if p > SPARSE_LIMIT:
-        return torch.empty(shape).bernoulli_(1.0 - p).div_(1.0 - p)
-    factors = torch.full(shape, 1.0 / (1.0 - p))
+        return torch.empty(shape, dtype=torch.float32, device="cpu").bernoulli_(1.0 - p).div_(1.0 - p)
+    factors = torch.full(shape, 1.0 / (1.0 - p), dtype=torch.float32, device="cpu")
     if factors.numel():
         factors.view(-1).index_fill_(0, dropped_places(factors.numel(), p), 0.0)
     return factors
 
 
 def _draws_factors(x: torch.Tensor, p: float) -> bool:
-    if p == 0.0 or not x.is_cpu or x.dtype != torch.float32 or x.numel() < LEAST or torch.compiler.is_compiling():
-        return False
-    try:
-        x.data_ptr()
-    except RuntimeError:  # no memory, no numbers of its own: vmap and other transforms
-        return False
-    return True
+    return p > 0.0 and x.is_cpu and x.dtype == torch.float32 and not is_traced(x) and x.numel() >= LEAST
 
 
 def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
@@ -48,7 +44,10 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def add_dropped(x: torch.Tensor, residual: torch.Tensor, p: float) -> torch.Tensor:
-    """residual + dropout(x, p), both of one shape, in one pass where the factors are at hand."""
-    if p > 0.0 and residual.dtype == x.dtype and _draws_factors(x, p):
-        return torch.addcmul(residual, x, keep_factors(x.shape, p))
-    return residual + (dropout(x, p) if p > 0.0 else x)
+    """residual + dropout(x, p), both of one shape, in one pass where the factors are at hand; rounded once."""
+    if p == 0.0:
+        return residual + x
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if residual.dtype == wide.dtype and _draws_factors(wide, p):
+        return torch.addcmul(residual, wide, keep_factors(wide.shape, p))
+    return (residual + dropout(wide, p)).to(torch.promote_types(x.dtype, residual.dtype))

@@ -14,8 +14,10 @@ INTERPRETED_MULTIPROCESSORS = 2  # on a CPU: enough for more than one program
 
 @functools.cache
 def capability(device: torch.device) -> int:
-    """Compute capability of a CUDA device times ten (an H100 or H200 is 90); 80 for the interpreter on a CPU."""
-    if device.type != "cuda":
+    """Compute capability of a CUDA device times ten (an H100 or H200 is 90); 80 for the interpreter on a CPU, and for a
+    device that is not there, of fake tensors.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 
+from kernels.backend import as_number
 from kernels.layer_norm.api import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from kernels.layer_norm.checks import sizes_of
 
 __all__ = ["LayerNorm", "RMSNorm"]
 
@@ -14,6 +16,10 @@ class LayerNorm(torch.nn.LayerNorm):
 
     With a residual, `kernels.add_layer_norm`: the sum of a residual connection and the norm after it in one pass.
     """
+
+    def __init__(self, normalized_shape: Any, *arguments: Any, **options: Any) -> None:
+        super().__init__(sizes_of(normalized_shape), *arguments, **options)
+        self.eps = as_number(self.eps)
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None, *, dropout_p: float = 0.0,
                 prenorm: bool = False) -> Any:
@@ -32,6 +38,10 @@ class LayerNorm(torch.nn.LayerNorm):
 
 class RMSNorm(torch.nn.RMSNorm):
     """`torch.nn.RMSNorm` computed by `kernels.rms_norm`, or with a residual by `kernels.add_rms_norm`."""
+
+    def __init__(self, normalized_shape: Any, *arguments: Any, **options: Any) -> None:
+        super().__init__(sizes_of(normalized_shape), *arguments, **options)
+        self.eps = as_number(self.eps)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, *, dropout_p: float = 0.0,
                 prenorm: bool = False) -> Any:

@@ -12,7 +12,7 @@ import torch
 import kernels
 from kernels.attention import tiles
 from kernels.attention.rules import Extras, Rules
-from tests.attention_problem import Problem, check, problem
+from tests.attention_problem import Problem, check, no_loop, problem
 
 triton_attention = functools.partial(kernels.scaled_dot_product_attention, backend="triton")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -443,9 +443,22 @@ def test_double_backward_through_dropout_is_refused(device: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # PyTorch's own forward mode
-def test_forward_mode_raises_and_is_not_silently_zero(device: str) -> None:
+def test_forward_mode_without_functorch_has_the_formulas_tangent(device: str) -> None:
     p = problem((1, 2, 2, 7, 11, 5, 3), device=device)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(p.query, torch.ones_like(p.query))
-        with pytest.raises(RuntimeError, match="jvp"):
-            triton_attention(dual, p.key, p.value)
+    found = []
+    for solve, dtype in ((triton_attention, torch.float32), (functools.partial(no_loop, p), torch.float64)):
+        query, key, value = (x.to(dtype) for x in (p.query, p.key, p.value))
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(query, torch.ones_like(query))
+            found.append(torch.autograd.forward_ad.unpack_dual(solve(dual, key, value)).tangent)
+    torch.testing.assert_close(found[0], found[1].float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+def test_a_query_that_is_not_finite_sends_nothing_to_keys_it_may_not_see(bad: float, device: str) -> None:
+    p = problem((1, 2, 2, 37, 41, 16, 16), device=device, is_causal=True)
+    p.query[0, 0, 20] = bad
+    leaves = p.inputs()
+    grads = torch.autograd.grad(triton_attention(*leaves, is_causal=True), leaves, p.grad)
+    for grad in grads[1:]:
+        assert grad[0, 0, :21].isnan().any() and grad[0, 0, 21:].isfinite().all() and grad[0, 1].isfinite().all()

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kernels
 from kernels.attention import eager
 from kernels.attention.composed import composed_attention
 from kernels.attention.eager import extended_attention
@@ -637,14 +638,6 @@ def test_decoding_from_the_last_key_needs_no_mask() -> None:
     assert eager._as_mask(call.rules, call.extras, call.query, 7) == (None, False)
 
 
-@pytest.mark.parametrize("need_lse", [False, True], ids=["mask", "formula"])
-def test_packed_sequences_are_refused(need_lse: bool) -> None:
-    starts = torch.tensor([0, 2, 5])
-    call = make_call((1, 4, 2, 5, 7, 3, 2), Extras(query_starts=starts, key_starts=torch.tensor([0, 3, 7])))
-    with pytest.raises(NotImplementedError, match="pad them"):
-        extended_attention(*call[:5], need_lse=need_lse, need_weights=False)
-
-
 @pytest.mark.parametrize("query_dtype", [torch.float16, torch.float64], ids=str)
 def test_a_float32_mask_keeps_its_numbers_on_pytorchs_kernels(query_dtype: torch.dtype) -> None:
     call = make_call(extras=Extras(torch.full((1, 1, 1, 7), LEAST), torch.tensor([4, 7])), dtype=query_dtype)
@@ -675,16 +668,16 @@ def test_many_short_sequences_take_the_short_way(
 ) -> None:  # fmt: skip
     ways = []
     for way in ("short_attention", "scaled_dot_product_attention", "fused_attention"):
-        monkeypatch.setattr(eager, way, lambda *_, way=way, **__: ways.append(way))
+        monkeypatch.setattr(eager, way, lambda query, *_, way=way, **__: ways.append(way) or query)
     query, key = (torch.randn(batch, 4, n_queries, 16, requires_grad=training) for _ in range(2))
     mask = torch.ones(batch, 1, 1, n_queries, dtype=torch.bool) if masked else None
     eager.attention(query, key, key, mask, dropout_p, False, None, False)
     assert len(ways) == 1 and (ways[0] == "short_attention") == short
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # PyTorch's kernel, at vmap
-def test_vmap_over_many_short_sequences() -> None:
+def test_vmap_over_many_short_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which `short_attention` would take by size, and has no rule for."""
+    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
     query = torch.randn(3, 256, 4, 7, 16)
-    found = torch.func.vmap(lambda x: eager.attention(x, x, x, None, 0.0, False, None, False))(query)
-    torch.testing.assert_close(found[2], eager.attention(*[query[2]] * 3, None, 0.0, False, None, False))
+    found = torch.func.vmap(lambda x: kernels.scaled_dot_product_attention(x, x, x))(query)
+    torch.testing.assert_close(found[2], kernels.scaled_dot_product_attention(*[query[2]] * 3))

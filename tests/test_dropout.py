@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.dropout import SPARSE_LIMIT, dropped_places, keep_factors
+from kernels.dropout import LEAST, SPARSE_LIMIT, add_dropped, dropout, dropped_places, keep_factors
 
 
 @pytest.mark.parametrize("p", [0.003, 0.01, SPARSE_LIMIT, 0.5])
@@ -39,3 +39,34 @@ def test_places_repeat_with_their_seed() -> None:
 
 def test_nothing_to_drop_from() -> None:
     assert keep_factors((0, 5), 0.1).shape == (0, 5)
+
+
+@pytest.mark.parametrize("p", [0.01, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_defaults_of_pytorch_change_nothing(p: float, dtype: torch.dtype) -> None:
+    def draw() -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        return [keep_factors((211, 1009), p), dropout(x, p), add_dropped(x, x, p)]
+
+    x = torch.ones(LEAST)
+    expected = draw()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            found = draw()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("p", [0.01, 0.5])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32),
+                                    (torch.float16, torch.bfloat16), (torch.float64, torch.float32)], ids=str)
+def test_a_sum_is_rounded_once(p: float, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """As on the Triton kernels: the scaled numbers have no rounding of their own."""
+    x, residual = (torch.randn(67, 64, dtype=torch.float64).to(dtype) for dtype in dtypes)
+    found = add_dropped(x, residual, p)
+    assert found.dtype == torch.promote_types(*dtypes)
+    wide = torch.promote_types(dtypes[0], torch.float32)
+    kept = (residual + x.to(wide) / (1 - p)).to(found.dtype)
+    torch.testing.assert_close(found, torch.where((found - residual).abs() < 1e-30, residual.to(found.dtype), kept))

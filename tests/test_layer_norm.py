@@ -6,6 +6,7 @@ The bound on an error is PyTorch's own at the same dtype, both measured against 
 import itertools
 import math
 
+import numpy
 import pytest
 import torch
 from functorch.compile import make_boxed_func
@@ -13,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
 import kernels
-from kernels.layer_norm import autograd, ops
+from kernels.layer_norm import autograd, eager, ops
 from kernels.reference import layer_norm_no_loop, layer_norm_two_loop
 
 backward = pytest.importorskip("kernels.layer_norm.backward", reason="needs triton")
@@ -328,6 +329,22 @@ BAD_CALLS = {
     "negative_eps": (lambda x: (x, (7,), None, None, -1e-5), ValueError, "eps must be"),
     "nan_eps": (lambda x: (x, (7,), None, None, math.nan), ValueError, "eps must be"),
     "text_eps": (lambda x: (x, (7,), None, None, "1e-5"), ValueError, "eps must be"),
+    "no_eps": (lambda x: (x, (7,), None, None, None), ValueError, "eps must be"),
+    "no_input": (lambda x: (None, (7,)), TypeError, "input must be a tensor, found NoneType; make it one with"),
+    "list_input": (lambda x: ([1.0] * 7, (7,)), TypeError, "input must be a tensor, found list"),
+    "array_input": (lambda x: (numpy.ones(7), (7,)), TypeError, "input must be a tensor, found ndarray"),
+    "true_input": (lambda x: (True, (7,)), TypeError, "input must be a tensor, found bool"),
+    "array_weight": (lambda x: (x, (7,), numpy.ones(7)), TypeError, "weight must be a tensor or None, found ndarray"),
+    "true_bias": (lambda x: (x, (7,), None, True), TypeError, "bias must be a tensor or None, found bool"),
+    "list_bias": (lambda x: (x, (7,), None, [0.0] * 7), TypeError, "bias must be a tensor or None, found list"),
+    "sparse_input": (lambda x: (x.to_sparse(), (7,)), TypeError, "input must be a dense tensor, .*sparse_coo"),
+    "sparse_weight": (lambda x: (x, (7,), x[0].to_sparse()), TypeError, "weight must be a dense tensor"),
+    "no_shape": (lambda x: (x, None), TypeError, "normalized_shape must be an integer or several, found None"),
+    "float_shape": (lambda x: (x, 7.0), TypeError, "must be an integer or several, found 7.0"),
+    "floats_in_shape": (lambda x: (x, (7.0,)), TypeError, r"must be an integer or several, found \(7.0,\)"),
+    "true_shape": (lambda x: (x, True), TypeError, "must be an integer or several, found True"),
+    "text_shape": (lambda x: (x, "7"), TypeError, "must be an integer or several, found '7'"),
+    "negative_shape": (lambda x: (x, -7), ValueError, r"trailing dimensions of the input, found \(-7,\)"),
 }
 
 
@@ -392,7 +409,7 @@ def test_operations_with_a_residual_pass_opcheck(normal, layout, centre, dropout
     torch.library.opcheck(torch.ops.kernels.norm_forward.default, arguments)
     output, total, mean, rstd = torch.ops.kernels.norm_forward(*arguments)
     assert total.shape == ((0,) if from_output else x.shape) and total.dtype == torch.float32
-    assert output.dtype == x.dtype and mean.numel() == (10 if centre else 0) and rstd.shape == (10,)
+    assert output.dtype == x.dtype and mean.numel() == (20 if centre else 0) and rstd.shape == (10,)
     upstream, grad_sum = arrange(normal(2, 5, 7, dtype=torch.bfloat16)), arrange(normal(2, 5, 7))
     saved = upstream, None if from_output else grad_sum, output if from_output else total, seed, weight, bias, mean
     rules = rstd, (7,), x.dtype, residual.dtype, dropout_p, centre, from_output, [True, True, True, centre]
@@ -462,7 +479,7 @@ def test_derivatives_in_float64(normal, double_backward, centre):
     tensors = [x.double().requires_grad_() for x in three_tensors(normal)]
 
     def function(input, weight, bias):
-        return autograd.plain_norm(input, (7,), weight, bias, EPS, centre)[0]
+        return eager.plain_norm(input, (7,), weight, bias, EPS, centre)[0]
 
     if double_backward:
         assert torch.autograd.gradgradcheck(function, tensors)

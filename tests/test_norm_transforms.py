@@ -1,14 +1,23 @@
 """The norms under transformations, compilation, autocast and checkpoints; what they refuse; wrong norms rejected."""
 
+import contextlib
+import copy
 import itertools
 import math
+import pickle
 
+import numpy
 import pytest
 import torch
-from torch.func import grad, jacrev, jvp, vmap
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+from kernels import add_layer_norm, layer_norm
 
 forward = pytest.importorskip("kernels.layer_norm.forward", reason="needs triton")
 from tests.norm_problem import (  # noqa: E402 (it imports Triton)
@@ -82,14 +91,134 @@ def test_double_backward_through_dropout(normal, device, centre):
 
 @torch_warns
 @either_norm
-def test_higher_derivatives_are_refused(normal, centre):
+@pytest.mark.parametrize("has_residual", [False, True], ids=["alone", "residual"])
+def test_double_backward_with_save_output_is_refused(normal, centre, has_residual):
     """Never a wrong number."""
     x, residual, *_ = small(normal, centre)
     leaf = x.detach().requires_grad_()
     with pytest.raises(NotImplementedError, match="double backward with save_output"):
-        torch.autograd.grad(ours(centre, save_output=True)(leaf, residual)[0], leaf, x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="forward mode through dropout"):
-        jvp(lambda y: ours(centre, dropout_p=0.5)(y, residual)[0], (x,), (x,))
+        output = ours(centre, save_output=True)(leaf, residual if has_residual else None)[0]
+        torch.autograd.grad(output, leaf, x, create_graph=True)
+
+
+@torch_warns
+@either_backend
+@either_norm
+def test_forward_mode_through_dropout(normal, device, backend, centre):
+    """The sum's tangent shows which elements are dropped; the output's is that of the sum without dropout."""
+    x, residual, tangent = (normal(64, 65) for _ in range(3))
+    call = ours(centre, dropout_p=0.5, prenorm=True, backend=backend)
+    (_, total), (output_tangent, sum_tangent) = jvp(lambda y: tuple(call(y, residual)), (x,), (tangent,))
+    keep = sum_tangent != 0
+    assert abs(keep.float().mean() - 0.5) < 0.04
+    torch.testing.assert_close(total, torch.where(keep, residual + 2 * x, residual))
+    torch.testing.assert_close(sum_tangent, torch.where(keep, 2 * tangent, 0.0))
+    expected = jvp(lambda y: torchs(centre)(y, None)[0], (total,), (sum_tangent,))[1]
+    torch.testing.assert_close(output_tangent, expected, rtol=1e-4, atol=1e-4)
+
+
+def exact_norm(centre, has_residual):
+    """A norm by its formula, to be differentiated in float64: of input, weight and residual, all outputs in one."""
+
+    def call(x, weight, residual):
+        total = x + residual if has_residual else x
+        y = total - total.mean(-1, keepdim=True) if centre else total
+        y = y * (y.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight
+        return y.sin() + (total.cos() if has_residual else 0.0)
+
+    return call
+
+
+def norm_of_ours(centre, has_residual, backend):
+    """The same by ours."""
+
+    def call(x, weight, residual):
+        options = {"prenorm": True} if has_residual else {}
+        y, *total = ours(centre, backend=backend, **options)(x, residual if has_residual else None, weight)
+        return y.sin() + (total[0].cos() if has_residual else 0.0)
+
+    return call
+
+
+def by_autograd(order):
+    """Gradients of a scalar, those of a scalar made of these, and so on."""
+
+    def transform(f, x, weight, residual, *_):
+        leaves = [y.detach().requires_grad_() for y in (x, weight)]
+        gradients = [f(*leaves, residual)]
+        for place in range(order):
+            scalar = sum(y.square().sum() for y in gradients)
+            gradients = torch.autograd.grad(scalar, leaves, create_graph=place + 1 < order)
+        return gradients
+
+    return transform
+
+
+def by_dual_numbers(f, x, weight, residual, *tangents):
+    with forward_ad.dual_level():
+        duals = map(forward_ad.make_dual, (x, weight), tangents)
+        return forward_ad.unpack_dual(f(*duals, residual)).tangent
+
+
+def of_a_finished_graph(f, x, weight, residual, tangent, _):
+    """The tangent of a backward whose forward ran before."""
+    leaves = [y.detach().requires_grad_() for y in (x, weight)]
+    y = f(*leaves, residual)
+    return jvp(lambda u: torch.autograd.grad(y, leaves, u, create_graph=True), (tangent,), (tangent.cos(),))[1]
+
+
+def pushed(f, residual, tangents):
+    return lambda *t: jvp(lambda *u: f(*u, residual), t, tangents)[1]
+
+
+def pulled(f, residual, upstream):
+    return lambda *t: vjp(lambda *u: f(*u, residual), *t)[1](upstream)
+
+
+def scalar(f):
+    return lambda *t: f(*t).square().sum()
+
+
+# Of a function f(input, weight, residual), at numbers x, w, r, with tangents t of x and u of w.
+BOTH = (0, 1)
+DERIVATIVES = {
+    "backward": by_autograd(1),
+    "double backward": by_autograd(2),
+    "third derivative": by_autograd(3),
+    "fourth derivative": by_autograd(4),
+    "grad(grad(grad))": lambda f, x, w, r, t, u: grad(lambda a: grad(lambda b: grad(
+        lambda c: f(c, w, r).sum())(b).sin().sum())(a).sin().sum())(x),
+    "jvp": lambda f, x, w, r, t, u: pushed(f, r, (t, u))(x, w),
+    "dual numbers": by_dual_numbers,
+    "jvp(jvp)": lambda f, x, w, r, t, u: jvp(pushed(f, r, (t, u)), (x, w), (t.cos(), u.cos()))[1],
+    "jacfwd(jacfwd)": lambda f, x, w, r, t, u: jacfwd(jacfwd(f, BOTH), BOTH)(x, w, r),
+    "jacrev(jacrev)": lambda f, x, w, r, t, u: jacrev(jacrev(f, BOTH), BOTH)(x, w, r),
+    "jacfwd(jacrev)": lambda f, x, w, r, t, u: jacfwd(jacrev(f, BOTH), BOTH)(x, w, r),
+    "jacrev(jacfwd)": lambda f, x, w, r, t, u: jacrev(jacfwd(f, BOTH), BOTH)(x, w, r),
+    "vjp(jvp)": lambda f, x, w, r, t, u: vjp(pushed(f, r, (t, u)), x, w)[1](t.cos()),
+    "jvp(vjp)": lambda f, x, w, r, t, u: jvp(pulled(f, r, t.cos()), (x, w), (t, u))[1],
+    "jvp of a finished graph": of_a_finished_graph,
+    "vmap": lambda f, x, w, r, t, u: vmap(lambda a: f(a, w, r))(torch.stack([x, t])),
+    "vmap(grad)": lambda f, x, w, r, t, u: vmap(grad(lambda *a: scalar(f)(*a, r), BOTH))(
+        torch.stack([x, t]), torch.stack([w, u])),
+    "grad(vmap)": lambda f, x, w, r, t, u: grad(lambda a, b: vmap(lambda c: f(c, b, r))(
+        torch.stack([a, a.sin()])).square().sum(), BOTH)(x, w),
+    "vmap(jvp)": lambda f, x, w, r, t, u: vmap(lambda a: pushed(f, r, (a, u))(x, w))(torch.stack([x, t])),
+    "hessian": lambda f, x, w, r, t, u: hessian(scalar(f), BOTH)(x, w, r),
+}
+
+
+@torch_warns
+@either_backend
+@either_norm
+@pytest.mark.parametrize("has_residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_every_derivative_is_that_of_the_formula(normal, device, name, has_residual, centre, backend):
+    tensors = normal(2, 5), normal(5), normal(2, 5), normal(2, 5), normal(5)
+    found = DERIVATIVES[name](norm_of_ours(centre, has_residual, backend), *tensors)
+    expected = DERIVATIVES[name](exact_norm(centre, has_residual), *(x.cpu().double() for x in tensors))
+    for one, right in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        assert (one.cpu().double() - right).norm() < 1e-4 * max(right.norm(), 1.0)
 
 
 @either_norm
@@ -183,6 +312,173 @@ def test_checkpoint_replays_dropout(normal, centre):
     assert all(torch.equal(a, b) for a, b in zip(itertools.chain(*found), itertools.chain(*expected)))
 
 
+# Other tensors: without numbers, recorded, of subclasses
+
+
+def call_of(name, backend="auto", **options):
+    """A norm by its name, of input, residual, weight and bias, as a function of all four."""
+
+    def call(x, residual, weight, bias):
+        function, parameters = getattr(kernels, name), (weight, bias) if "layer" in name else (weight,)
+        if "add" in name:
+            return function(x, residual, *parameters, backend=backend, **options)
+        return function(x, weight.shape, *parameters, backend=backend)
+
+    return call
+
+
+NAMES = ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"]
+each_function = pytest.mark.parametrize("name", NAMES)
+
+
+@each_function
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("dropout_p, save_output", [(0.0, False), (0.05, False), (0.5, True), (1.0, False)], ids=str)
+@pytest.mark.parametrize("kind", ["fake cpu", "fake cuda", "meta"])
+def test_tensors_without_numbers(monkeypatch, name, dtype, dropout_p, save_output, kind):
+    """Shapes, dtypes and devices; a fake tensor of a GPU gets to the Triton operations."""
+    if kind == "fake cuda":
+        monkeypatch.setattr("kernels.backend.INTERPRETED", False)
+    device = kind.split()[-1]
+    with contextlib.nullcontext() if kind == "meta" else FakeTensorMode():
+        # Without a GPU, autograd has no stream for fake gradients of one.
+        wanted = device != "cuda" or torch.cuda.is_available()
+        x, residual, weight, bias = (
+            torch.empty(shape, device=device, dtype=dtype, requires_grad=wanted)
+            for shape in [(67, 64), (67, 64), (64,), (64,)])
+        call = call_of(name, dropout_p=dropout_p, prenorm=True, save_output=save_output)
+        outputs = call(x, residual, weight, bias)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        assert len(outputs) == 1 + ("add" in name)
+        if wanted:
+            sum(y.sum() for y in outputs).backward()
+            outputs = *outputs, x.grad
+        assert all((y.shape, y.dtype, y.device) == (x.shape, x.dtype, x.device) for y in outputs)
+
+
+class Model(torch.nn.Module):
+    """All ways to call a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer_norm, self.rms_norm = kernels.nn.LayerNorm(7), kernels.nn.RMSNorm(7)
+
+    def forward(self, x, residual):
+        y, total = self.rms_norm(self.layer_norm(x), residual, prenorm=True)
+        y = self.layer_norm(self.rms_norm(y), total)
+        y = kernels.add_rms_norm(kernels.rms_norm(y, 7), x) + kernels.layer_norm(total, (7,))
+        return layer_norm(y, 7) + add_layer_norm(y, residual, normalized_shape=7)
+
+
+def test_symbolic_trace(normal):
+    """A call of a norm is one node of the graph, which runs, and is copied, as the model is."""
+    model, tensors = Model().to(normal(1).device), (normal(5, 7), normal(5, 7))
+    traced = torch.fx.symbolic_trace(model)
+    nodes = [node.target.__name__ for node in traced.graph.nodes if "norm" in getattr(node.target, "__name__", "")]
+    assert nodes == ["layer_norm", "add_rms_norm", "rms_norm", "add_layer_norm", "rms_norm", "add_rms_norm",
+                     "layer_norm", "layer_norm", "add_layer_norm"]
+    for graph in (traced, copy.deepcopy(traced), pickle.loads(pickle.dumps(traced))):
+        assert torch.equal(graph(*tensors), model(*tensors))
+
+
+class Marked(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
+class Watching(TorchFunctionMode):
+    """What is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+@each_function
+@either_backend
+def test_subclasses_and_modes_of_functions(normal, name, backend):
+    """A subclass comes back as itself, a mode sees the call, and the numbers are the same."""
+    tensors = normal(5, 7), normal(5, 7), normal(7), normal(7)
+    call = call_of(name, backend, **({"prenorm": True} if "add" in name else {}))
+    expected = tree_leaves(call(*tensors))
+    found = tree_leaves(call(tensors[0].as_subclass(Marked), *tensors[1:]))
+    assert all(type(y) is Marked for y in found)
+    assert all(torch.equal(y.as_subclass(torch.Tensor), right) for y, right in zip(found, expected, strict=True))
+    with Watching() as mode, torch.device("meta"):
+        assert all(map(torch.equal, tree_leaves(call(*tensors)), expected))
+    assert getattr(kernels, name) in mode.seen
+
+
+@torch_warns
+@each_function
+@either_backend
+def test_compiles_under_a_mode_of_functions(normal, name, backend):
+    torch._dynamo.reset()
+    tensors = normal(5, 7), normal(5, 7), normal(7), normal(7)
+    compiled = torch.compile(call_of(name, backend), fullgraph=True, backend="aot_eager")
+    with torch.device("meta"):
+        torch.testing.assert_close(compiled(*tensors), call_of(name, backend)(*tensors), rtol=1e-5, atol=1e-5)
+
+
+@torch_warns
+@each_function
+def test_one_tensor_in_several_places_compiles(normal, name):
+    """Dynamo takes no tensor twice in a function of autograd."""
+    torch._dynamo.reset()
+    x, weight = normal(5, 7).requires_grad_(), normal(7).requires_grad_()
+    call = call_of(name, "triton")
+    found, expected = (
+        torch.autograd.grad(f(x, x, weight, weight).sin().sum(), (x, weight))
+        for f in (torch.compile(call, fullgraph=True, backend="aot_eager"), call))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+# Lengths known later
+
+
+class Normed(torch.nn.Module):
+    """A norm as a module to be exported."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.weight, self.bias, self.call = torch.nn.Parameter(torch.ones(7)), torch.nn.Parameter(torch.ones(7)), call
+
+    def forward(self, x, residual):
+        return self.call(x, residual, self.weight, self.bias)
+
+
+@torch_warns
+@each_function
+@either_backend
+@pytest.mark.parametrize("dropout_p", [0.0, 0.05, 0.5])
+@pytest.mark.parametrize("way", ["strict", "not strict", "compiled"])
+def test_any_number_of_rows_by_one_graph(normal, device, name, backend, dropout_p, way):
+    """On both sides of what a CPU takes for a small call."""
+    if dropout_p and "add" not in name:
+        pytest.skip("no dropout")
+    torch._dynamo.reset()
+    graphs = []
+    model = Normed(call_of(name, backend, **({"dropout_p": dropout_p} if "add" in name else {}))).to(device)
+    if way == "compiled":
+        run = torch.compile(
+            model, fullgraph=True, dynamic=True, backend=lambda graph, _: (graphs.append(graph), graph.forward)[1])
+    else:
+        rows = {0: torch.export.Dim("L", min=2, max=4096)}
+        run = torch.export.export(model, (normal(37, 7), normal(37, 7)), dynamic_shapes=(rows, rows),
+                                  strict=way == "strict").module()
+    for length in (3, 700, 4096):
+        x, residual = normal(length, 7), normal(length, 7)
+        output = run(x, residual)
+        if dropout_p:
+            assert output.shape == x.shape
+        else:
+            torch.testing.assert_close(output, model(x, residual), rtol=1e-5, atol=1e-5)
+    assert len(graphs) == (way == "compiled")
+
+
 # Backends and errors
 
 
@@ -214,6 +510,15 @@ ERRORS = {
     "text_p": (lambda x: (x, x), {"dropout_p": "0.5"}, ValueError, "from 0 to 1, found '0.5'"),
     "float8": (lambda x: (x, x.to(torch.float8_e4m3fn)), {}, TypeError, "found torch.float8"),
     "backend": (lambda x: (x, x), {"backend": "cuda"}, ValueError, "backend must be one of"),
+    "no_input": (lambda x: (None, x), {}, TypeError, "input must be a tensor, found NoneType"),
+    "list_input": (lambda x: ([1.0], x), {}, TypeError, "input must be a tensor, found list"),
+    "no_residual": (lambda x: (x, None), {}, TypeError, "residual must be a tensor, found None; call layer_norm"),
+    "array_residual": (lambda x: (x, numpy.ones((5, 7))), {}, TypeError, "residual must be a tensor, found ndarray"),
+    "true_weight": (lambda x: (x, x, True), {}, TypeError, "weight must be a tensor or None, found bool"),
+    "list_weight": (lambda x: (x, x, [1.0]), {}, TypeError, "weight must be a tensor or None, found list"),
+    "sparse_residual": (lambda x: (x, x.to_sparse()), {}, TypeError, "residual must be a dense tensor.*sparse_coo"),
+    "float_shape": (lambda x: (x, x), {"normalized_shape": 7.0}, TypeError, "must be an integer or several, found 7.0"),
+    "no_p": (lambda x: (x, x), {"dropout_p": None}, ValueError, "from 0 to 1, found None"),
 }
 
 

@@ -3,6 +3,7 @@
 As in `test_layer_norm.py` the bound on an error is PyTorch's own at the same dtypes.
 """
 
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -11,10 +12,12 @@ import sys
 import types
 import unittest
 
+import numpy
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves
 
 import kernels
 from kernels.layer_norm.ops import _rows
@@ -24,7 +27,7 @@ backward = pytest.importorskip("kernels.layer_norm.backward", reason="needs trit
 forward = pytest.importorskip("kernels.layer_norm.forward", reason="needs triton")
 from tests.norm_problem import (  # noqa: E402 (it imports Triton)
     BF16, EPS, F16, F32, MIXED, assert_no_worse, either_backend, either_norm, either_way, kept, numpy_warns, ours,
-    results, sample, tiles, torchs,
+    results, sample, tiles, torch_warns, torchs,
 )
 
 
@@ -176,6 +179,107 @@ def test_sum_far_from_zero(normal, chunked, centre):
     assert_no_worse(ours(centre), torchs(centre), (x, residual, weight, None), [normal(7, 67)])
 
 
+def exact_results(centre, tensors, upstream):
+    """Output and gradients by the formula in float64, where nothing cancels."""
+    leaves = [None if x is None else x.detach().cpu().double().requires_grad_() for x in tensors]
+    x, residual, weight, bias = leaves
+    total = x if residual is None else residual + x
+    if tensors[0].dtype in (BF16, F16):
+        total = total + (total.to(tensors[0].dtype).double() - total).detach()  # it is rounded before it is normalised
+    if centre:
+        total = total - total.detach()[..., :1]
+        total = total - total.mean(-1, keepdim=True)
+    output = total * (total.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight + (0.0 if bias is None else bias)
+    given = [y for y in leaves if y is not None]
+    return [output.detach(), *torch.autograd.grad(output, given, upstream.cpu().double())]
+
+
+@either_backend
+@either_norm
+@pytest.mark.parametrize("has_residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_16_bits_are_computed_in_float32(normal, backend, centre, has_residual, mean, dtype):
+    """Every result has the error of rounding it once, and of float32's own."""
+    (x, residual, *parameters), (upstream, _) = sample(normal, centre, (67, 61), (dtype,) * 3)
+    x = x + mean
+    tensors = [x, residual if has_residual else None, *parameters]
+    outputs, gradients = results(ours(centre, backend=backend), tensors, [upstream])
+    for found, exact in zip([*outputs, *gradients], exact_results(centre, tensors, upstream), strict=True):
+        rounded = (exact.to(dtype).double() - exact).norm()
+        assert (found.cpu().double() - exact).norm() < 1.05 * rounded + 1e-5 * exact.norm()
+
+
+FAR_ROWS = [(3.0, 1.0), (30.0, 1.0), (-1e3, 1.0), (1e4, 0.01), (1e6, 1.0)]  # mean and deviation
+
+
+def assert_rows_keep_their_digits(normal, centre, mean, deviation, dtype, bound, backend, shape=(61, 67)):
+    (x, *_, bias), (upstream, _) = sample(normal, centre, shape)
+    tensors = [(x - 1) / 2, None, normal(shape[1]), bias]
+    tensors = [y if y is None else y.to(dtype) for y in tensors]
+    tensors[0] = tensors[0] * deviation + mean
+    outputs, gradients = results(ours(centre, backend=backend), tensors, [upstream.to(dtype)])
+    for found, exact in zip([*outputs, *gradients], exact_results(centre, tensors, upstream), strict=True):
+        assert (found.cpu().double() - exact).norm() < bound * exact.norm()
+
+
+@either_norm
+@pytest.mark.parametrize("dtype, bound", [(F32, 8e-7), (torch.float64, 1.6e-15)], ids=str)
+@pytest.mark.parametrize("mean, deviation", FAR_ROWS, ids=str)
+def test_rows_far_from_zero_on_a_cpu(normal, mean, deviation, dtype, bound, centre):
+    """Output and gradients as exact as at a mean of 0, but for what `FAR` lets go."""
+    assert_rows_keep_their_digits(normal, centre, mean, deviation, dtype, bound, "torch")
+
+
+@either_way
+@pytest.mark.parametrize("mean, deviation", FAR_ROWS, ids=str)
+def test_gradients_of_rows_far_from_zero(normal, chunked, mean, deviation):
+    """One float32 number does not hold the mean to the digits that are left of its row."""
+    assert_rows_keep_their_digits(normal, True, mean, deviation, F32, 8e-7, "triton", chunked)
+
+
+@pytest.mark.parametrize("kind", ["finite", "nan", "inf"])
+@pytest.mark.parametrize("dtype", [F32, torch.float64, BF16], ids=str)
+@pytest.mark.parametrize("has_residual", [False, True], ids=["alone", "residual"])
+def test_rows_far_from_zero_change_no_bit_of_others(normal, has_residual, dtype, kind):
+    tensors = [x if x is None else x.cpu().to(dtype) for x in sample(normal, True, (13, 37))[0]]
+    if not has_residual:
+        tensors[1] = None
+    far = tensors[0].clone()
+    far[[2, 7]] += 1e3
+    far[2, 5] = {"finite": -1e3, "nan": math.nan, "inf": math.inf}[kind]
+    others = [row for row in range(13) if row not in (2, 7)]
+    upstream = sample(normal, True, (13, 37))[1][0].cpu().to(dtype)
+    near, shifted = (results(ours(True, backend="torch"), [x, *tensors[1:]], [upstream]) for x in (tensors[0], far))
+    count = 2 if has_residual else 1  # of gradients that have rows
+    for one, other in zip([*near[0], *near[1][:count]], [*shifted[0], *shifted[1][:count]]):
+        assert torch.equal(one[others], other[others])
+    row = [x if x is None else x[7:8] for x in (far, tensors[1])]
+    alone = results(ours(True, backend="torch"), [*row, *tensors[2:]], [upstream[7:8]])
+    assert torch.equal(alone[0][0][0], shifted[0][0][7]) and torch.equal(alone[1][0][0], shifted[1][0][7])
+
+
+@either_backend
+@either_norm
+def test_a_row_does_not_depend_on_its_batch_on_either_backend(normal, backend, centre):
+    for n_cols in (1, 7, 64, 257):
+        (x, residual, *parameters), _ = sample(normal, centre, (23, n_cols))
+        together = ours(centre, backend=backend)(x, residual, *parameters)[0]
+        for rows in (slice(4, 5), slice(3, 11)):
+            assert torch.equal(together[rows], ours(centre, backend=backend)(x[rows], residual[rows], *parameters)[0])
+
+
+@either_backend
+@pytest.mark.parametrize("has_residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("value", [1e6, -1e20, 3e38])
+def test_one_column_gives_the_bias(device, backend, has_residual, value):
+    x, weight, bias = (torch.full(shape, y, device=device) for shape, y in (((3, 1), value), ((1,), 2.0), ((1,), 3.0)))
+    residual = torch.full_like(x, 0.5) if has_residual else None
+    (output,), gradients = results(ours(True, backend=backend), (x, residual, weight, bias), [torch.ones_like(x)])
+    assert torch.equal(output, torch.full_like(x, 3.0))
+    assert not any(y.any() for y in gradients[:-1]) and gradients[-1].item() == 3.0
+
+
 @either_norm
 def test_constant_rows(normal, device, centre):
     """Layer norm makes them the bias; RMS norm makes them plus or minus the weight."""
@@ -284,7 +388,151 @@ def test_dropped_first_element_is_no_pivot(normal, chunked):
     assert (ours(True, dropout_p=1.0)(x, residual)[0].cpu() - expected).abs().max() < 1e-5
 
 
+# Numbers, defaults of PyTorch, tensors
+
+
+def under(setting):
+    """A context in which tensors made without a device, or without a dtype, are others."""
+    if setting == "device":
+        return torch.device("meta")
+
+    @contextlib.contextmanager
+    def changed():
+        set_default, old = (
+            (torch.set_default_device, None) if setting == "default device"
+            else (torch.set_default_dtype, torch.get_default_dtype()))
+        set_default("meta" if setting == "default device" else setting)
+        try:
+            yield
+        finally:
+            set_default(old)
+
+    return changed()
+
+
+@either_backend
+@either_norm
+@pytest.mark.parametrize("dropout_p", [None, 0.05, 0.5, 1.0], ids=str)
+@pytest.mark.parametrize("setting", ["device", "default device", torch.float64, BF16], ids=str)
+def test_defaults_of_pytorch_change_nothing(normal, backend, centre, dropout_p, setting):
+    """Tensors large enough for dropout by places; bit for bit."""
+    (x, residual, *parameters), upstreams = sample(normal, centre, (67, 64))
+    options = {} if dropout_p is None else {"dropout_p": dropout_p, "prenorm": True}
+    tensors = x, None if dropout_p is None else residual, *parameters
+    upstreams = upstreams[:1] if dropout_p is None else upstreams
+    x[3] += 100.0
+    call = ours(centre, backend=backend, **options)
+    expected = results(call, tensors, upstreams)
+    with under(setting):
+        found = results(call, tensors, upstreams)
+    assert all(map(torch.equal, tree_leaves(found), tree_leaves(expected)))
+
+
+INTEGERS = [numpy.int64(7), (numpy.int32(7),), [numpy.int64(7)], torch.Size([7]), torch.tensor(7), numpy.array([7]),
+            [torch.tensor(7)]]
+NUMBERS = [numpy.float64(0.25), numpy.float32(0.25), numpy.float16(0.25), torch.tensor(0.25)]
+
+
+@either_backend
+@either_norm
+def test_numbers_of_numpy_and_tensors(normal, backend, centre):
+    """Each is the Python number that it holds."""
+    x, residual = normal(5, 7), normal(5, 7)
+    name = "layer_norm" if centre else "rms_norm"
+    function, add = getattr(kernels, name), getattr(kernels, f"add_{name}")
+    expected = function(x, 7, eps=0.25, backend=backend)
+    for shape, eps in itertools.product(INTEGERS, NUMBERS):
+        assert torch.equal(function(x, shape, eps=eps, backend=backend), expected)
+    torch.manual_seed(3)
+    expected = add(x, residual, dropout_p=0.25, prenorm=True, backend=backend)
+    for shape, dropout_p, flag in itertools.product(INTEGERS, NUMBERS, (numpy.bool_(True), torch.tensor(True))):
+        torch.manual_seed(3)
+        found = add(x.requires_grad_(), residual, normalized_shape=shape, dropout_p=dropout_p, prenorm=flag,
+                    save_output=flag, backend=backend)
+        assert all(map(torch.equal, found, expected))
+
+
+@torch_warns
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+def test_modules_made_with_numbers_of_numpy(normal, device, name, compiled):
+    x = normal(5, 7).requires_grad_()
+    expected = getattr(kernels.nn, name)(7, eps=0.25).to(device)(x)
+    for shape, eps in itertools.product(INTEGERS, NUMBERS):
+        module = getattr(kernels.nn, name)(shape, eps=eps).to(device)
+        assert module.normalized_shape == (7,) and module.eps == 0.25
+        if compiled and (shape is INTEGERS[0] or eps is NUMBERS[0]):
+            torch._dynamo.reset()
+            module = torch.compile(module, fullgraph=True, backend="aot_eager")
+        output = module(x)
+        torch.testing.assert_close(output, expected)
+        output.sum().backward()
+
+
+@either_backend
+@either_norm
+@pytest.mark.parametrize("has_residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("prenorm", [False, True], ids=["output", "output_and_sum"])
+@pytest.mark.parametrize("shape", [(5, 7), (0, 7)], ids=str)
+def test_outputs_may_be_changed_in_place(normal, backend, centre, has_residual, prenorm, shape):
+    """Those that the backward does not need, as in PyTorch: the output, but not the sum."""
+    if prenorm and not has_residual:
+        pytest.skip("no sum to return")
+
+    def changed(function):
+        def call(*tensors):
+            output, *rest = function(*tensors)
+            return output.mul_(2.0).sin_(), *rest
+
+        return call
+
+    tensors, upstreams = sample(normal, centre, shape)
+    if not has_residual:
+        tensors[1] = None
+    options = {"prenorm": True} if prenorm else {}
+    found, expected = (results(changed(f), tensors, upstreams[:1 + prenorm]) for f in (
+        ours(centre, backend=backend, **options), torchs(centre, prenorm=prenorm)))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 # Memory
+
+
+@either_norm
+def test_operations_read_every_tensor_by_its_strides(normal, centre):
+    """Statistics, seed, parameters, upstream gradients: every second number of larger tensors, and expanded ones."""
+    def strided(y):
+        return y if y is None else torch.stack([y, torch.full_like(y, 7)], dim=-1).flatten(-2)[..., ::2]
+
+    (x, residual, weight, bias), upstreams = sample(normal, centre, (9, 37))
+    seed = torch.tensor([3], device=x.device)
+    tensors = x, residual, seed, weight, bias
+    rules = (37,), EPS, 0.4, centre, True
+    expected, found = (
+        torch.ops.kernels.norm_forward(*(arrange(y) for y in tensors), *rules) for arrange in (lambda y: y, strided))
+    assert all(map(torch.equal, found, expected))
+    saved = *upstreams, expected[1], seed, weight, bias, *expected[2:]
+    rules = (37,), F32, F32, 0.4, centre, False, [True, True, True, bias is not None]
+    expected, found = (
+        torch.ops.kernels.norm_backward(*(arrange(y) for y in saved), *rules) for arrange in (lambda y: y, strided))
+    assert all(map(torch.equal, found, expected))
+    constant = [y if y is None else y[..., :1].expand(y.shape) for y in saved]
+    found, expected = (
+        torch.ops.kernels.norm_backward(*y, *rules)
+        for y in (constant, [y if y is None else y.contiguous() for y in constant]))
+    assert all(map(torch.equal, found, expected))
+
+
+@either_backend
+@either_norm
+def test_input_that_overlaps_itself(normal, backend, centre):
+    """Windows of a row of numbers; the gradient of each number is the sum over its windows."""
+    numbers, weight, upstream = normal(40), normal(8), normal(11, 8)
+    windows = lambda y: y.unfold(0, 8, 3)  # noqa: E731
+    found, expected = (
+        results(lambda y, w, f=f: f(windows(y), windows(y), w), (numbers, weight), [upstream])
+        for f in (ours(centre, backend=backend), torchs(centre)))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 LAYOUTS = {
@@ -351,7 +599,7 @@ def test_nothing_is_written_beside_the_results(normal, device, chunked, centre, 
         return buffers[-1][64:-64].view(shape)
 
     (x, residual, weight, bias), (upstream, grad_sum) = sample(normal, centre, (9, 37))
-    seed, guarded_mean = torch.tensor([3], device=device), guarded(9)
+    seed, guarded_mean = torch.tensor([3], device=device), guarded(9, 2)
     output, total, mean, rstd = guarded(9, 37), guarded(9, 37), guarded_mean if centre else None, guarded(9)
     rows = [_rows(y, 37) for y in (x, residual, upstream, grad_sum, output if from_output else total)]
     forward.launch_forward(*rows[:2], seed, weight, bias, output, total, mean, rstd, EPS, 0.4, F32)
@@ -405,7 +653,7 @@ def test_native_samples_of_pytorch(op_db, device):
         shape, weight, bias, eps = item.args
         found = torch.ops.kernels.norm_forward(item.input, None, None, weight, bias, shape, abs(eps), 0.0, True, False)
         expected = torch.native_layer_norm(item.input, shape, weight, bias, abs(eps))
-        for ours_, theirs in zip((found[0], found[2], found[3]), expected):
+        for ours_, theirs in zip((found[0], found[2].sum(-1), found[3]), expected):
             torch.testing.assert_close(ours_.flatten(), theirs.flatten(), rtol=1e-4, atol=1e-4)
 
 

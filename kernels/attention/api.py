@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -9,13 +10,15 @@ import torch
 
 from kernels.attention import eager
 from kernels.attention.choice import needs_statistics
-from kernels.attention.checks import check, check_rules, leads_of
+from kernels.attention.checks import check, check_rules, check_tensor_types, leads_of
 from kernels.attention.composed import alibi, composed_attention
 from kernels.attention.ops import Attention
-from kernels.attention.rules import Extras, Rules
+from kernels.attention.rules import FAR, Extras, Rules
+from kernels.attention.subclasses import on_heads, on_values
 from kernels.attention.tiles import MAX_HEAD_SIZE
-from kernels.autograd import differentiable
-from kernels.backend import Choice, as_autocast, autocast_dtype, choose, wants_gradient
+from kernels.autograd import differentiable, in_forward_mode
+from kernels.backend import Choice, as_autocast, as_number, autocast_dtype, choose, shown, wants_gradient
+from kernels.subclasses import holds_others, overridden
 
 __all__ = ["AttentionResult", "scaled_dot_product_attention"]
 
@@ -66,6 +69,8 @@ def scaled_dot_product_attention(
 
     Args:
         query: (..., Hq, L, E), float16, bfloat16, float32, or float64 on the CPU; any strides. Also (L, E), (N, L, E).
+            Also a jagged nested tensor (N, Hq, L*, E), as keys and values then are (without mask, lengths and weights),
+            or a DTensor sharded along batch or heads, as all tensors then are (without dropout).
         key: (..., Hkv, S, E), dtype and device of the query.
         value: (..., Hkv, S, Ev). Leading dimensions of the three broadcast.
         attn_mask: broadcastable to (..., Hq, L, S). bool: True = may attend. Floating point: added to the scores
@@ -107,24 +112,43 @@ def scaled_dot_product_attention(
     2024, "Gemma 2", section 2; sinks: Xiao et al. 2024, "Efficient Streaming Language Models with Attention Sinks",
     section 3, and Miller 2023, "Attention Is Off By One".
     """
+    if torch.overrides.has_torch_function((query, key, value)):
+        return overridden(
+            scaled_dot_product_attention, (query, key, value), query, key, value, attn_mask, dropout_p, is_causal,
+            scale, enable_gqa, causal_alignment=causal_alignment, window=window, softcap=softcap,
+            alibi_slopes=alibi_slopes, sinks=sinks, key_lengths=key_lengths, need_weights=need_weights,
+            return_lse=return_lse, deterministic=deterministic, backend=backend,
+        )  # fmt: skip
+    if not type(query) is type(key) is type(value) is torch.Tensor or query.is_nested:
+        check_tensor_types(query=query, key=key, value=value)
+        if holds_others(query, key, value):
+            return _on_what_they_hold(
+                query, key, value, {"attn_mask": attn_mask, "key_lengths": key_lengths, "alibi_slopes": alibi_slopes,
+                                    "sinks": sinks},
+                {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa,
+                 "causal_alignment": causal_alignment, "window": window, "softcap": softcap, "return_lse": return_lse,
+                 "backend": backend}, need_weights, deterministic,
+            )  # fmt: skip
     plain = (
         window is None and softcap is None and alibi_slopes is None and sinks is None and key_lengths is None
         and causal_alignment == "top_left" and not need_weights and not return_lse and deterministic is None
     )  # fmt: skip
-    if plain and attn_mask is None and scale is None and backend in ("auto", "torch") and not (is_causal or dropout_p):
-        if eager.is_simple(query, key, value):  # what the rest would decide in three times the time of a small call
+    if plain and attn_mask is None and scale is None and type(dropout_p) is float and not (is_causal or dropout_p):
+        # What the rest would decide in three times the time of a small call.
+        if type(backend) is str and backend in ("auto", "torch") and eager.is_simple(query, key, value):
             return eager.simple_attention(query, key, value)
     check(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
     backend = choose_backend(query, value, backend).backend
-    if plain and backend == "torch":
-        return eager.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if plain and backend == "torch" and not eager.why_formula(query, key, value, attn_mask):
+        dropout_p, scale = as_number(dropout_p), as_number(scale)
+        return eager.attention(query, key, value, attn_mask, dropout_p, bool(is_causal), scale, bool(enable_gqa))
     if backend == "triton":
         query, key, value = as_autocast(query, key, value)
     lead, q, k, v, rules, extras = prepare(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap,
         alibi_slopes, sinks, key_lengths, deterministic,
     )  # fmt: skip
-    if backend == "torch":
+    if backend == "torch" or in_forward_mode():
         found: tuple[Any, ...] = eager.extended_attention(
             q, k, v, rules, extras, need_lse=return_lse, need_weights=need_weights
         )
@@ -137,6 +161,25 @@ def scaled_dot_product_attention(
     else:
         result = AttentionResult(*(x if x is None else x.reshape(*lead, *x.shape[2:]) for x in found))  # type: ignore
     return result if need_weights or return_lse else result.output
+
+
+def _on_what_they_hold(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: dict[str, Any],
+    rules: dict[str, Any], need_weights: bool, deterministic: bool | None,
+) -> Any:  # fmt: skip
+    """The call on nested tensors or DTensors, one of the three at least."""
+    if query.is_nested or key.is_nested or value.is_nested:
+        from kernels.attention.varlen import varlen_attention
+
+        missing = {name: extras.pop(name) is not None for name in ("attn_mask", "key_lengths")}
+        attend: Any = functools.partial(varlen_attention, **rules, **extras)
+        return on_values(attend, query, key, value, {**missing, "need_weights": need_weights})
+    if rules["dropout_p"]:
+        raise ValueError(f"dropout_p must be 0 on DTensors, found {shown(rules['dropout_p'])}; drop from the output")
+    attend = functools.partial(
+        scaled_dot_product_attention, **rules, need_weights=need_weights, deterministic=deterministic
+    )
+    return on_heads(attend, {"query": query, "key": key, "value": value, **extras})
 
 
 def prepare(
@@ -162,7 +205,7 @@ def prepare(
         query, lead, causal_alignment, window, softcap, alibi_slopes, sinks, key_lengths, deterministic, k.shape[2]
     )
     rules = make_rules(q, dropout_p, is_causal, scale, causal_alignment, window, softcap, deterministic)
-    return lead, q, k, v, rules, make_extras(lead, mask, key_lengths, alibi_slopes, sinks)
+    return lead, q, k, v, rules, make_extras(lead, q.dtype, mask, key_lengths, alibi_slopes, sinks)
 
 
 def make_rules(
@@ -176,7 +219,7 @@ def make_rules(
     deterministic: bool | None = None,
 ) -> Rules:
     """The numbers of a checked call."""
-    left, right = window or (None, None)
+    left, right = (side if side is None else min(as_number(side), FAR) for side in window or (None, None))
     return Rules(
         scale=float(1.0 / math.sqrt(q.shape[-1]) if scale is None else scale),
         dropout_p=float(dropout_p),
@@ -184,29 +227,34 @@ def make_rules(
         left=left,
         right=0 if is_causal else right,
         bottom_right=causal_alignment == "bottom_right",
-        deterministic=torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
+        deterministic=torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic),
     )
 
 
 def make_extras(
     lead: torch.Size,
+    dtype: torch.dtype,
     mask: torch.Tensor | None,
     key_lengths: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
     sinks: torch.Tensor | None,
 ) -> Extras:
-    """The tensors of a call as the kernels take them: float32 and int32, (B,) and (B or 1, Hq)."""
+    """The tensors of a call as the kernels take them: int32 (B,), and float32 (B or 1, Hq), or float64 beside queries
+    of that `dtype`.
+    """
     if key_lengths is None and alibi_slopes is None and sinks is None:
         return Extras(mask)
     batch, heads = lead[:-1], math.prod(lead[-1:])
+    dtype = torch.promote_types(dtype, torch.float32)
     if key_lengths is not None:
         key_lengths = key_lengths.to(torch.int32).expand(batch).reshape(-1)
     if alibi_slopes is not None:
         if any(size != 1 for size in alibi_slopes.shape[:-1]):
             alibi_slopes = alibi_slopes.expand(*batch, heads)
-        alibi_slopes = alibi_slopes.float().expand(*alibi_slopes.shape[:-1], heads).reshape(-1, heads).contiguous()
+        own = math.prod(alibi_slopes.shape[:-1])
+        alibi_slopes = alibi_slopes.to(dtype).expand(*alibi_slopes.shape[:-1], heads).reshape(own, heads)
     if sinks is not None:
-        sinks = sinks.float().reshape(1, heads).contiguous()
+        sinks = sinks.to(dtype).reshape(1, heads)
     return Extras(mask, key_lengths, alibi_slopes, sinks)
 
 
@@ -224,7 +272,10 @@ def triton_attention(
     if torch.compiler.is_compiling():  # Dynamo refuses an autograd.Function that is given one tensor twice
         k, v = k.view_as(k), v.view_as(v)
     seed = torch.randint(2**63 - 1, (1,), device=q.device) if rules.dropout_p > 0.0 else None
-    keep_statistics = bool(needs_statistics(extras, return_lse, wants_gradient(extras.attn_mask)))
+    # A program that is exported serves all lengths, so the kernel for any shape, which keeps statistics, must run it.
+    keep_statistics = torch.compiler.is_exporting() or bool(
+        needs_statistics(extras, return_lse, wants_gradient(extras.attn_mask))
+    )
     output, lse, *_ = differentiable(Attention, q, k, v, seed, *extras, rules, keep_statistics, return_lse)
     return output, lse
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import torch
 
-from kernels.backend import autocasts
+from kernels.backend import as_number, autocasts, shown
 
+HALVES = (torch.float16, torch.bfloat16)
 NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 INTEGERS = (int, torch.SymInt)
 LARGEST_SCALE = 1e38  # times log2(e) it is still a float32
 ALIGNMENTS = ("top_left", "bottom_right")
 
-__all__ = ["check", "check_rules", "leads_of"]
+__all__ = ["check", "check_rules", "check_tensor_types", "leads_of"]
 
 
 def check(
@@ -26,22 +28,31 @@ def check(
     enable_gqa: bool,
 ) -> None:
     """Raise TypeError or ValueError in one line, with the rule, what was found and the remedy."""
+    check_tensor_types(query=query, key=key, value=value)
     dtype = query.dtype
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise TypeError(f"query must be float16, bfloat16, float32 or float64, found {dtype}; convert it with .to()")
     _check_tensors(query, key, value, enable_gqa)
     if attn_mask is not None:
         _check_mask(attn_mask, query, key, value, enable_gqa)
+    dropout_p, scale = as_number(dropout_p), as_number(scale)
     if not isinstance(dropout_p, NUMBERS) or not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p is a probability from 0 to 1, found {dropout_p!r}")
+        raise ValueError(f"dropout_p is a probability from 0 to 1, found {shown(dropout_p)}")
     if scale is not None and not (isinstance(scale, NUMBERS) and abs(scale) < LARGEST_SCALE):
-        raise ValueError(f"scale must be a number that float32 holds, or None for 1 / sqrt(E), found {scale!r}")
+        raise ValueError(f"scale must be a number that float32 holds, or None for 1 / sqrt(E), found {shown(scale)}")
+
+
+def check_tensor_types(**tensors: object) -> None:
+    """Raise TypeError for an argument that is not a tensor."""
+    for name, x in tensors.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, found {type(x).__name__}; make one with torch.as_tensor")
 
 
 def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> None:
     """Dtypes, devices and shapes of the three."""
     dtype, device, shape = query.dtype, query.device, query.shape
-    if (
+    if not torch.compiler.is_compiling() and (  # there lengths may be symbols, of which this would ask too much
         key.shape == shape and value.shape == shape and key.dtype == dtype and value.dtype == dtype
         and key.device == device and value.device == device and len(shape) > 2 and shape[-1]
     ):  # fmt: skip
@@ -99,8 +110,10 @@ def _check_leading(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
 def _check_mask(
     attn_mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool
 ) -> None:
-    """The mask's dtype, device and shape."""
-    if attn_mask.dtype != torch.bool and attn_mask.dtype not in (torch.float32, query.dtype):
+    """The mask's type, dtype, device and shape."""
+    check_tensor_types(attn_mask=attn_mask)
+    dtypes = (torch.bool, torch.float32, query.dtype, *(HALVES if autocasts(query.device) else ()))
+    if attn_mask.dtype not in dtypes:
         raise TypeError(
             f"attn_mask must be bool (True = may attend), float32 or of the query's dtype {query.dtype}, "
             f"found {attn_mask.dtype}; convert it with .bool() or .to(query.dtype)"
@@ -134,19 +147,20 @@ def check_rules(
     n_keys: int,
 ) -> None:
     """Raise TypeError or ValueError for an argument that PyTorch's attention does not have. lead: (..., Hq)."""
-    if causal_alignment not in ALIGNMENTS:
-        raise ValueError(f"causal_alignment must be 'top_left' or 'bottom_right', found {causal_alignment!r}")
+    if not isinstance(causal_alignment, str) or causal_alignment not in ALIGNMENTS:
+        raise ValueError(f"causal_alignment must be 'top_left' or 'bottom_right', found {shown(causal_alignment)}")
     if window is not None:
-        sides = tuple(window) if isinstance(window, (tuple, list)) else ()
-        if len(sides) != 2 or not all(x is None or (_is_integer(x) and x >= 0) for x in sides):
+        sides = tuple(map(as_number, window)) if isinstance(window, (tuple, list)) else ()
+        if len(sides) != 2 or not all(x is None or (_is_integer(x) and 0 <= x <= sys.maxsize) for x in sides):
             raise ValueError(
-                f"window must be (left, right), each the number of keys seen on that side, from 0, or None for all, "
-                f"found {window!r}"
+                f"window must be (left, right), each the number of keys seen on that side, from 0 to {sys.maxsize}, or "
+                f"None for all, found {shown(window)}"
             )
+    softcap, deterministic = as_number(softcap), as_number(deterministic)
     if softcap is not None and not (isinstance(softcap, NUMBERS) and 0.0 < softcap < LARGEST_SCALE):
-        raise ValueError(f"softcap must be a positive number, or None for no cap, found {softcap!r}")
-    if deterministic not in (None, True, False):
-        raise ValueError(f"deterministic must be True, False or None, found {deterministic!r}")
+        raise ValueError(f"softcap must be a positive number, or None for no cap, found {shown(softcap)}")
+    if deterministic is not None and not isinstance(deterministic, bool):
+        raise ValueError(f"deterministic must be True, False or None, found {shown(deterministic)}")
     if alibi_slopes is None and sinks is None and key_lengths is None:
         return
     heads, batch = lead[-1:] or torch.Size([1]), lead[:-1]
@@ -157,8 +171,7 @@ def check_rules(
     ):
         if x is None:
             continue
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, found {type(x).__name__}; use torch.tensor(...)")
+        check_tensor_types(**{name: x})
         whole = name == "key_lengths"
         if whole != (x.dtype in (torch.int32, torch.int64)) or (not whole and not x.is_floating_point()):
             kind = "int32 or int64" if whole else "floating point"

@@ -64,6 +64,8 @@ def why_not_short(
     """
     if extras.query_starts is not None:
         return "they take no packed sequences"
+    if statistics:  # before the sizes are looked at, which may be symbols
+        return f"{statistics} needs statistics of the rows, which they do not keep"
     if 0 in (*query.shape, *key.shape, *value.shape):
         return "there is nothing to attend to"
     head_size = max(query.shape[3], value.shape[3])
@@ -74,8 +76,6 @@ def why_not_short(
         numbers = "float32 numbers" if query.dtype == torch.float32 else "16-bit numbers"
         what = f"{longest} queries and keys of {head_size} {numbers}"
         return f"they take up to {what} here, found {lengths[0]} and {lengths[1]}"
-    if statistics:
-        return f"{statistics} needs statistics of the rows, which they do not keep"
     if is_wide(query, key, value, extras.attn_mask):
         return "rows stand too far apart in memory for their offsets"
     return ""

@@ -6,7 +6,7 @@
 
 The reference that the kernels follow, what runs where no fused kernel knows a rule, and what double backward goes
 through. It stores the L x S weights of each head. Nothing in it depends on the numbers in a tensor, so it runs under
-`torch.compile`, `torch.func.vmap` and forward mode as well.
+`torch.compile`, every transform of `torch.func` and forward mode as well.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from kernels.attention.rules import Extras, Rules
+from kernels.backend import without_autocast
 
 
 def composed_attention(
@@ -48,15 +49,14 @@ def composed_attention(
         weights: (B, Hq, L, S) before dropout, dtype of the query.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    batch, heads, n_queries, _ = query.shape
+    heads, n_queries = query.shape[1:3]
     kv_heads, n_keys = key.shape[1:3]
     group = heads // max(kv_heads, 1)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         (q, bad_query), (k, bad_key), (v, bad_value) = (_finite_rows(x.to(dtype)) for x in (query, key, value))
-        # The queries that share a key head stand below each other: one product, and no copy of the keys.
-        shared = (batch, kv_heads, group * n_queries)
-        full = (batch, heads, n_queries, n_keys)
-        scores = rules.scale * (q.reshape(*shared, q.shape[-1]) @ k.mT).reshape(full)
+        # Query heads as (Hkv, group): those of a group share their key head without a copy of it.
+        shared = kv_heads, group
+        scores = rules.scale * torch.einsum("bhgle,bhse->bhgls", q.unflatten(1, shared), k).flatten(1, 2)
         if rules.softcap:
             scores = rules.softcap * torch.tanh(scores / rules.softcap)
         if extras.alibi_slopes is not None:
@@ -67,7 +67,7 @@ def composed_attention(
         sinks = None if extras.sinks is None else extras.sinks.to(dtype)[:, :, None, None]
         weights, lse = _softmax(scores, allowed, sinks)
         dropped = _drop(weights, rules.dropout_p, kept)
-        output = (dropped.reshape(*shared, n_keys) @ v).reshape(*full[:-1], v.shape[-1])
+        output = torch.einsum("bhgls,bhse->bhgle", dropped.unflatten(1, shared), v).flatten(1, 2)
 
         bad_key, bad_value = (bad.repeat_interleave(group, 1).mT for bad in (bad_key, bad_value))  # (B, Hq, 1, S)
         bad_scores = (allowed & (bad_query | bad_key)).any(-1, keepdim=True)  # (B, Hq, L, 1)
@@ -93,21 +93,26 @@ def composed_gradients(
         needed: which of the inputs want a gradient.
         rules, extras: of the call, without dropout.
     """
-    # Aliases: partial derivatives, also where one input is another or comes from it.
-    given: list[Any] = [x.view_as(x) if need and x is not None else x for x, need in zip(inputs, needed)]
-    query, key, value, *others = given
-    extras = extras._replace(**dict(zip(("attn_mask", "sinks"), others)))
-    found = composed_attention(query, key, value, rules, extras)[:2]
-    outputs, upstream = zip(*((x, grad) for x, grad in zip(found, grads) if grad is not None))
-    learned = [x for x, need in zip(given, needed) if need]
-    found_grads = iter(torch.autograd.grad(outputs, learned, upstream, create_graph=True, allow_unused=True))
+    learned = [i for i, need in enumerate(needed) if need]
+
+    def outputs(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given: list[Any] = list(inputs)
+        for i, x in zip(learned, tensors):
+            given[i] = x
+        query, key, value, *others = given
+        own = extras._replace(**dict(zip(("attn_mask", "sinks"), others)))
+        found = composed_attention(query, key, value, rules, own)[:2]
+        return tuple(x for x, grad in zip(found, grads) if grad is not None)
+
+    # Under vmap and other transforms of torch.func too, where torch.autograd.grad would find no graph.
+    pull = torch.func.vjp(outputs, *(inputs[i] for i in learned))[1]
+    found_grads = iter(pull(tuple(grad for grad in grads if grad is not None)))
     return [next(found_grads) if need else None for need in needed]
 
 
 def allowed_pairs(rules: Rules, extras: Extras, n_queries: int, n_keys: int, device: torch.device) -> torch.Tensor:
     """Which keys each query may see by all rules: bool, (B or 1, Hq or 1, L or 1, S)."""
-    n_used, places, keys = _places(rules, extras, n_queries, n_keys, device)
-    allowed = keys < n_used
+    allowed, places, keys = _places(rules, extras, n_queries, n_keys, device)
     if rules.right is not None:
         allowed = allowed & (keys <= places + rules.right)
     if rules.left is not None:
@@ -125,23 +130,43 @@ def alibi(
 
     Source: Press et al. 2022, "Train Short, Test Long", section 3; both directions alike.
     """
-    assert extras.alibi_slopes is not None
-    _, places, keys = _places(rules, extras, n_queries, n_keys, extras.alibi_slopes.device)
-    return -extras.alibi_slopes.to(dtype)[:, :, None, None] * (places - keys).abs()
+    slopes = extras.alibi_slopes
+    assert slopes is not None
+    _, places, keys = _places(rules, extras, n_queries, n_keys, slopes.device)
+    slopes = slopes.to(dtype)[:, :, None, None]
+    if extras.query_starts is not None and slopes.shape[0] != 1:
+        slopes = slopes[_sequences(extras.query_starts, n_queries)].permute(2, 1, 0, 3)  # (1, Hq, L, 1)
+    return -slopes * (places - keys).abs()
 
 
 def _places(
     rules: Rules, extras: Extras, n_queries: int, n_keys: int, device: torch.device
-) -> tuple[int | torch.Tensor, torch.Tensor, torch.Tensor]:
-    """How many keys are in use, S or (B, 1, 1, 1); places of queries (B or 1, 1, L, 1) and of keys (1, 1, 1, S)."""
-    if extras.query_starts is not None:
-        raise NotImplementedError("packed sequences run on the kernels alone; pad them, with key_lengths")
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Which keys are in use, and of a query's own sequence: bool (B or 1, 1, L or 1, S); the places of queries,
+    (B or 1, 1, L, 1), and of keys, (1, 1, 1, S).
+    """
+    queries = torch.arange(n_queries, device=device, dtype=torch.int64)
+    keys = torch.arange(n_keys, device=device, dtype=torch.int64)
+    if extras.query_starts is not None and extras.key_starts is not None:
+        of_query, of_key = _sequences(extras.query_starts, n_queries), _sequences(extras.key_starts, n_keys)
+        if rules.bottom_right:
+            queries = queries + (extras.key_starts.diff() - extras.query_starts.diff())[of_query]
+        queries, keys = queries - extras.query_starts[of_query], keys - extras.key_starts[of_key]
+        in_use = (of_query[:, None] == of_key)[None, None]
+        return in_use, queries[None, None, :, None], keys[None, None, None]
+    queries, keys = queries[None, None, :, None], keys[None, None, None]
     n_used: int | torch.Tensor = n_keys
     if extras.key_lengths is not None:
         n_used = extras.key_lengths.clamp(0, n_keys)[:, None, None, None]
-    offset = n_used - n_queries if rules.bottom_right else 0
-    queries = torch.arange(n_queries, device=device)[None, None, :, None]
-    return n_used, queries + offset, torch.arange(n_keys, device=device)[None, None, None]
+    if rules.bottom_right:
+        queries = queries + (n_used - n_queries)
+    return keys < n_used, queries, keys
+
+
+def _sequences(starts: torch.Tensor, n_rows: int) -> torch.Tensor:
+    """Which of the packed sequences that start at `starts` (N + 1,) each row belongs to: int64 (n_rows,)."""
+    rows = torch.arange(n_rows, device=starts.device, dtype=starts.dtype)
+    return torch.searchsorted(starts, rows, right=True) - 1
 
 
 def _finite_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,9 +15,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from kernels import backend
 from kernels.attention.composed import alibi, allowed_pairs, composed_attention
 from kernels.attention.fused_cpu import fused_attention, takes
+from kernels.attention.layout import ordered_as, overlaps
 from kernels.attention.rules import Extras, Rules
 from kernels.attention.short_cpu import short_attention
-from kernels.backend import as_autocast, autocasts, wants_gradient
+from kernels.autograd import transformed
+from kernels.backend import as_autocast, autocasts, wants_gradient, without_autocast
 
 # Where `short_attention` is faster on a CPU, measured on one thread. It makes more calls into PyTorch, so it needs many
 # queries, counted over all heads, and rows of keys that do not fill a vector, at which PyTorch's kernels are slow.
@@ -47,52 +49,69 @@ def attention(
     enable_gqa: bool,
 ) -> torch.Tensor:
     """Arguments and result as for `kernels.scaled_dot_product_attention`; differentiable as often as PyTorch's."""
-    if attn_mask is not None and attn_mask.dtype != torch.bool and autocasts(query.device):
+    if autocasts(query.device):
         query, key, value = as_autocast(query, key, value)
-        with torch.autocast(query.device.type, enabled=False):  # it would make -inf of the mask's finfo.min
+        with without_autocast(query.device):  # it would make -inf of the mask's finfo.min
             return attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype) and query.device.type != "cpu":
-        # A GPU wants the query's dtype, in which "least of all" must not become -inf, "never".
-        least = max(torch.finfo(query.dtype).min, torch.finfo(attn_mask.dtype).min)
-        attn_mask = attn_mask.clamp(min=least).masked_fill(attn_mask == -math.inf, -math.inf).to(query.dtype)
-    if attn_mask is not None and attn_mask.ndim < 2:  # PyTorch wants an axis of queries
-        attn_mask = attn_mask.reshape(1, -1)
+    if attn_mask is not None:
+        attn_mask = _as_pytorch_takes_it(attn_mask, query)
     if attn_mask is None and is_causal and scale is not None and scale <= 0:  # PyTorch multiplies its -inf by it
         attn_mask = torch.ones(1, 1, dtype=torch.bool, device=query.device)
     if attn_mask is not None and is_causal:
         attn_mask, is_causal = _with_causal(attn_mask, query.shape[-2], key.shape[-2]), False
-    fused = scaled_dot_product_attention
-    if wants_gradient(query, key, value, attn_mask) and _has_rows_of_least(query, attn_mask):
-        fused = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)(fused)
+    if overlaps(query):  # PyTorch's kernel gives its output the strides of the query
+        query = query.contiguous()
     sees_all = attn_mask is None and not is_causal
     if sees_all or _all_finite(key, value):
         if _is_short(query, key, value, attn_mask, dropout_p):
-            return short_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
-        if takes(query, key, value, attn_mask, dropout_p, is_causal, scale) and fused is scaled_dot_product_attention:
-            return fused_attention(query, key, value, attn_mask, is_causal, scale)
-        return fused(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+            output = short_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        else:
+            output = _fused(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return ordered_as(query, output)
     # Take keys with a NaN or Inf out, then give NaN to each query that may see one of them.
     bad = ~(torch.isfinite(key).all(-1) & torch.isfinite(value).all(-1))
     key, value = (x.masked_fill(bad.unsqueeze(-1), 0) for x in (key, value))
-    output = fused(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    output = _fused(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if enable_gqa:
         bad = bad.repeat_interleave(query.shape[-3] // bad.shape[-2], -2)
-    return output.masked_fill(_may_see(bad, attn_mask, query.shape[-2]).unsqueeze(-1), math.nan)
+    output = output.masked_fill(_may_see(bad, attn_mask, query.shape[-2]).unsqueeze(-1), math.nan)
+    return ordered_as(query, output)
+
+
+def _fused(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """PyTorch's own function, on a CPU with the derivatives that it lacks."""
+    if takes(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+        return fused_attention(query, key, value, attn_mask, is_causal, scale)
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
 
 
 def is_simple(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether a call without any option is right, and best served, by PyTorch's function: few numbers on a CPU."""
+    if not type(query) is type(key) is type(value) is torch.Tensor or torch.compiler.is_compiling():
+        return False
     shape, dtype = query.shape, query.dtype
     return (
         query.is_cpu and key.is_cpu and value.is_cpu and not backend.INTERPRETED and key.shape == shape
         and value.shape == shape and 1 <= query.numel() < SIMPLE and key.dtype == dtype and value.dtype == dtype
-        and dtype.is_floating_point and dtype.itemsize > 1 and len(shape) > 1
+        and dtype.is_floating_point and dtype.itemsize > 1 and len(shape) > 1 and query.is_contiguous()
+        and not torch.is_autocast_enabled("cpu") and not transformed()
     )  # fmt: skip
 
 
 def simple_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """A call that `is_simple`."""
-    if takes(query, key, value, None, 0.0, False, None):
+    if takes(query, key, value, None, 0.0, False, None, False):
         return fused_attention(query, key, value, None, False, None)
     return scaled_dot_product_attention(query, key, value)
 
@@ -122,26 +141,47 @@ def extended_attention(
         output (B, Hq, L, Ev); lse (B, Hq, L) and weights (B, Hq, L, S), as `composed_attention` has them, or None.
     """
     query, key, value = as_autocast(query, key, value)
-    if why_not_fused(query, rules, extras, need_lse, need_weights):
+    if why_not_fused(query, key, value, rules, extras, need_lse, need_weights):
         output, lse, weights = composed_attention(query, key, value, rules, extras)
+        output = ordered_as(query, output)
         return output, lse if need_lse else None, weights if need_weights else None
     attn_mask, is_causal = _as_mask(rules, extras, query, key.shape[2])
     gqa = not query.shape[1] == key.shape[1]  # a bool also where sizes are symbols
     return attention(query, key, value, attn_mask, rules.dropout_p, is_causal, rules.scale, gqa), None, None
 
 
-def why_not_fused(query: torch.Tensor, rules: Rules, extras: Extras, need_lse: bool, need_weights: bool) -> str:
+def why_formula(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None
+) -> list[str]:
+    """What PyTorch's kernels cannot give to a call even of PyTorch's own arguments."""
+    if not torch.compiler.is_compiling() and 0 in (query.numel(), key.numel(), value.numel()):
+        # They divide by the number of heads, and forget a batch of none that the value alone has.
+        return ["an answer where there is nothing to attend to"]
+    if transformed():
+        return ["what transforms of torch.func and forward mode ask for"]
+    is_float = attn_mask is not None and attn_mask.dtype != torch.bool
+    if is_float and query.is_cpu and torch.compiler.is_compiling() and torch.is_grad_enabled():
+        return ["the gradient under large masks (see FusedOnCpu) in compiled code, which cannot look at numbers"]
+    return []
+
+
+def why_not_fused(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules, extras: Extras, need_lse: bool,
+    need_weights: bool,
+) -> str:  # fmt: skip
     """The reason why PyTorch's kernels cannot run a call, whatever mask they are given; empty when they can."""
     slopes = extras.alibi_slopes
     missing = {
         "a soft cap": bool(rules.softcap),
         "sinks": extras.sinks is not None,
+        "packed sequences": extras.query_starts is not None,
         "the log-sum-exp": need_lse,
         "the weights": need_weights,
         "a gradient of slopes": wants_gradient(slopes),
     }
-    if any(missing.values()):
-        return f"it has no way to give {' and '.join(name for name, asked in missing.items() if asked)}"
+    asked = [name for name, is_asked in missing.items() if is_asked] + why_formula(query, key, value, extras.attn_mask)
+    if asked:
+        return f"it has no way to give {' and '.join(asked)}"
     if slopes is not None and query.device.type != "cpu" and query.dtype.itemsize <= 2:
         return "distances times slopes do not fit a mask of 16-bit numbers"
     return ""
@@ -150,15 +190,17 @@ def why_not_fused(query: torch.Tensor, rules: Rules, extras: Extras, need_lse: b
 def _as_mask(rules: Rules, extras: Extras, query: torch.Tensor, n_keys: int) -> tuple[torch.Tensor | None, bool]:
     """The rules as PyTorch's `attn_mask`, (B or 1, Hq or 1, L or 1, S) or None, and `is_causal`."""
     n_queries = query.shape[2]
-    offset = n_keys - n_queries if rules.bottom_right else 0
-    # A side of the window that no query reaches, at a single query to decode above all, forbids nothing.
-    if rules.right is not None and offset + rules.right >= n_keys - 1:
-        rules = rules._replace(right=None)
-    if rules.left is not None and offset + n_queries - 1 - rules.left <= 0:
-        rules = rules._replace(left=None)
-    by_place = extras.key_lengths, extras.alibi_slopes, extras.query_starts, rules.left
-    if all(x is None for x in by_place):
-        if rules.right is None or (rules.right == 0 and offset == 0):
+    top_left = not rules.bottom_right
+    if not torch.compiler.is_exporting():  # where lengths are symbols, of which nothing may be asked
+        offset = n_keys - n_queries if rules.bottom_right else 0
+        top_left = offset == 0
+        # A side of the window that no query reaches, at a single query to decode above all, forbids nothing.
+        if rules.right is not None and offset + rules.right >= n_keys - 1:
+            rules = rules._replace(right=None)
+        if rules.left is not None and offset + n_queries - 1 - rules.left <= 0:
+            rules = rules._replace(left=None)
+    if extras.key_lengths is None and extras.alibi_slopes is None and rules.left is None:
+        if rules.right is None or (rules.right == 0 and top_left):
             return extras.attn_mask, rules.right is not None
     allowed = allowed_pairs(rules, extras, n_queries, n_keys, query.device)
     bias = None
@@ -190,7 +232,7 @@ def _is_short(
         sizes = query.shape[3], value.shape[3]
         enough = enough and max(n_queries, n_keys) < VECTOR and max(sizes) <= WIDEST
         enough = enough and scores * min(sizes) >= TINY_PRODUCT
-    if not enough or query.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if not enough or query.device.type != "cpu":
         return False
     try:
         for tensor in (query, key, value):
@@ -200,22 +242,15 @@ def _is_short(
         return False
 
 
-def _has_rows_of_least(query: torch.Tensor, attn_mask: torch.Tensor | None) -> bool:
-    """Whether a float mask has a row with nothing but finfo.min, or less, on a CPU.
-
-    PyTorch's fused kernel saves one log-sum-exp a row, in which such a minimum drowns the sum, and its backward then
-    takes each weight of the row for 1.
-    """
-    if attn_mask is None or attn_mask.dtype == torch.bool or attn_mask.numel() == 0 or query.device.type != "cpu":
-        return False
-    if torch.compiler.is_compiling():
-        return False
-    least = torch.finfo(attn_mask.dtype).min
-    try:
-        rows = attn_mask.detach().amax(-1)
-        return bool(((rows <= least / 2) & (rows != -math.inf)).any())
-    except RuntimeError:  # no number to look at: vmap, fake tensors
-        return False
+def _as_pytorch_takes_it(attn_mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """The mask with an axis of queries, and where it is float of a dtype that goes with the query's."""
+    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):  # of another half, under autocast
+        attn_mask = attn_mask.float()
+    if attn_mask.dtype not in (torch.bool, query.dtype) and not query.is_cpu:
+        # A GPU wants the query's dtype, in which "least of all" must not become -inf, "never".
+        least = max(torch.finfo(query.dtype).min, torch.finfo(attn_mask.dtype).min)
+        attn_mask = attn_mask.clamp(min=least).masked_fill(attn_mask == -math.inf, -math.inf).to(query.dtype)
+    return attn_mask.reshape(1, -1) if attn_mask.ndim < 2 else attn_mask
 
 
 def _with_causal(attn_mask: torch.Tensor, n_queries: int, n_keys: int) -> torch.Tensor:

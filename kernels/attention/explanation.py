@@ -66,7 +66,7 @@ def explain(
         why_not = {SHORT: reason}
         reason = why_not_hopper(q, k, v, extras, numbers, capability(q.device))
         return Explanation(TRITON, {**why_not, HOPPER: reason}) if reason else Explanation(HOPPER, why_not)
-    reason = eager.why_not_fused(q, numbers, extras, return_lse, need_weights)
+    reason = eager.why_not_fused(q, k, v, numbers, extras, return_lse, need_weights)
     if reason:
         return Explanation(FORMULA, {TRITON: choice.reason, FUSED: reason})
     return Explanation(FUSED, {TRITON: choice.reason})

@@ -31,13 +31,10 @@ from kernels.attention.pieces import (
     find_work, is_spoilt, key_range, load_rows, open_to_all, powers, product_of_rows, restrict, start_of_tile,
     store_rows, tile_dropout_factors, tiles_of_pass,
 )  # fmt: skip
-from kernels.attention.rules import Extras, Rules
+from kernels.attention.rules import FAR, Extras, Rules
 from kernels.attention.tiles import choose_tile, column_blocks, what_is_asked
 from kernels.backend import INTERPRETED
 from kernels.launch import capability, cdiv, l2_bytes, launch_on
-
-
-FAR = 1 << 30  # a side of a window that no sequence reaches
 
 
 @triton.jit
@@ -203,7 +200,7 @@ def pointers(seed: torch.Tensor | None, extras: Extras) -> tuple[torch.Tensor | 
 def numbers(rules: Rules) -> tuple[float, ...]:
     """left, right, scale, softcap, drop_below and keep_scale as the kernels take them."""
     scale = rules.scale / rules.softcap if rules.softcap else rules.scale
-    left, right = (FAR if side is None else min(side, FAR) for side in (rules.left, rules.right))
+    left, right = (FAR if side is None else side for side in (rules.left, rules.right))
     keep = 1.0 / (1.0 - rules.dropout_p) if rules.dropout_p < 1.0 else 0.0  # at probability 1 it keeps none
     drop_below = min(round(rules.dropout_p * 2**32), 2**32 - 1) - 2**31
     return left, right, scale, rules.softcap, drop_below, keep
@@ -310,7 +307,7 @@ def launch_forward(
     batch, n_queries, n_keys = lengths(query, key, extras, rules)
     tile = choose_tile("forward", *tile_arguments(query, value, seed, extras, rules, n_queries))
     sizes = column_blocks(e, ev)
-    chunks, group = cdiv(ev, sizes["BLOCK_EV"]), n_heads // key.shape[1]
+    chunks, group = cdiv(ev, sizes["BLOCK_EV"]), n_heads // max(key.shape[1], 1)
     grid = (cdiv(n_queries, tile.block_q) * chunks * n_heads * batch,)
     if grid[0] == 0:
         return

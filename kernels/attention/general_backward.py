@@ -330,12 +330,15 @@ def key_value_kernel(
                     )
                     dp *= factors
                     dropped = weights * factors
+                if PASS == CARE:  # a query that is not finite has no number for a weight, nor for those it has not
+                    dropped = tl.where(scores == float("-inf"), 0.0, dropped)
                 dv = dot(dropped.to(grad.dtype), grad, dv, PRECISION)
                 ds = weights * (dp - delta[None, :])
                 if HAS_SOFTCAP:
                     ds *= slope_of_cap
                 if PASS == CARE:
                     ds = tl.where(scores == float("-inf"), 0.0, ds)
+                    q = zero_nonfinite(q)  # such a query has made ds NaN where it may look
                 dk = dot(ds.to(q.dtype), q, dk, PRECISION)
 
     dk *= dk_scale

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels.attention.choice import why_not_hopper, why_not_short
 from kernels.attention.composed import composed_gradients
+from kernels.attention.layout import empty_rows
 from kernels.attention.rules import Extras, Rules
 from kernels.backend import why_not_triton
 from kernels.launch import capability
@@ -42,19 +43,6 @@ library.define(
 )
 
 
-def empty_rows(like: torch.Tensor, last: int) -> torch.Tensor:
-    """An empty (B, H, L, last) tensor whose memory has heads and rows in the order in which `like` has them.
-
-    So the result of a query that is a transposed view of (B, L, H, E) goes back to (B, L, H * E) without a copy.
-    """
-    b, h, n, e = like.shape
-    if last == e and like.is_contiguous():
-        return torch.empty_like(like)  # the same in a third of the time
-    if like.stride(1) < like.stride(2):
-        return like.new_empty((b, n, h, last)).transpose(1, 2)
-    return like.new_empty((b, h, n, last))
-
-
 def new_outputs(
     query: torch.Tensor, value: torch.Tensor, is_short: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -78,6 +66,11 @@ def new_gradients(
     return grads
 
 
+def _compact(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """The small tensors of a call, which the kernels are given without their strides."""
+    return [x if x is None or x.is_contiguous() else x.contiguous() for x in tensors]
+
+
 def _require_triton(query: torch.Tensor) -> None:
     reason = why_not_triton(query.device, query.dtype)
     if reason:
@@ -96,7 +89,7 @@ def _forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seed: torch.Tensor | None, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _require_triton(query)
-    extras, rules = Extras(*rest[:N_EXTRAS]), Rules(*rest[N_EXTRAS:-1])
+    extras, rules = Extras(rest[0], *_compact(rest[1:N_EXTRAS])), Rules(*rest[N_EXTRAS:-1])
     is_short = _is_short(query, key, value, extras, rest[-1])
     outputs = new_outputs(query, value, is_short)
     if is_short:
@@ -124,9 +117,10 @@ def _backward(
     *rest: Any,
 ) -> tuple[torch.Tensor, ...]:
     _require_triton(query)
-    extras, (output, row_max, row_sum) = Extras(*rest[:N_EXTRAS]), rest[N_EXTRAS : N_EXTRAS + 3]
+    extras, output = Extras(rest[0], *_compact(rest[1:N_EXTRAS])), rest[N_EXTRAS]
+    row_max, row_sum = _compact(rest[N_EXTRAS + 1 : N_EXTRAS + 3])
     rules, output_mask = Rules(*rest[N_EXTRAS + 3 : -1]), rest[-1]
-    if row_max is None:
+    if row_max is None or row_sum is None:
         from kernels.attention.short_backward import launch_short_backward
 
         grads = new_gradients(query, key, value, extras, SHORT_MASK)
@@ -289,8 +283,6 @@ def _differentiable_backward(
     """The same gradients with a graph behind them: recomputed in plain PyTorch, which stores the L x S weights."""
     if seed is not None:
         raise NotImplementedError("double backward through attention dropout: not supported; use dropout_p=0.0")
-    if extras.query_starts is not None:
-        raise NotImplementedError("double backward through packed sequences: not supported; pad them, with key_lengths")
     inputs = (query, key, value, extras.attn_mask, extras.sinks)
     return composed_gradients((grad_output, grad_lse), inputs, asked, rules, extras)
 
@@ -319,7 +311,8 @@ def _merged_inputs(
     batch = tensors[0].shape[0 if dims[0] is None or dims[0] > 0 else 1]
     merged = {}
     for name, x, dim in zip(Extras._fields, extras, dims[4:]):
-        if x is None or (dim is None and x.shape[0] == 1 and not (own_mask and name in ("attn_mask", "sinks"))):
+        shared = name == "alibi_slopes" or (name in ("attn_mask", "sinks") and not own_mask)
+        if x is None or (dim is None and x.shape[0] == 1 and shared):
             merged[name] = x
             continue
         x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)

@@ -14,12 +14,15 @@ from typing import NamedTuple
 
 import torch
 
+FAR = 1 << 30  # a side of a window that no sequence reaches
+
 
 class Rules(NamedTuple):
     """The numbers of a call.
 
     scale: factor of the scores. dropout_p: probability of dropping a weight. softcap: cap of the scores, 0 for none.
-    left, right: how many keys before and after its own place a query sees, None for all. Causal attention is right = 0.
+    left, right: how many keys before and after its own place a query sees, up to FAR, None for all. Causal attention is
+        right = 0.
     bottom_right: where places are counted from.
     max_queries, max_keys: of packed sequences, the longest; 0 where batch entries stand side by side.
     deterministic: gradients must be bitwise the same in every run.
@@ -41,7 +44,8 @@ class Extras(NamedTuple):
 
     attn_mask: (B or 1, Hq or 1, L or 1, S or 1), bool (True = may attend) or added to the scores.
     key_lengths: (B,) int32, how many keys of each batch entry are in use, None for all S.
-    alibi_slopes, sinks: (B or 1, Hq) float32; a sink is a logit that takes weight and gives no value.
+    alibi_slopes, sinks: (B or 1, Hq) float32, or float64 beside such a query; a sink is a logit that takes weight and
+    gives no value.
     query_starts, key_starts: (B + 1,) int32, where each sequence starts in query (1, Hq, all queries, E) and in key and
     value (1, Hkv, all keys, E or Ev), and where the last one ends; None where batch entries stand side by side.
     """

@@ -40,9 +40,9 @@ def short_attention(
     scores = (*query.shape[:-1], key.shape[-2])
     bias = None
     if is_causal:
-        bias = torch.full(scores[-2:], -math.inf).triu_(1)
+        bias = query.new_full(scores[-2:], -math.inf).triu_(1)
     if attn_mask is not None:
-        forbidden = torch.zeros(attn_mask.shape).masked_fill_(~attn_mask, -math.inf)
+        forbidden = query.new_zeros(attn_mask.shape).masked_fill_(~attn_mask, -math.inf)
         bias = forbidden if bias is None else bias + forbidden
     kept = None
     if dropout_p:
@@ -85,7 +85,8 @@ class ShortAttention(torch.autograd.Function):
         output = torch.bmm(weights if kept is None else weights * kept, v)
         ctx.save_for_backward(query, key, value, bias, kept, q, k, v, weights)
         ctx.scale = scale
-        return output.view(*query.shape[:-1], v.shape[-1])
+        # Not a view of the product: what autograd takes for one has no in-place methods.
+        return torch.ops.aten._unsafe_view(output, (*query.shape[:-1], v.shape[-1]))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

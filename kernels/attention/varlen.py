@@ -8,9 +8,11 @@ import torch
 
 from kernels.attention import eager
 from kernels.attention.api import AttentionResult, choose_backend, make_extras, make_rules, triton_attention
-from kernels.attention.checks import check, check_rules
+from kernels.attention.checks import INTEGERS, check, check_rules, check_tensor_types
 from kernels.attention.rules import Extras, Rules
-from kernels.backend import as_autocast, wants_gradient
+from kernels.autograd import in_forward_mode, transformed
+from kernels.backend import as_autocast, as_number, shown, wants_gradient
+from kernels.subclasses import overridden
 
 __all__ = ["varlen_attention"]
 
@@ -44,7 +46,8 @@ def varlen_attention(
         query: (Tq, Hq, E), the queries of all sequences one after another; key: (Tk, Hkv, E); value: (Tk, Hkv, Ev).
         cu_seq_q: (N + 1,) int32 or int64, where each sequence's queries start, from 0, and at last Tq.
         cu_seq_k: likewise for keys and values; None where it is the same.
-        max_q, max_k: the longest sequence of queries and of keys; only a GPU's grid depends on them.
+        max_q, max_k: the longest sequence of queries and of keys, also as tensors of no dimensions; only a GPU's grid
+            depends on them.
         dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap, sinks, return_lse, backend: as in
             `kernels.scaled_dot_product_attention`, for each sequence by its own lengths.
         alibi_slopes: (Hq,) or (N, Hq), without a gradient.
@@ -56,36 +59,70 @@ def varlen_attention(
         TypeError, ValueError: as `kernels.scaled_dot_product_attention`, and for starts that do not fit. On a GPU their
             values are not looked at: it would have to be waited for.
     """
+    if torch.overrides.has_torch_function((query, key, value, cu_seq_q)):
+        return overridden(
+            varlen_attention, (query, key, value, cu_seq_q), query, key, value, cu_seq_q, cu_seq_k, max_q, max_k,
+            dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+            causal_alignment=causal_alignment, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+            return_lse=return_lse, backend=backend,
+        )  # fmt: skip
+    cu_seq_k = cu_seq_q if cu_seq_k is None else cu_seq_k
+    check_tensor_types(query=query, key=key, value=value, cu_seq_q=cu_seq_q, cu_seq_k=cu_seq_k)
     if not query.ndim == key.ndim == value.ndim == 3:
         raise ValueError(
             f"query, key and value must be packed (T, H, E), found {tuple(query.shape)}, {tuple(key.shape)} and "
             f"{tuple(value.shape)}; for padded batches call kernels.scaled_dot_product_attention"
         )
-    cu_seq_k = cu_seq_q if cu_seq_k is None else cu_seq_k
+    max_q, max_k = _longest(max_q, query), _longest(max_k, key)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, H, T, E)
     check(q, k, v, None, dropout_p, scale, enable_gqa)
     n_sequences = _check_starts(query, key, cu_seq_q, cu_seq_k, max_q, max_k)
     lead = torch.Size((n_sequences, query.shape[1]))
     check_rules(query, lead, causal_alignment, window, softcap, alibi_slopes, sinks, None, None, max_k)
+    q, k, v = as_autocast(q, k, v)
     rules = make_rules(q, dropout_p, is_causal, scale, causal_alignment, window, softcap)
-    extras = make_extras(lead, None, None, alibi_slopes, sinks)
-    if choose_backend(q, v, backend).backend == "torch":
-        output, lse = _one_by_one(q, k, v, cu_seq_q, cu_seq_k, rules, extras, return_lse)
-    else:
+    rules = rules._replace(max_queries=max_q, max_keys=max_k)
+    starts = {"query_starts": cu_seq_q.int(), "key_starts": cu_seq_k.int()}
+    extras = make_extras(lead, q.dtype, None, None, alibi_slopes, sinks)._replace(**starts)
+    lse: torch.Tensor | None
+    if choose_backend(q, v, backend).backend == "triton" and not in_forward_mode():
         if wants_gradient(alibi_slopes):
             raise ValueError("alibi_slopes of packed sequences have no gradient; detach them, or pad the sequences")
-        q, k, v = as_autocast(q, k, v)
-        starts = {"query_starts": cu_seq_q.int().contiguous(), "key_starts": cu_seq_k.int().contiguous()}
-        rules = rules._replace(max_queries=max_q, max_keys=max_k)
-        output, lse = triton_attention(q, k, v, rules, extras._replace(**starts), return_lse)
+        output, lse = triton_attention(q, k, v, rules, extras, return_lse)
+    else:
+        lengths = _lengths(cu_seq_q), _lengths(cu_seq_k)
+        if lengths[0] and lengths[1] and not transformed():
+            output, lse = _one_by_one(q, k, v, lengths[0], lengths[1], rules, extras, return_lse)
+        else:
+            output, lse, _ = eager.extended_attention(q, k, v, rules, extras, need_lse=return_lse, need_weights=False)
     output = output[0].transpose(0, 1)
     return AttentionResult(output, lse[0].transpose(0, 1), None) if lse is not None else output
+
+
+def _longest(longest: Any, x: torch.Tensor) -> int:
+    """`max_q` or `max_k` as a number; where compiled code was given a tensor, which it cannot look at, all rows."""
+    if isinstance(longest, torch.Tensor) and torch.compiler.is_compiling():
+        return x.shape[0]
+    return as_number(longest)
+
+
+def _lengths(starts: torch.Tensor) -> list[int]:
+    """The sequences' lengths; empty where there are none, or none that can be looked at."""
+    if torch.compiler.is_compiling() or starts.is_meta:
+        return []
+    try:
+        return starts.diff().tolist()
+    except RuntimeError:  # fake tensors
+        return []
 
 
 def _check_starts(
     query: torch.Tensor, key: torch.Tensor, cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor, max_q: int, max_k: int
 ) -> int:
     """Raise for starts that do not fit; returns N."""
+    for name, longest in (("q", max_q), ("k", max_k)):
+        if isinstance(longest, bool) or not isinstance(longest, INTEGERS) or longest < 0:
+            raise TypeError(f"max_{name} must be an integer from 0, found {shown(longest)}; pass the longest sequence")
     for name, starts, rows, longest in (("q", cu_seq_q, query.shape[0], max_q), ("k", cu_seq_k, key.shape[0], max_k)):
         if starts.dtype not in (torch.int32, torch.int64) or starts.ndim != 1 or starts.shape[0] < 1:
             raise TypeError(
@@ -93,9 +130,12 @@ def _check_starts(
             )
         if starts.device != query.device:
             raise ValueError(f"cu_seq_{name} must be on {query.device}, found {starts.device}; move it with .to()")
-        if starts.device.type != "cpu" or torch.compiler.is_compiling():
+        if not starts.is_cpu or torch.compiler.is_compiling():
             continue
-        steps = starts.diff().tolist() or [0]
+        steps = _lengths(starts)
+        if not steps and starts.shape[0] > 1:  # nothing can be looked at
+            continue
+        steps = steps or [0]
         if starts[0] != 0 or starts[-1] != rows or not 0 <= min(steps) <= max(steps) <= longest:
             raise ValueError(
                 f"cu_seq_{name} must go from 0 to the {rows} rows in steps of at most max_{name} = {longest}, "
@@ -110,21 +150,20 @@ def _one_by_one(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    cu_seq_q: torch.Tensor,
-    cu_seq_k: torch.Tensor,
+    queries: list[int],
+    keys: list[int],
     rules: Rules,
     extras: Extras,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The sequences through PyTorch, a call each: its kernels know no packed sequences on a CPU."""
-    outputs, lses = [q.new_empty((1, q.shape[1], 0, v.shape[-1]))], [q.new_empty((1, q.shape[1], 0)).float()]
-    slopes = extras.alibi_slopes
-    queries, keys = (starts.diff().tolist() for starts in (cu_seq_q, cu_seq_k))
-    parts = zip(q.split(queries, 2), k.split(keys, 2), v.split(keys, 2))
-    for i, (one_q, one_k, one_v) in enumerate(parts):
-        own = slopes if slopes is None or slopes.shape[0] == 1 else slopes[i : i + 1]
+    """The sequences, of lengths `queries` and `keys`, through PyTorch, a call each: its kernels know no packed ones."""
+    outputs, lses = [], []
+    slopes, own = extras.alibi_slopes, extras._replace(query_starts=None, key_starts=None)
+    for i, (one_q, one_k, one_v) in enumerate(zip(q.split(queries, 2), k.split(keys, 2), v.split(keys, 2))):
+        if slopes is not None and slopes.shape[0] > 1:
+            own = own._replace(alibi_slopes=slopes[i : i + 1])
         output, lse, _ = eager.extended_attention(
-            one_q, one_k, one_v, rules, extras._replace(alibi_slopes=own), need_lse=return_lse, need_weights=False
+            one_q, one_k, one_v, rules, own, need_lse=return_lse, need_weights=False
         )
         outputs.append(output)
         if lse is not None:

@@ -7,18 +7,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.overrides import has_torch_function_variadic
 
 from kernels import backend as where
-from kernels.backend import autocasts, choose
+from kernels.autograd import in_forward_mode
+from kernels.backend import as_number, autocasts, choose
 from kernels.dropout import add_dropped
 from kernels.layer_norm.autograd import NormRules, apply_norm
+from kernels.layer_norm.checks import DTYPES, check, check_dropout, check_tensors, sizes_of
+from kernels.layer_norm.eager import HALF, eager_norm
 from kernels.layer_norm.ops import sum_dtype
+from kernels.layer_norm.subclasses import on_what_they_hold
+from kernels.subclasses import PLAIN, holds_others, is_dtensor, overridden
 
 __all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm"]
 
-HALF = (torch.float16, torch.bfloat16)
-DTYPES = (*HALF, torch.float32, torch.float64)
 FLOAT32_EPS, FLOAT64_EPS = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
+NO_RESIDUAL = "residual must be a tensor, found None; call layer_norm or rms_norm for the input alone"
 
 
 def layer_norm(
@@ -37,10 +42,13 @@ def layer_norm(
 
     Mean and biased variance are taken over `normalized_shape`, in float32 at least. Takes the place of
     `torch.nn.functional.layer_norm`: the positional arguments are the same, and so is autocast's effect. A row's result
-    does not depend on the rows beside it, and the gradients repeat bit for bit.
+    does not depend on the rows beside it, and the gradients repeat bit for bit. Digits are kept however far a row's
+    mean is from 0; but the squares of its deviations must not overflow, as those of 1e20 do in float32.
 
     Args:
-        input: (..., *normalized_shape), float16, bfloat16, float32 or float64, any strides.
+        input: (..., *normalized_shape), float16, bfloat16, float32 or float64, any strides. Also a jagged nested
+            tensor, or a DTensor beside replicated parameters, neither divided along normalized_shape: see
+            `kernels/subclasses.py`.
         normalized_shape: the trailing dimensions to normalise over; an int stands for one dimension.
         weight: `normalized_shape`, the factor of each feature, or None for 1. Dtype of the input, or float32 with a
             float16 or bfloat16 input.
@@ -56,12 +64,15 @@ def layer_norm(
         The shape and dtype of the input; float32 under CUDA autocast.
 
     Raises:
-        TypeError: a dtype is not one of the above.
+        TypeError: an argument is no tensor, or of another dtype or layout, or normalized_shape holds no integers.
         ValueError: shapes, devices, eps or backend do not fit, or backend="triton" cannot run.
 
     Source: Ba, Kiros and Hinton 2016, "Layer Normalization", section 3, equation 4.
     """
-    return _norm(input, None, _shape(normalized_shape), weight, bias, eps, True, save_output, backend)
+    if has_torch_function_variadic(input, weight, bias):
+        return overridden(layer_norm, (input, weight, bias), input, normalized_shape, weight, bias, eps,
+                          save_output=save_output, backend=backend)
+    return _norm(input, None, normalized_shape, weight, bias, eps, True, save_output, backend)
 
 
 def rms_norm(
@@ -87,8 +98,10 @@ def rms_norm(
 
     Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", section 4, equation 4.
     """
-    shape, eps = _shape(normalized_shape), _rms_eps(input, eps)
-    return _norm(input, None, shape, weight, None, eps, False, save_output, backend)
+    if has_torch_function_variadic(input, weight):
+        return overridden(rms_norm, (input, weight), input, normalized_shape, weight, eps, save_output=save_output,
+                          backend=backend)
+    return _norm(input, None, normalized_shape, weight, None, eps, False, save_output, backend)
 
 
 def add_layer_norm(
@@ -112,7 +125,7 @@ def add_layer_norm(
             it before it is normalised.
         weight, bias, eps, save_output, backend: as for `layer_norm`.
         dropout_p: probability with which an element of the input is dropped, the others divided by 1 - dropout_p. On
-            the Triton kernels the backward draws the same numbers again; forward mode then raises.
+            the Triton kernels the backward draws the same numbers again. The input as a DTensor is dropped from before.
         prenorm: also return the sum, which the next residual connection adds to.
         normalized_shape: by default the shape of weight or bias, or the last dimension.
 
@@ -121,7 +134,13 @@ def add_layer_norm(
 
     Raises: as `layer_norm`.
     """
-    shape = _shape(normalized_shape, input, weight, bias)
+    if has_torch_function_variadic(input, residual, weight, bias):
+        return overridden(add_layer_norm, (input, residual, weight, bias), input, residual, weight, bias, eps,
+                          dropout_p=dropout_p, prenorm=prenorm, normalized_shape=normalized_shape,
+                          save_output=save_output, backend=backend)
+    if residual is None:
+        raise TypeError(NO_RESIDUAL)
+    shape = _default_shape(input, weight, bias) if normalized_shape is None else normalized_shape
     return _norm(input, residual, shape, weight, bias, eps, True, save_output, backend, dropout_p, prenorm)
 
 
@@ -141,31 +160,31 @@ def add_rms_norm(
 
     Arguments, result and errors as for `add_layer_norm`; eps as for `rms_norm`.
     """
-    shape, eps = _shape(normalized_shape, input, weight), _rms_eps(input, eps)
+    if has_torch_function_variadic(input, residual, weight):
+        return overridden(add_rms_norm, (input, residual, weight), input, residual, weight, eps, dropout_p=dropout_p,
+                          prenorm=prenorm, normalized_shape=normalized_shape, save_output=save_output, backend=backend)
+    if residual is None:
+        raise TypeError(NO_RESIDUAL)
+    shape = _default_shape(input, weight) if normalized_shape is None else normalized_shape
     return _norm(input, residual, shape, weight, None, eps, False, save_output, backend, dropout_p, prenorm)
 
 
-def _shape(normalized_shape: int | Sequence[int] | None, *like: torch.Tensor | None) -> tuple[int, ...]:
-    """The trailing dimensions meant; by default those of the first parameter in `like`, after the input."""
-    if normalized_shape is None:
-        parameters = [x for x in like[1:] if x is not None]
-        return tuple(parameters[0].shape if parameters else like[0].shape[-1:])  # type: ignore[union-attr]
-    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-
-
-def _rms_eps(input: torch.Tensor, eps: float | None) -> float:
-    if eps is not None:
-        return eps
-    return FLOAT64_EPS if input.dtype == torch.float64 else FLOAT32_EPS
+def _default_shape(input: Any, *parameters: Any) -> Any:
+    """The trailing dimensions meant where none are given."""
+    given = [x for x in parameters if x is not None]
+    like = given[0] if given else input
+    if not isinstance(like, torch.Tensor) or (like.is_nested and like.layout != torch.jagged):
+        return ()  # has no shape, and is refused for what it is
+    return like.shape if given else like.shape[-1:]
 
 
 def _norm(
     input: torch.Tensor,
     residual: torch.Tensor | None,
-    shape: tuple[int, ...],
+    normalized_shape: int | Sequence[int],
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    eps: float,
+    eps: Any,
     centre: bool,
     save_output: bool,
     backend: str,
@@ -173,23 +192,55 @@ def _norm(
     prenorm: bool = False,
 ) -> Any:
     """Layer norm, or without `centre` RMS norm, of residual + dropout(input), and with `prenorm` that sum."""
+    shape = sizes_of(normalized_shape)
+    if eps is None and not centre:
+        eps = FLOAT64_EPS if getattr(input, "dtype", None) == torch.float64 else FLOAT32_EPS
     if _is_simple(input, residual, shape, weight, bias, eps, dropout_p, backend):
-        total = input if residual is None else add_dropped(input, residual, dropout_p)
-        output = _fused(total, shape, weight, bias, eps, centre)
-        return (output, total) if prenorm else output
-    _check(input, shape, weight, bias, eps)
-    if residual is not None:
-        _check_residual(input, residual, dropout_p)
-    # Autocast on a GPU makes the output float32; None is the input's dtype.
-    dtype = torch.float32 if input.dtype in HALF and input.is_cuda and autocasts(input.device) else None
-    if choose(backend, input.device, sum_dtype(input, residual)).backend == "torch":
-        total = input if residual is None else add_dropped(input, residual, dropout_p)
-        output = _plain(total, shape, weight, bias, eps, centre).to(dtype or input.dtype)
-        return (output, total) if prenorm else output
-    seed = torch.randint(2**63 - 1, (1,), device=input.device) if dropout_p > 0.0 else None
+        return _by_pytorch(input, residual, shape, weight, bias, eps, centre, dropout_p, prenorm, input.dtype)
+    check_tensors(input, residual, weight, bias)
+    eps, dropout_p = as_number(eps), as_number(dropout_p)
+    save_output, prenorm = bool(save_output), bool(prenorm)
+    check_dropout(dropout_p)
+    if holds_others(input, residual, weight, bias):
+        if dropout_p and is_dtensor(input):  # whose random numbers know which process holds what
+            input, dropout_p = torch.nn.functional.dropout(input, dropout_p), 0.0
+
+        def call(input: Any, residual: Any, weight: Any, bias: Any) -> Any:
+            return _norm(input, residual, shape, weight, bias, eps, centre, save_output, backend, dropout_p, prenorm)
+
+        return on_what_they_hold(call, input, residual, weight, bias, len(shape))
+    check(input, residual, shape, weight, bias, eps)
+    # Autocast on a GPU makes the output float32.
+    half_to_float = input.dtype in HALF and input.is_cuda and autocasts(input.device)
+    dtype = torch.float32 if half_to_float else input.dtype
+    if choose(backend, input.device, sum_dtype(input, residual)).backend == "torch" or in_forward_mode():
+        return _by_pytorch(input, residual, shape, weight, bias, eps, centre, dropout_p, prenorm, dtype)
+    seed = None
+    if dropout_p > 0.0:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=input.device)
     need_sum = prenorm or (torch.is_grad_enabled() and not save_output)
     rules = NormRules(shape, eps, float(dropout_p), centre, save_output, need_sum, dtype)
     output, total, *_ = apply_norm(input, residual, seed, weight, bias, rules)
+    return (output, total) if prenorm else output
+
+
+def _by_pytorch(
+    input: torch.Tensor,
+    residual: torch.Tensor | None,
+    shape: tuple[int, ...],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    centre: bool,
+    dropout_p: float,
+    prenorm: bool,
+    dtype: torch.dtype,
+) -> Any:
+    """`_norm` of a right call by PyTorch's operations; dtype: of the output."""
+    total = input if residual is None else add_dropped(input, residual, dropout_p)
+    output = eager_norm(total, shape, weight, bias, eps, centre)
+    if output.dtype != dtype:
+        output = output.to(dtype)
     return (output, total) if prenorm else output
 
 
@@ -199,103 +250,24 @@ def _is_simple(
     shape: tuple[int, ...],
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    eps: float,
+    eps: Any,
     dropout_p: float,
     backend: str,
 ) -> bool:
     """Whether a call is right, and PyTorch's on a CPU: what the rest would decide in twice the time of a small call."""
-    dtype = input.dtype
+    dtype, dense = input.dtype if type(input) in PLAIN else None, torch.strided
     return (
-        input.is_cpu and backend in ("auto", "torch") and not where.INTERPRETED and shape != ()
-        and input.shape[-len(shape):] == shape and dtype in DTYPES
-        and (weight is None or (weight.shape == shape and weight.dtype == dtype and weight.is_cpu))
-        and (bias is None or (bias.shape == shape and bias.dtype == dtype and bias.is_cpu))
+        dtype in DTYPES and input.is_cpu and input.layout is dense and not input.is_nested
+        and backend in ("auto", "torch") and not where.INTERPRETED and shape != ()
+        and input.shape[-len(shape):] == shape
+        and (weight is None or (type(weight) in PLAIN and weight.dtype is dtype and weight.is_cpu
+                                and weight.layout is dense and not weight.is_nested and weight.shape == shape))
+        and (bias is None or (type(bias) in PLAIN and bias.dtype is dtype and bias.is_cpu
+                              and bias.layout is dense and not bias.is_nested and bias.shape == shape))
         and isinstance(eps, (int, float)) and 0 <= eps < math.inf
         and (residual is None or (
-            residual.is_cpu and residual.dtype == dtype and residual.shape == input.shape
+            type(residual) in PLAIN and residual.dtype is dtype and residual.is_cpu
+            and residual.layout is dense and not residual.is_nested and residual.shape == input.shape
             and isinstance(dropout_p, (int, float)) and 0 <= dropout_p <= 1
         ))
     )  # fmt: skip
-
-
-def _plain(
-    x: torch.Tensor,
-    shape: tuple[int, ...],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    centre: bool,
-) -> torch.Tensor:
-    """Through PyTorch, whose fused kernels want one dtype."""
-    if any(parameter is not None and parameter.dtype != x.dtype for parameter in (weight, bias)):
-        weight, bias = (None if parameter is None else parameter.float() for parameter in (weight, bias))
-        return _fused(x.float(), shape, weight, bias, eps, centre)
-    return _fused(x, shape, weight, bias, eps, centre)
-
-
-def _fused(
-    x: torch.Tensor,
-    shape: tuple[int, ...],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    centre: bool,
-) -> torch.Tensor:
-    """PyTorch's own norm."""
-    return torch.layer_norm(x, shape, weight, bias, eps) if centre else torch.rms_norm(x, shape, weight, eps)
-
-
-def _check_residual(input: torch.Tensor, residual: torch.Tensor, dropout_p: float) -> None:
-    """Raise TypeError or ValueError in one line for what `_check` does not see."""
-    if residual.shape != input.shape:
-        raise ValueError(
-            f"residual must have the input's shape {tuple(input.shape)}, found {tuple(residual.shape)}; expand it"
-        )
-    if residual.device != input.device:
-        raise ValueError(f"residual must be on the input's device {input.device}, found {residual.device}; move it")
-    if residual.dtype not in DTYPES:
-        raise TypeError(f"residual must be of a dtype that the norms take, found {residual.dtype}; convert it")
-    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must be a probability from 0 to 1, found {dropout_p!r}")
-
-
-def _check(
-    input: torch.Tensor,
-    shape: tuple[int, ...],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-) -> None:
-    """Raise TypeError or ValueError in one line, with the rule, what was found and the remedy."""
-    autocast = autocasts(input.device)
-    if input.dtype not in DTYPES:
-        raise TypeError(f"the norms take float16, bfloat16, float32 and float64, found {input.dtype}; convert it")
-    if not shape or input.shape[-len(shape) :] != shape:
-        raise ValueError(
-            f"normalized_shape must be the trailing dimensions of the input, found {shape} for an input of shape "
-            f"{tuple(input.shape)}; for the last dimension alone pass input.shape[-1:]"
-        )
-    dtypes = []
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is None:
-            continue
-        dtypes.append(parameter.dtype)
-        if parameter.shape != shape:
-            raise ValueError(
-                f"{name} must have the shape normalized_shape = {shape}, found {tuple(parameter.shape)}; "
-                f"reshape it or pass None"
-            )
-        if parameter.device != input.device:
-            raise ValueError(
-                f"{name} must be on the input's device {input.device}, found {parameter.device}; move it with .to()"
-            )
-        if not autocast and parameter.dtype != input.dtype:
-            if parameter.dtype != torch.float32 or input.dtype not in HALF:
-                raise TypeError(
-                    f"{name} must have the input's dtype {input.dtype}, or float32 with a float16 or bfloat16 input, "
-                    f"found {parameter.dtype}; convert it with .to(input.dtype)"
-                )
-    if not autocast and len(dtypes) == 2 and dtypes[0] != dtypes[1]:
-        raise TypeError(f"weight and bias must share a dtype, found {dtypes[0]} and {dtypes[1]}; convert one of them")
-    if not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be a finite number from 0, found {eps!r}; the usual value is 1e-5")

@@ -1,4 +1,4 @@
-"""The norms' autograd function, outside the registered operations: backward, double backward, forward mode, vmap."""
+"""The norms' autograd function, outside the registered operations: backward, double backward, vmap."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 
 import kernels.layer_norm.ops  # noqa: F401 (registers the operations)
-from kernels.autograd import differentiable
+from kernels.autograd import differentiable, in_forward_mode
+from kernels.layer_norm.eager import plain_gradients
 
 
 class NormRules(NamedTuple):
@@ -29,37 +29,6 @@ class NormRules(NamedTuple):
     save_output: bool = False
     need_sum: bool = False
     dtype: torch.dtype | None = None
-
-
-def plain_norm(
-    x: torch.Tensor,
-    normalized_shape: Sequence[int],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    centre: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (..., *normalized_shape) and rstd (..., 1, ...) by the formula, in float32 at least.
-
-    Args:
-        x: (..., *normalized_shape); weight, bias: normalized_shape or None.
-    """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    dims = tuple(range(-len(normalized_shape), 0))
-    centred = x - x.mean(dims, keepdim=True) if centre else x
-    rstd = torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
-    output = centred * rstd
-    output = output if weight is None else output * weight
-    return output if bias is None else output + bias, rstd
-
-
-def _through_norm(
-    x: torch.Tensor, xhat: torch.Tensor, rstd: torch.Tensor, dims: tuple[int, ...], centre: bool
-) -> torch.Tensor:
-    """The derivative of xhat times x: the same for a tangent and for a gradient, since it is symmetric."""
-    along_xhat = (x * xhat).mean(dims, keepdim=True)
-    x = x - x.mean(dims, keepdim=True) if centre else x
-    return (x - xhat * along_xhat) * rstd
 
 
 class Norm(torch.autograd.Function):
@@ -106,7 +75,7 @@ class Norm(torch.autograd.Function):
         needed = [*inputs, weight_needed, bias_needed]
         if grad_output is None:
             grad_output = torch.zeros_like(x)
-        if torch.is_grad_enabled():  # create_graph=True: this backward is itself to be differentiated
+        if torch.is_grad_enabled() or in_forward_mode():  # this backward is itself to be differentiated
             return _differentiable_backward(
                 grad_output, grad_sum, x, seed, weight, bias, mean, rstd, rules, ctx.dtypes, needed
             )
@@ -175,13 +144,9 @@ def _differentiable_backward(
     if rules.save_output:
         raise NotImplementedError("double backward with save_output: not supported; leave it off")
     shape = rules.normalized_shape
-    dims = tuple(range(-len(shape), 0))
-    xhat, exact_rstd = plain_norm(x, shape, None, None, rules.eps, rules.centre)
-    upstream = grad_output.to(xhat.dtype)
-    dinput = dresidual = dweight = dbias = None
+    dx, *sums = plain_gradients(grad_output, x, shape, weight, rules.eps, rules.centre)
+    dinput = dresidual = None
     if needed[0] or needed[1]:
-        dx = upstream if weight is None else upstream * weight
-        dx = _through_norm(dx, xhat, exact_rstd, dims, rules.centre)
         dx = dx if grad_sum is None else dx + grad_sum
         dresidual = dx.to(dtypes[1]) if needed[1] else None
         if needed[0] and seed is not None:
@@ -192,53 +157,11 @@ def _differentiable_backward(
                 )[0]  # fmt: skip
             dx = dx * factors
         dinput = dx.to(dtypes[0]) if needed[0] else None
-    if weight is not None and needed[2]:
-        dweight = (upstream * xhat).sum_to_size(weight.shape).to(weight.dtype)
-    if bias is not None and needed[3]:
-        dbias = upstream.sum_to_size(bias.shape).to(bias.dtype)
+    dweight, dbias = (
+        grad.to(parameter.dtype) if need and parameter is not None else None
+        for grad, parameter, need in zip(sums, (weight, bias), needed[2:])
+    )  # fmt: skip
     return dinput, dresidual, None, dweight, dbias, None
-
-
-class NormWithTangents(Norm):
-    """The same with forward mode, by PyTorch's operations; apart because Dynamo refuses a function with a jvp."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        """Keep what backward and jvp need."""
-        Norm.setup_context(ctx, inputs, output)
-        input, residual, seed, weight, bias, _ = inputs
-        ctx.save_for_forward(input, residual, seed, weight, bias, output[1])
-        ctx.dtype = output[0].dtype
-
-    @staticmethod
-    def jvp(
-        ctx: Any,
-        input_tangent: torch.Tensor | None,
-        residual_tangent: torch.Tensor | None,
-        _seed: None,
-        weight_tangent: torch.Tensor | None,
-        bias_tangent: torch.Tensor | None,
-        _rules: None,
-    ) -> tuple[torch.Tensor | None, ...]:
-        """Tangents of output and sum: the same linear map as dx, then the product rule for weight and bias."""
-        input, residual, seed, weight, _, total = ctx.saved_tensors
-        if seed is not None:
-            raise NotImplementedError("forward mode through dropout: not supported; use dropout_p=0.0")
-        x = input if residual is None else input + residual
-        dims = tuple(range(-len(ctx.rules.normalized_shape), 0))
-        centre = ctx.rules.centre
-        xhat, rstd = plain_norm(x, ctx.rules.normalized_shape, None, None, ctx.rules.eps, centre)
-        tangents = [t for t in (input_tangent, residual_tangent) if t is not None]
-        sum_tangent = sum(tangents[1:], tangents[0]) if tangents else torch.zeros_like(x)
-        tangent = _through_norm(sum_tangent, xhat, rstd, dims, centre)
-        if weight is not None:
-            tangent = tangent * weight
-        if weight_tangent is not None:
-            tangent = tangent + xhat * weight_tangent
-        if bias_tangent is not None:
-            tangent = tangent + bias_tangent
-        total_tangent = sum_tangent.to(total.dtype) if ctx.has_sum else torch.zeros_like(total)
-        return tangent.to(ctx.dtype), total_tangent, None, None
 
 
 def apply_norm(
@@ -250,6 +173,9 @@ def apply_norm(
     rules: NormRules,
 ) -> tuple[torch.Tensor, ...]:
     """Differentiable output and sum, and mean and rstd, on the kernels; without residual the sum has 0 elements."""
-    has_tangents = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
-    function = NormWithTangents if has_tangents else Norm
-    return differentiable(function, input, residual, seed, weight, bias, rules)
+    tensors = [input, residual, seed, weight, bias]
+    if torch.compiler.is_compiling():  # Dynamo takes no tensor twice
+        for place, x in enumerate(tensors):
+            if x is not None and any(x is y for y in tensors[:place]):
+                tensors[place] = x.view_as(x)
+    return differentiable(Norm, *tensors, rules)

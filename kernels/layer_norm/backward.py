@@ -79,15 +79,18 @@ def n_programs(n_tiles: int, n_column_blocks: int, num_warps: int, n_multiproces
 
 @triton.jit
 def normalised(
-    x, mean, rstd, weight, bias, mask, CENTRE: tl.constexpr, FROM_OUTPUT: tl.constexpr, HAS_WEIGHT: tl.constexpr
+    x, mean, rest, rstd, weight, bias, mask, CENTRE: tl.constexpr, FROM_OUTPUT: tl.constexpr, HAS_WEIGHT: tl.constexpr
 ):
-    """xhat, 0 outside `mask`: of x the input of the norm, or its output (FROM_OUTPUT) by undoing weight and bias."""
+    """xhat, 0 outside `mask`: of x the input of the norm, or its output (FROM_OUTPUT) by undoing weight and bias.
+
+    mean, rest: as stored by the forward; taken off one by one, or the digits of rows far from 0 would be lost.
+    """
     if FROM_OUTPUT:
         xhat = x - bias
         if HAS_WEIGHT:
             xhat *= tl.where(weight == 0.0, 0.0, 1.0 / tl.where(weight == 0.0, 1.0, weight))
     elif CENTRE:
-        xhat = (x - mean) * rstd
+        xhat = (x - mean - rest) * rstd
     else:
         xhat = x * rstd
     return tl.where(mask, xhat, 0.0)
@@ -145,7 +148,8 @@ def backward_rows_kernel(
         and of the sum, None for none, and what was normalised, or, FROM_OUTPUT, what came out.
     seed_ptr: (1,) int64, or None for no dropout.
     weight_ptr, bias_ptr: (n_cols,), or None for ones and zeros; bias_ptr is read with FROM_OUTPUT only.
-    mean_ptr, rstd_ptr: (n_rows,) float32, from the forward kernel; mean_ptr is read for layer norm by its input only.
+    mean_ptr, rstd_ptr: (n_rows, 2), (n_rows,) float32, from the forward kernel; mean_ptr is read for layer norm by its
+        input only.
     grad_input_ptr, grad_residual_ptr: (n_rows, n_cols), contiguous, or None: not needed.
     partial_weight_ptr, partial_bias_ptr: (programs, n_cols) float32, or None: not needed.
     dropout_p, keep_scale, CENTRE: as for the forward.
@@ -179,11 +183,12 @@ def backward_rows_kernel(
         x_ptrs = x_ptr + x_rows[:, None] + cols[None, :]
         grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)  # (ROWS, BLOCK_N)
         x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-        mean = 0.0
+        mean, rest = 0.0, 0.0
         if CENTRE and not FROM_OUTPUT:
-            mean = tl.load(mean_ptr + rows, mask=mask_rows, other=0.0)[:, None]
+            mean = tl.load(mean_ptr + rows * 2, mask=mask_rows, other=0.0)[:, None]
+            rest = tl.load(mean_ptr + rows * 2 + 1, mask=mask_rows, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + rows, mask=mask_rows, other=0.0)[:, None]
-        xhat = normalised(x, mean, rstd, weight, bias, mask, CENTRE, FROM_OUTPUT, weight_ptr is not None)
+        xhat = normalised(x, mean, rest, rstd, weight, bias, mask, CENTRE, FROM_OUTPUT, weight_ptr is not None)
         if partial_weight_ptr is not None:
             sum_weight += grad * xhat
         if partial_bias_ptr is not None:
@@ -237,9 +242,10 @@ def backward_chunks_kernel(
     sum_rows = row_offsets(rows, sum_place, ALIGN)
     x_rows = row_offsets(rows, x_place, ALIGN)[:, None]
     lanes = tl.arange(0, BLOCK_N)[None, :]
-    mean = 0.0
+    mean, rest = 0.0, 0.0
     if CENTRE and not FROM_OUTPUT:
-        mean = tl.load(mean_ptr + row)
+        mean = tl.load(mean_ptr + row * 2)
+        rest = tl.load(mean_ptr + row * 2 + 1)
     rstd = tl.load(rstd_ptr + row)
     seed = 0
     if seed_ptr is not None:
@@ -260,7 +266,7 @@ def backward_chunks_kernel(
         if CENTRE:
             sum_grad += grad
         sum_grad_xhat += grad * normalised(
-            x, mean, rstd, weight, bias, mask, CENTRE, FROM_OUTPUT, weight_ptr is not None
+            x, mean, rest, rstd, weight, bias, mask, CENTRE, FROM_OUTPUT, weight_ptr is not None
         )
 
     along_mean = tl.sum(sum_grad) / n_cols
@@ -276,7 +282,7 @@ def backward_chunks_kernel(
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
             grad *= weight
-        xhat = normalised(x, mean, rstd, weight, bias, mask, CENTRE, FROM_OUTPUT, weight_ptr is not None)
+        xhat = normalised(x, mean, rest, rstd, weight, bias, mask, CENTRE, FROM_OUTPUT, weight_ptr is not None)
         store_gradients(
             (grad - along_mean - xhat * along_xhat) * rstd, grad_sum_ptr, seed_ptr, seed, grad_input_ptr,
             grad_residual_ptr, rows, sum_rows, start, mask, n_cols, dropout_p, keep_scale, 1, BLOCK_N,
@@ -331,12 +337,13 @@ def backward_columns_kernel(
             x_rows = row_offsets(rows, x_place, ALIGN)
             x_ptrs = x_ptr + x_rows[:, None] + cols[None, :]
             x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-            mean = 0.0
+            mean, rest = 0.0, 0.0
             if CENTRE and not FROM_OUTPUT:
-                mean = tl.load(mean_ptr + rows, mask=mask_rows, other=0.0)[:, None]
+                mean = tl.load(mean_ptr + rows * 2, mask=mask_rows, other=0.0)[:, None]
+                rest = tl.load(mean_ptr + rows * 2 + 1, mask=mask_rows, other=0.0)[:, None]
             rstd = tl.load(rstd_ptr + rows, mask=mask_rows, other=0.0)[:, None]
             sum_weight += grad * normalised(
-                x, mean, rstd, weight, bias, mask, CENTRE, FROM_OUTPUT, weight_ptr is not None
+                x, mean, rest, rstd, weight, bias, mask, CENTRE, FROM_OUTPUT, weight_ptr is not None
             )
         sum_bias += grad
     partial = group.to(tl.int64) * n_cols + cols
@@ -402,8 +409,8 @@ def launch_backward(
 
     `grad_rows`, `grad_sum` and `x` are (outer, middle, inner, N) with contiguous columns: the gradient of the output,
     that of the sum or None, and the sum (the input, where there is no residual) or, `from_output`, the output. `mean`
-    and `rstd` are (M,) float32, M the number of rows, `mean` None for RMS norm. `grad_input` and `grad_residual` are
-    (M, N) contiguous, `grad_weight` and `grad_bias` (N,).
+    (M, 2) and `rstd` (M,) are float32, M the number of rows, `mean` None for RMS norm. `grad_input` and `grad_residual`
+    are (M, N) contiguous, `grad_weight` and `grad_bias` (N,).
     """
     n_rows, n_cols = rstd.shape[0], x.shape[3]
     tile = backward_tile(n_cols, x.element_size(), seed is not None or from_output)

@@ -10,7 +10,7 @@ Square Layer Normalization", section 4, equation 4.
 
 Fused: dropout, the sum, both statistics, the normalisation and the affine map. Each input is read once and each output
 written once (rows too long for the registers are read twice). With e bytes an element, M rows move 2 * M * N * e +
-8 * M bytes, with a residual 4 * M * N * e + 8 * M (input and residual in, output and x out), and take about 9 * M * N
+12 * M bytes, with a residual 4 * M * N * e + 12 * M (input and residual in, output and x out), and take about 9 * M * N
 flops, so memory alone sets the time; the same in separate PyTorch operations moves six times as much.
 
 The variance of a row in registers is the corrected two-pass formula (Chan, Golub and LeVeque 1983, "Algorithms for
@@ -147,7 +147,8 @@ def forward_rows_kernel(
     seed_ptr: (1,) int64, or None for no dropout.
     weight_ptr, bias_ptr: (n_cols,), or None for ones and zeros.
     output_ptr, sum_ptr: (n_rows, n_cols), contiguous; sum_ptr takes x, or is None: not needed.
-    mean_ptr, rstd_ptr: (n_rows,) float32; mean_ptr is None for RMS norm.
+    mean_ptr: (n_rows, 2) float32, two numbers whose sum is the mean to more digits than one holds; None for RMS norm.
+    rstd_ptr: (n_rows,) float32.
     dropout_p, keep_scale: probability of dropping an element of the input, and 1 / (1 - dropout_p).
     CENTRE: layer norm; False for RMS norm.
     SUM_DTYPE: that x is rounded to where there is a residual.
@@ -174,7 +175,8 @@ def forward_rows_kernel(
         correction = tl.sum(centred, axis=1) / n_cols
         variance = tl.sum(centred * centred, axis=1) / n_cols - correction * correction
         x = centred - correction[:, None]
-        tl.store(mean_ptr + rows, mean + correction, mask=mask_rows)
+        tl.store(mean_ptr + rows * 2, mean, mask=mask_rows)
+        tl.store(mean_ptr + rows * 2 + 1, correction, mask=mask_rows)
     else:
         variance = tl.sum(x * x, axis=1) / n_cols
     rstd = tl.rsqrt(tl.maximum(variance, 0.0) + eps)  # constant rows of large numbers may round below 0
@@ -254,7 +256,8 @@ def forward_chunks_kernel(
         mean = tl.sum(count * lane_mean) / n_cols
         deviation = lane_mean - mean
         lane_squares += count * deviation * deviation
-        tl.store(mean_ptr + row, pivot + mean)
+        tl.store(mean_ptr + row * 2, pivot)
+        tl.store(mean_ptr + row * 2 + 1, mean)
     rstd = tl.rsqrt(tl.sum(lane_squares) / n_cols + eps)
     tl.store(rstd_ptr + row, rstd)
 
@@ -308,7 +311,7 @@ def launch_forward(
     dropout_p: float,
     sum_dtype: torch.dtype,
 ) -> None:
-    """Fill `output` and `total` (M, N), `mean` and `rstd` (M,) from `rows` and `residual`; M, N from 1.
+    """Fill `output` and `total` (M, N), `mean` (M, 2) and `rstd` (M,) from `rows` and `residual`; M, N from 1.
 
     `rows` and `residual` are (outer, middle, inner, N) with contiguous columns, M = outer * middle * inner; each has
     sides of its own. `total` is residual + dropout(rows) in `sum_dtype`, None where that is not needed; `mean` is None

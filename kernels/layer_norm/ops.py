@@ -85,12 +85,12 @@ def _new_outputs(
     input: torch.Tensor, residual: torch.Tensor | None, normalized_shape: Sequence[int], centre: bool, need_sum: bool,
     dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """Empty output and sum (the shape of the input), mean and rstd (M,); (0,) for those there will not be."""
+    """Empty output and sum (the shape of the input), mean (M, 2), rstd (M,); (0,) for those there will not be."""
     has_sum = residual is not None and need_sum
     output, total = _empty(input, True, dtype or input.dtype), _empty(input, has_sum, sum_dtype(input, residual))
     n_rows = math.prod(input.shape[: input.ndim - len(normalized_shape)])
     rstd = input.new_empty(n_rows, dtype=torch.promote_types(input.dtype, torch.float32))
-    return output, total, torch.empty_like(rstd) if centre else rstd.new_empty(0), rstd
+    return output, total, rstd.new_empty((n_rows, 2) if centre else 0), rstd
 
 
 def _forward(
@@ -106,7 +106,7 @@ def _forward(
     need_sum: bool,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Output (dtype, by default the input's), sum, mean and 1 / sqrt(variance + eps) (M,), in float32 at least."""
+    """Output (dtype, by default the input's), sum, mean (M, 2), 1 / sqrt(variance + eps) (M,), in float32 at least."""
     output, total, mean, rstd = _new_outputs(input, residual, normalized_shape, centre, need_sum, dtype)
     if input.numel() == 0:
         return output, total, mean.zero_(), rstd.zero_()
@@ -115,7 +115,7 @@ def _forward(
     from kernels.layer_norm.forward import launch_forward
 
     n_cols = math.prod(normalized_shape)
-    weight, bias = (None if x is None else x.contiguous() for x in (weight, bias))
+    seed, weight, bias = (None if x is None else x.contiguous() for x in (seed, weight, bias))
     launch_forward(
         _rows(input, n_cols), None if residual is None else _rows(residual, n_cols), seed, weight, bias, output,
         total if total.numel() else None, mean if centre else None, rstd, eps, dropout_p, sum_dtype(input, residual),
@@ -162,11 +162,12 @@ def _backward(
     from kernels.layer_norm.backward import launch_backward
 
     n_cols = math.prod(normalized_shape)
-    weight, bias = (None if y is None else y.contiguous() for y in (weight, bias))
+    seed, weight, bias = (None if y is None else y.contiguous() for y in (seed, weight, bias))
     dinput, dresidual, dweight, dbias = (grad if need else None for grad, need in zip(grads, output_mask))
     launch_backward(
         _rows(grad_output, n_cols), None if grad_sum is None else _rows(grad_sum, n_cols), _rows(x, n_cols), seed,
-        weight, bias, mean if centre else None, rstd, dinput, dresidual, dweight, dbias, dropout_p, centre, from_output,
+        weight, bias, mean.contiguous() if centre else None, rstd.contiguous(), dinput, dresidual, dweight, dbias,
+        dropout_p, centre, from_output,
     )  # fmt: skip
     return grads
 
