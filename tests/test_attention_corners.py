@@ -277,6 +277,16 @@ def test_outputs_may_be_changed_in_place(options: dict[str, Any], batch: int, tr
 
 
 @PATHS
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"return_lse": True}], ids="+".join)
+def test_outputs_of_packed_sequences_are_ordered_as_the_query(options: dict[str, Any], path: str) -> None:
+    x, starts = torch.randn(6, 2, 8), torch.tensor([0, 2, 6])
+    for query in (x, torch.randn(2, 6, 8).transpose(0, 1)):
+        found = varlen(query, x, x, starts, None, 4, 4, **options)
+        found = found.output if isinstance(found, tuple) else found
+        (found if query is x else found.transpose(0, 1)).view(-1)
+
+
+@PATHS
 def test_packed_sequences_follow_autocast(path: str) -> None:
     x = torch.randn(9, 2, 8)
     with torch.autocast("cpu", torch.bfloat16):
@@ -442,6 +452,24 @@ def test_what_is_no_number_is_refused_in_one_short_line(name: str, what: str, pa
         else:
             attention(Q, Q, Q, **{name: x})
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
+
+
+@PATHS
+@pytest.mark.parametrize("name", ["is_causal", "enable_gqa", "causal_alignment"])
+@pytest.mark.parametrize("x", [numpy.zeros(3), [True], None, "yes"], ids=str)
+def test_what_is_no_flag_is_refused_in_one_line(name: str, x: Any, path: str) -> None:
+    for call in (lambda **o: kernels.scaled_dot_product_attention(Q, Q, Q, **o),
+                 lambda **o: varlen(Q[0], Q[0], Q[0], torch.tensor([0, 2]), None, 2, 2, **o)):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=f"^{name} must be") as caught:
+            call(**{name: x})
+        assert "\n" not in str(caught.value)
+
+
+@PATHS
+@pytest.mark.parametrize("place", ["query", "attn_mask", "query of explain"])
+def test_tensors_without_strides_are_refused(place: str, path: str) -> None:
+    with pytest.raises(TypeError, match="must be a dense tensor, found the layout torch.sparse_coo; convert it"):
+        PLACES[place](torch.eye(4).to_sparse())
 
 
 @PATHS

@@ -214,4 +214,7 @@ def test_nested_tensors_that_are_refused() -> None:
         with pytest.raises(ValueError, match=message) as raised:
             call()
         assert "\n" not in str(raised.value)
+    for query in (x, strided):
+        with pytest.raises(TypeError, match="explain takes plain tensors, found nested ones"):
+            kernels.explain(query, query, query)
     assert math.isfinite(attention(x, x, x).values().sum())

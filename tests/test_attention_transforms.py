@@ -134,6 +134,20 @@ def test_double_backward_on_a_cpu_of(what: str) -> None:
 
 
 @PATHS
+@QUIET
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"softcap": 2.0}], ids=str)
+def test_forward_mode_over_the_backward_of_a_finished_graph(options: dict[str, Any], path: str) -> None:
+    from torch.autograd import forward_ad
+
+    query = torch.randn(1, 2, 4, 8, requires_grad=True)
+    output, upstream = attention(query, query, query, **options), torch.randn(1, 2, 4, 8)
+    with forward_ad.dual_level():
+        dual = torch.autograd.grad(output, query, forward_ad.make_dual(upstream, upstream), retain_graph=True)[0]
+        tangent = forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(tangent, torch.autograd.grad(output, query, upstream)[0], rtol=1e-4, atol=1e-5)
+
+
+@PATHS
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"softcap": 2.0}], ids=str)
 def test_many_gradients_at_once(options: dict[str, Any], path: str) -> None:
     leaves = [torch.randn(1, 2, 40, 8, requires_grad=True) for _ in range(3)]
@@ -317,6 +331,10 @@ def test_symbolic_trace_records_calls_whole(path: str) -> None:
     inputs = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8), torch.tensor([0, 2, 5])
     assert torch.equal(traced(*inputs), Model()(*inputs))
     assert torch.equal(copy.deepcopy(traced)(*inputs), Model()(*inputs))
+    q, sinks = inputs[0], torch.zeros(2)
+    masked = torch.fx.symbolic_trace(lambda m, s: scaled_dot_product_attention(q, q, q, m, sinks=s))
+    mask = torch.randn(5, 5)
+    assert torch.equal(masked(mask, sinks), scaled_dot_product_attention(q, q, q, mask, sinks=sinks))
 
 
 class Own(torch.Tensor):

@@ -587,3 +587,24 @@ def test_comparison_rejects(centre, wrong):
     assert_no_worse(right, peer, tensors, upstreams)
     with pytest.raises(AssertionError, match="error"):
         assert_no_worse(lambda *t: wrong(*t, centre), peer, tensors, upstreams)
+
+
+@either_backend
+@either_norm
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_higher_derivatives_through_a_checkpoint(normal, backend, centre, dtype):
+    """What is saved may be unpacked once only."""
+    call, results, tensors = ours(centre, backend=backend), [], small(normal, centre)
+    for checkpointed in (False, True):
+        x, residual, *parameters = (y.detach().clone().to(dtype).requires_grad_() for y in tensors)
+        run = (lambda *t: checkpoint(call, *t, use_reentrant=False)) if checkpointed else call
+        output = run(x, residual, *parameters)[0]
+        first = torch.autograd.grad(output.sin().sum(), x, create_graph=True)[0]
+        results.append([first, *torch.autograd.grad(first.sin().sum(), (x, *parameters), allow_unused=True)])
+    for found, expected in zip(*results):
+        assert (found is None and expected is None) or torch.equal(found, expected)
+
+
+def test_higher_derivatives_in_16_bits_without_numbers():
+    x = torch.randn(2, 8, device="meta", dtype=BF16, requires_grad=True)
+    assert torch.autograd.grad(kernels.layer_norm(x, 8).sum(), x, create_graph=True)[0].dtype == BF16

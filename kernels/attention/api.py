@@ -10,7 +10,7 @@ import torch
 
 from kernels.attention import eager
 from kernels.attention.choice import needs_statistics
-from kernels.attention.checks import check, check_rules, check_tensor_types, leads_of
+from kernels.attention.checks import as_flag, check, check_rules, check_tensor_types, leads_of
 from kernels.attention.composed import alibi, composed_attention
 from kernels.attention.ops import Attention
 from kernels.attention.rules import FAR, Extras, Rules
@@ -112,9 +112,10 @@ def scaled_dot_product_attention(
     2024, "Gemma 2", section 2; sinks: Xiao et al. 2024, "Efficient Streaming Language Models with Attention Sinks",
     section 3, and Miller 2023, "Attention Is Off By One".
     """
-    if torch.overrides.has_torch_function((query, key, value)):
+    tensors = query, key, value, attn_mask, alibi_slopes, sinks, key_lengths
+    if torch.overrides.has_torch_function(tensors):
         return overridden(
-            scaled_dot_product_attention, (query, key, value), query, key, value, attn_mask, dropout_p, is_causal,
+            scaled_dot_product_attention, tensors, query, key, value, attn_mask, dropout_p, is_causal,
             scale, enable_gqa, causal_alignment=causal_alignment, window=window, softcap=softcap,
             alibi_slopes=alibi_slopes, sinks=sinks, key_lengths=key_lengths, need_weights=need_weights,
             return_lse=return_lse, deterministic=deterministic, backend=backend,
@@ -131,17 +132,20 @@ def scaled_dot_product_attention(
             )  # fmt: skip
     plain = (
         window is None and softcap is None and alibi_slopes is None and sinks is None and key_lengths is None
-        and causal_alignment == "top_left" and not need_weights and not return_lse and deterministic is None
+        and not need_weights and not return_lse and deterministic is None
+        and type(causal_alignment) is str and causal_alignment == "top_left"
     )  # fmt: skip
-    if plain and attn_mask is None and scale is None and type(dropout_p) is float and not (is_causal or dropout_p):
+    if plain and attn_mask is None and scale is None and is_causal is False and type(dropout_p) is float:
         # What the rest would decide in three times the time of a small call.
-        if type(backend) is str and backend in ("auto", "torch") and eager.is_simple(query, key, value):
+        is_right = type(enable_gqa) is bool and type(backend) is str and backend in ("auto", "torch")
+        if dropout_p == 0.0 and is_right and eager.is_simple(query, key, value):
             return eager.simple_attention(query, key, value)
+    is_causal, enable_gqa = as_flag("is_causal", is_causal), as_flag("enable_gqa", enable_gqa)
     check(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
     backend = choose_backend(query, value, backend).backend
     if plain and backend == "torch" and not eager.why_formula(query, key, value, attn_mask):
         dropout_p, scale = as_number(dropout_p), as_number(scale)
-        return eager.attention(query, key, value, attn_mask, dropout_p, bool(is_causal), scale, bool(enable_gqa))
+        return eager.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if backend == "triton":
         query, key, value = as_autocast(query, key, value)
     lead, q, k, v, rules, extras = prepare(

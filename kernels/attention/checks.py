@@ -15,7 +15,7 @@ INTEGERS = (int, torch.SymInt)
 LARGEST_SCALE = 1e38  # times log2(e) it is still a float32
 ALIGNMENTS = ("top_left", "bottom_right")
 
-__all__ = ["check", "check_rules", "check_tensor_types", "leads_of"]
+__all__ = ["as_flag", "check", "check_rules", "check_tensor_types", "leads_of"]
 
 
 def check(
@@ -42,11 +42,25 @@ def check(
         raise ValueError(f"scale must be a number that float32 holds, or None for 1 / sqrt(E), found {shown(scale)}")
 
 
+def as_flag(name: str, x: object) -> bool:
+    """x as True or False.
+
+    Raises:
+        TypeError: it is neither, nor a number.
+    """
+    flag = as_number(x)
+    if not isinstance(flag, (bool, int)):
+        raise TypeError(f"{name} must be True or False, found {shown(x)}; pass one of them")
+    return bool(flag)
+
+
 def check_tensor_types(**tensors: object) -> None:
-    """Raise TypeError for an argument that is not a tensor."""
+    """Raise TypeError for an argument that is not a tensor with strides, or a jagged nested one."""
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, found {type(x).__name__}; make one with torch.as_tensor")
+        if x.layout not in (torch.strided, torch.jagged):
+            raise TypeError(f"{name} must be a dense tensor, found the layout {x.layout}; convert it with .to_dense()")
 
 
 def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> None:

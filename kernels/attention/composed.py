@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from kernels.attention.layout import for_query_heads
 from kernels.attention.rules import Extras, Rules
 from kernels.backend import without_autocast
 
@@ -69,7 +70,7 @@ def composed_attention(
         dropped = _drop(weights, rules.dropout_p, kept)
         output = torch.einsum("bhgls,bhse->bhgle", dropped.unflatten(1, shared), v).flatten(1, 2)
 
-        bad_key, bad_value = (bad.repeat_interleave(group, 1).mT for bad in (bad_key, bad_value))  # (B, Hq, 1, S)
+        bad_key, bad_value = (for_query_heads(bad, 1, heads).mT for bad in (bad_key, bad_value))  # (B, Hq, 1, S)
         bad_scores = (allowed & (bad_query | bad_key)).any(-1, keepdim=True)  # (B, Hq, L, 1)
         bad_output = bad_scores | (allowed & bad_value).any(-1, keepdim=True)
         output = torch.where(bad_output, math.nan, output)

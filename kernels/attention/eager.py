@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from kernels import backend
 from kernels.attention.composed import alibi, allowed_pairs, composed_attention
 from kernels.attention.fused_cpu import fused_attention, takes
-from kernels.attention.layout import ordered_as, overlaps
+from kernels.attention.layout import for_query_heads, ordered_as, overlaps
 from kernels.attention.rules import Extras, Rules
 from kernels.attention.short_cpu import short_attention
 from kernels.autograd import transformed
@@ -35,6 +35,7 @@ MOST_SCORES = 65536  # of one head
 FEWEST = 3  # queries or keys of one head: below, its products are of vectors
 WIDEST = 32  # E or Ev without dropout
 SIMPLE = 1024  # numbers in a tensor below which the way to a kernel costs more than the kernel
+STRIDED = {torch.strided}
 TINY_PRODUCT = 400  # multiplications below which PyTorch's batched product is a plain loop
 
 
@@ -73,7 +74,7 @@ def attention(
     key, value = (x.masked_fill(bad.unsqueeze(-1), 0) for x in (key, value))
     output = _fused(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if enable_gqa:
-        bad = bad.repeat_interleave(query.shape[-3] // bad.shape[-2], -2)
+        bad = for_query_heads(bad, -2, query.shape[-3])
     output = output.masked_fill(_may_see(bad, attn_mask, query.shape[-2]).unsqueeze(-1), math.nan)
     return ordered_as(query, output)
 
@@ -99,6 +100,8 @@ def _fused(
 def is_simple(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether a call without any option is right, and best served, by PyTorch's function: few numbers on a CPU."""
     if not type(query) is type(key) is type(value) is torch.Tensor or torch.compiler.is_compiling():
+        return False
+    if {query.layout, key.layout, value.layout} != STRIDED:
         return False
     shape, dtype = query.shape, query.dtype
     return (

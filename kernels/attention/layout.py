@@ -45,3 +45,12 @@ def ordered_as(query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     if not rows_outside(query):
         return output.contiguous() if rows_outside(output) else output
     return output if rows_outside(output) else output.transpose(-3, -2).contiguous().transpose(-3, -2)
+
+
+def for_query_heads(x: torch.Tensor, dim: int, heads: int) -> torch.Tensor:
+    """x with Hkv key heads along `dim`, each repeated for the query heads, Hq of them in all, that share it.
+
+    By indices: torch.export makes guards on a length of the strides of what `repeat_interleave` gives.
+    """
+    group = heads // max(x.shape[dim], 1)
+    return x if group == 1 else x.index_select(dim, torch.arange(heads, device=x.device, dtype=torch.int64) // group)

@@ -17,6 +17,7 @@ from kernels.attention.choice import why_not_hopper, why_not_short
 from kernels.attention.composed import composed_gradients
 from kernels.attention.layout import empty_rows
 from kernels.attention.rules import Extras, Rules
+from kernels.autograd import in_forward_mode
 from kernels.backend import why_not_triton
 from kernels.launch import capability
 
@@ -256,7 +257,7 @@ class Attention(torch.autograd.Function):
             grad_output = query.new_zeros((*query.shape[:-1], value.shape[-1]))
         needed = ctx.needs_input_grad
         asked = [*needed[:3], needed[4], needed[4 + Extras._fields.index("sinks")]]
-        if torch.is_grad_enabled():  # create_graph=True: this backward is itself to be differentiated
+        if torch.is_grad_enabled() or in_forward_mode():  # this backward is itself to be differentiated
             found = _differentiable_backward(
                 grad_output, grad_lse, query, key, value, seed, extras, ctx.rules, asked
             )

@@ -8,7 +8,8 @@ import torch
 
 from kernels.attention import eager
 from kernels.attention.api import AttentionResult, choose_backend, make_extras, make_rules, triton_attention
-from kernels.attention.checks import INTEGERS, check, check_rules, check_tensor_types
+from kernels.attention.checks import INTEGERS, as_flag, check, check_rules, check_tensor_types
+from kernels.attention.layout import ordered_as
 from kernels.attention.rules import Extras, Rules
 from kernels.autograd import in_forward_mode, transformed
 from kernels.backend import as_autocast, as_number, shown, wants_gradient
@@ -59,9 +60,10 @@ def varlen_attention(
         TypeError, ValueError: as `kernels.scaled_dot_product_attention`, and for starts that do not fit. On a GPU their
             values are not looked at: it would have to be waited for.
     """
-    if torch.overrides.has_torch_function((query, key, value, cu_seq_q)):
+    tensors = query, key, value, cu_seq_q, cu_seq_k, alibi_slopes, sinks
+    if torch.overrides.has_torch_function(tensors):
         return overridden(
-            varlen_attention, (query, key, value, cu_seq_q), query, key, value, cu_seq_q, cu_seq_k, max_q, max_k,
+            varlen_attention, tensors, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k,
             dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
             causal_alignment=causal_alignment, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
             return_lse=return_lse, backend=backend,
@@ -73,6 +75,7 @@ def varlen_attention(
             f"query, key and value must be packed (T, H, E), found {tuple(query.shape)}, {tuple(key.shape)} and "
             f"{tuple(value.shape)}; for padded batches call kernels.scaled_dot_product_attention"
         )
+    is_causal, enable_gqa = as_flag("is_causal", is_causal), as_flag("enable_gqa", enable_gqa)
     max_q, max_k = _longest(max_q, query), _longest(max_k, key)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, H, T, E)
     check(q, k, v, None, dropout_p, scale, enable_gqa)
@@ -168,4 +171,5 @@ def _one_by_one(
         outputs.append(output)
         if lse is not None:
             lses.append(lse)
-    return torch.cat(outputs, 2), torch.cat(lses, 2) if return_lse else None
+    output = torch.cat([x.transpose(1, 2) for x in outputs], 1).transpose(1, 2)  # as its parts lie in memory
+    return ordered_as(q, output), torch.cat(lses, 2) if return_lse else None

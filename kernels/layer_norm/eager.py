@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from kernels.backend import autocasts
+from kernels.autograd import transformed
+from kernels.backend import autocasts, wants_gradient
 from kernels.subclasses import is_traced
 
 HALF = (torch.float16, torch.bfloat16)
@@ -60,16 +60,58 @@ def plain_gradients(
     return dx, (grad_output * xhat).sum_to_size(normalized_shape), grad_output.sum_to_size(normalized_shape)
 
 
-def _any_order(
-    eps: float, gradients: tuple[torch.Tensor | None, ...], grad_outputs: tuple[torch.Tensor | None, ...]
-) -> tuple[torch.Tensor | None, ...] | None:
-    """A hook after the backward of PyTorch's layer norm, whose third derivatives take mean and rstd for constants."""
-    if not torch.is_grad_enabled() or grad_outputs[0] is None:
-        return None
-    node: Any = torch._C._current_autograd_node()
-    x, weight, shape = node._saved_input, node._saved_weight, node._saved_normalized_shape
-    exact = plain_gradients(grad_outputs[0], x, shape, weight, eps, True)
-    return tuple(None if old is None else new for old, new in zip(gradients, exact))
+def near_zero(
+    x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """PyTorch's layer norm: output, mean, rstd and, where rows of a CPU tensor are far from 0, what is taken off them.
+
+    Then it is done twice, the second time of x - shift. That changes no bit of other rows, from which 0 is taken off.
+    """
+    output, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
+    if not x.is_cpu or not x.numel():
+        return output, mean, rstd, None
+    distance = mean * rstd
+    if torch.linalg.vector_norm(distance, math.inf).item() <= FAR:
+        return output, mean, rstd, None
+    shift = mean.masked_fill(distance.abs() <= FAR, 0.0)
+    return *torch.native_layer_norm(x - shift, shape, weight, bias, eps), shift
+
+
+class LayerNorm(torch.autograd.Function):
+    """PyTorch's layer norm (input, weight, bias, normalized_shape, eps), of one dtype, with derivatives of any order.
+
+    PyTorch's own has the third derivative wrong: it takes mean and rstd for constants there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        shape: Sequence[int],
+        eps: float,
+    ) -> torch.Tensor:
+        """The output, as the input."""
+        output, *statistics = near_zero(x, shape, weight, bias, eps)
+        ctx.shape, ctx.eps = shape, eps
+        ctx.save_for_backward(x, weight, bias, *statistics)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of x, weight and bias: by the formula where they are themselves to be differentiated or batched."""
+        x, weight, bias, mean, rstd, shift = ctx.saved_tensors
+        needed = list(ctx.needs_input_grad[:3])
+        if torch.is_grad_enabled() or transformed():
+            exact = plain_gradients(grad, x, ctx.shape, weight, ctx.eps, True)
+            found = tuple(y.to(x.dtype) for y in exact)
+        else:
+            near = x if shift is None else x - shift
+            found = torch.ops.aten.native_layer_norm_backward.default(
+                grad, near, ctx.shape, mean, rstd, weight, bias, needed
+            )
+        return (*(y if need else None for y, need in zip(found, needed)), None, None)
 
 
 def eager_norm(
@@ -80,11 +122,7 @@ def eager_norm(
     eps: float,
     centre: bool,
 ) -> torch.Tensor:
-    """Layer norm, or without `centre` RMS norm; of 16-bit tensors on a CPU, and of mixed dtypes, in float32.
-
-    A layer norm on a CPU goes through PyTorch's kernel twice where rows are far from 0, the second time with their mean
-    taken off. That changes no bit of other rows.
-    """
+    """Layer norm, or without `centre` RMS norm; of 16-bit tensors on a CPU, and of mixed dtypes, in float32."""
     dtype = x.dtype
     if (
         (dtype in HALF and (x.is_cpu or autocasts(x.device)))
@@ -97,13 +135,6 @@ def eager_norm(
         return plain_norm(x, shape, weight, bias, eps, centre)[0]
     if not centre:
         return torch.rms_norm(x, shape, weight, eps)
-    output, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
-    if x.is_cpu and x.numel():
-        mean = mean.detach()
-        distance = mean * rstd.detach()
-        if not torch.linalg.vector_norm(distance, math.inf).item() <= FAR:
-            shift = mean.masked_fill(distance.abs() <= FAR, 0.0)
-            output = torch.native_layer_norm(x - shift, shape, weight, bias, eps)[0]
-    if output.requires_grad:
-        output.grad_fn.register_hook(functools.partial(_any_order, eps))  # type: ignore[union-attr]
-    return output
+    if wants_gradient(x, weight, bias):
+        return LayerNorm.apply(x, weight, bias, shape, eps)
+    return near_zero(x, shape, weight, bias, eps)[0]
