@@ -33,11 +33,13 @@ def is_traced(x: torch.Tensor) -> bool:
 
 def overridden(function: Callable[..., Any], tensors: tuple[Any, ...], *args: Any, **options: Any) -> Any:
     """`function(*args, **options)` as a `__torch_function__` of one of the tensors, or a mode of PyTorch, makes it."""
-    if any(isinstance(x, torch.Tensor) and x.is_nested for x in tensors):  # theirs takes our rms_norm for PyTorch's
+    subclasses = (x for x in tensors if isinstance(x, torch.Tensor) and type(x) not in PLAIN)
+    if any(x.is_nested for x in subclasses):  # theirs takes our rms_norm for PyTorch's
         with torch._C.DisableTorchFunction():
             return function(*args, **options)
     own = [type(x) for x in torch.overrides._get_overloaded_args(tensors)]
-    if own and all(getattr(kind.__torch_function__, "__func__", None) is PLAINLY for kind in own):
+    changes_nothing = all(getattr(kind.__torch_function__, "__func__", None) is PLAINLY for kind in own)
+    if own and changes_nothing and not torch._C._len_torch_function_stack():
         # As PyTorch does it for a subclass that changes nothing, but for named tuples too.
         with torch._C.DisableTorchFunctionSubclass():
             found = function(*args, **options)

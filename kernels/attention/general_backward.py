@@ -338,7 +338,6 @@ def key_value_kernel(
                     ds *= slope_of_cap
                 if PASS == CARE:
                     ds = tl.where(scores == float("-inf"), 0.0, ds)
-                    q = zero_nonfinite(q)  # such a query has made ds NaN where it may look
                 dk = dot(ds.to(q.dtype), q, dk, PRECISION)
 
     dk *= dk_scale
