@@ -460,6 +460,6 @@ def test_a_query_that_is_not_finite_sends_nothing_to_values_it_may_not_see(bad: 
     p.query[0, 0, 20] = bad
     leaves = p.inputs()
     grads = torch.autograd.grad(triton_attention(*leaves, is_causal=True), leaves, p.grad)
-    for grad, clean_from in zip(grads[1:], (32, 21)):  # all keys of a tile get NaN: CONTRIBUTING says why
-        assert grad[0, 0, :21].isnan().any() and grad[0, 0, clean_from:].isfinite().all()
-        assert grad[0, 1].isfinite().all()
+    for grad in grads[1:]:
+        assert grad[0, 0, :21].isnan().any() and grad[0, 1].isfinite().all()
+    assert grads[2][0, 0, 21:].isfinite().all()  # of dK all in a tile are NaN: CONTRIBUTING says why

@@ -85,7 +85,6 @@ def short_backward_kernel(
             finite = tl.min((tl.abs(grad) < float("inf")).to(tl.int32), 2)[:, :, None]
             dropped = tl.where(allowed & (finite == 0), float("nan"), dropped)
             grad = zero_nonfinite(grad)
-        if BAND != NO_BAND or MASK != NO_MASK or PACK > 1:
             q = zero_nonfinite(q)
         dv = products(tl.permute(dropped.to(grad.dtype), (0, 2, 1)), grad, dv, PRECISION)
         dk = products(tl.permute(ds, (0, 2, 1)), q, dk, PRECISION)
