@@ -401,6 +401,15 @@ def test_a_batch_of_none_that_the_value_alone_has(shapes: Any, path: str) -> Non
 
 
 @PATHS
+def test_a_mask_of_more_dimensions_than_query_and_key(path: str) -> None:
+    query, key, value = (torch.randn(shape) for shape in ((1, 1, 5, 8), (1, 7, 8), (3, 2, 7, 4)))
+    mask = torch.randn(3, 2, 5, 7)
+    found = kernels.scaled_dot_product_attention(query, key, value, mask)
+    full = query.expand(3, 2, 5, 8).double(), key.expand(3, 2, 7, 8).double(), value.double()
+    close(found, formula(*full, attn_mask=mask)[0])
+
+
+@PATHS
 def test_no_packed_sequences_have_a_graph(path: str) -> None:
     leaves = [torch.randn(0, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
     output = varlen(*leaves, torch.tensor([0]), None, 0, 0, enable_gqa=True)

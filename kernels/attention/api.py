@@ -143,6 +143,9 @@ def scaled_dot_product_attention(
     is_causal, enable_gqa = as_flag("is_causal", is_causal), as_flag("enable_gqa", enable_gqa)
     check(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
     backend = choose_backend(query, value, backend).backend
+    if plain and attn_mask is not None:  # PyTorch adds the mask to scores of the query's and key's dimensions alone
+        end = -3 if enable_gqa else -2
+        plain = query.shape[:end] == key.shape[:end] == value.shape[:end]
     if plain and backend == "torch" and not eager.why_formula(query, key, value, attn_mask):
         dropout_p, scale = as_number(dropout_p), as_number(scale)
         return eager.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
