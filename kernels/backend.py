@@ -11,7 +11,8 @@ import numpy
 import torch
 
 BACKENDS = ("auto", "triton", "torch")
-TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HALF = (torch.float16, torch.bfloat16)
+TRITON_DTYPES = (*HALF, torch.float32)
 
 
 class Choice(NamedTuple):
@@ -63,6 +64,18 @@ def as_number(x: Any) -> Any:
     if isinstance(x, numpy.generic) or (isinstance(x, torch.Tensor) and x.ndim == 0 and not x.requires_grad):
         return x.item()
     return x
+
+
+def check_tensor_types(tensors: dict[str, Any], or_none: bool = False) -> None:
+    """Raise TypeError for an argument, by name, that is not a tensor with strides, or a jagged nested one, or None."""
+    for name, x in tensors.items():
+        if x is None and or_none:
+            continue
+        if not isinstance(x, torch.Tensor):
+            rule = "a tensor or None" if or_none else "a tensor"
+            raise TypeError(f"{name} must be {rule}, found {type(x).__name__}; make it one with torch.as_tensor")
+        if x.layout not in (torch.strided, torch.jagged):
+            raise TypeError(f"{name} must be a dense tensor, found the layout {x.layout}; convert it with .to_dense()")
 
 
 def shown(x: object) -> str:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
+
+from kernels.autograd import transformed
 
 __all__ = ["PLAIN", "holds_others", "is_dtensor", "is_traced", "offsets_of", "on_shards", "overridden", "wrapped"]
 
@@ -26,8 +27,7 @@ def is_traced(x: torch.Tensor) -> bool:
         torch.compiler.is_compiling()
         or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or transformed()
     )
 
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import os
-import socket
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed
 
 import kernels
 from tests.test_attention_features import formula
+from tests.test_subclasses import on_two_processes
 
 PATHS = pytest.mark.parametrize("path", ["triton", "torch"])
 attention = functools.partial(kernels.scaled_dot_product_attention, enable_gqa=True)
@@ -117,11 +115,8 @@ def assert_refused(mesh: Any) -> None:
         assert "\n" not in str(raised.value)
 
 
-def process(rank: int, port: int) -> None:
-    """One of two processes."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TRITON_INTERPRET="1")
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
+def assert_all_right() -> None:
+    """On one of two processes."""
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh, square = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
@@ -131,17 +126,11 @@ def process(rank: int, port: int) -> None:
             assert_right(mesh, batch, heads, backend, case)
         assert_right(square, (True, False), (False, True), backend, case)
     assert_refused(mesh)
-    distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_dtensors_of_two_processes() -> None:
-    if not distributed.is_available():
-        pytest.skip("this PyTorch has no torch.distributed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(process, (port,), nprocs=2)
+    on_two_processes(assert_all_right)
 
 
 # Jagged nested tensors

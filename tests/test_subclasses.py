@@ -79,11 +79,26 @@ def assert_refused(mesh):
         assert "\n" not in str(raised.value)
 
 
-def process(rank, port):
-    """One of two processes."""
+def on_two_processes(work):
+    """`work()` on each of two processes of gloo; a function that each of them can import."""
+    if not distributed.is_available():
+        pytest.skip("this PyTorch has no torch.distributed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_process, (port, work), nprocs=2)
+
+
+def _process(rank, port, work):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TRITON_INTERPRET="1")
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", rank=rank, world_size=2)
+    work()
+    distributed.destroy_process_group()
+
+
+def assert_all_right():
+    """On one of two processes."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard
 
@@ -97,18 +112,12 @@ def process(rank, port):
     dropped = kernels.add_rms_norm(*[placed(torch.ones(64, 64), mesh, [Shard(0)])] * 2, dropout_p=0.5, prenorm=True)[1]
     kept = dropped.full_tensor() == 3.0
     assert 0.4 < kept.float().mean() < 0.6 and not torch.equal(kept[:32], kept[32:])
-    distributed.destroy_process_group()
 
 
 @torch_warns
 @pytest.mark.slow
 def test_dtensors_of_two_processes():
-    if not distributed.is_available():
-        pytest.skip("this PyTorch has no torch.distributed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(process, (port,), nprocs=2)
+    on_two_processes(assert_all_right)
 
 
 # Jagged nested tensors

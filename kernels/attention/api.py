@@ -10,14 +10,16 @@ import torch
 
 from kernels.attention import eager
 from kernels.attention.choice import needs_statistics
-from kernels.attention.checks import as_flag, check, check_rules, check_tensor_types, leads_of
+from kernels.attention.checks import as_flag, check, check_rules, leads_of
 from kernels.attention.composed import alibi, composed_attention
 from kernels.attention.ops import Attention
 from kernels.attention.rules import FAR, Extras, Rules
 from kernels.attention.subclasses import on_heads, on_values
 from kernels.attention.tiles import MAX_HEAD_SIZE
 from kernels.autograd import differentiable, in_forward_mode
-from kernels.backend import Choice, as_autocast, as_number, autocast_dtype, choose, shown, wants_gradient
+from kernels.backend import (
+    Choice, as_autocast, as_number, autocast_dtype, check_tensor_types, choose, shown, wants_gradient,
+)  # fmt: skip
 from kernels.subclasses import holds_others, overridden
 
 __all__ = ["AttentionResult", "scaled_dot_product_attention"]
@@ -121,7 +123,7 @@ def scaled_dot_product_attention(
             return_lse=return_lse, deterministic=deterministic, backend=backend,
         )  # fmt: skip
     if not type(query) is type(key) is type(value) is torch.Tensor or query.is_nested:
-        check_tensor_types(query=query, key=key, value=value)
+        check_tensor_types({"query": query, "key": key, "value": value})
         if holds_others(query, key, value):
             return _on_what_they_hold(
                 query, key, value, {"attn_mask": attn_mask, "key_lengths": key_lengths, "alibi_slopes": alibi_slopes,

@@ -7,15 +7,14 @@ import sys
 
 import torch
 
-from kernels.backend import as_number, autocasts, shown
+from kernels.backend import HALF, as_number, autocasts, check_tensor_types, shown
 
-HALVES = (torch.float16, torch.bfloat16)
 NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 INTEGERS = (int, torch.SymInt)
 LARGEST_SCALE = 1e38  # times log2(e) it is still a float32
 ALIGNMENTS = ("top_left", "bottom_right")
 
-__all__ = ["as_flag", "check", "check_rules", "check_tensor_types", "leads_of"]
+__all__ = ["as_flag", "check", "check_rules", "leads_of"]
 
 
 def check(
@@ -28,7 +27,7 @@ def check(
     enable_gqa: bool,
 ) -> None:
     """Raise TypeError or ValueError in one line, with the rule, what was found and the remedy."""
-    check_tensor_types(query=query, key=key, value=value)
+    check_tensor_types({"query": query, "key": key, "value": value})
     dtype = query.dtype
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise TypeError(f"query must be float16, bfloat16, float32 or float64, found {dtype}; convert it with .to()")
@@ -52,15 +51,6 @@ def as_flag(name: str, x: object) -> bool:
     if not isinstance(flag, (bool, int)):
         raise TypeError(f"{name} must be True or False, found {shown(x)}; pass one of them")
     return bool(flag)
-
-
-def check_tensor_types(**tensors: object) -> None:
-    """Raise TypeError for an argument that is not a tensor with strides, or a jagged nested one."""
-    for name, x in tensors.items():
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, found {type(x).__name__}; make one with torch.as_tensor")
-        if x.layout not in (torch.strided, torch.jagged):
-            raise TypeError(f"{name} must be a dense tensor, found the layout {x.layout}; convert it with .to_dense()")
 
 
 def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> None:
@@ -125,8 +115,8 @@ def _check_mask(
     attn_mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool
 ) -> None:
     """The mask's type, dtype, device and shape."""
-    check_tensor_types(attn_mask=attn_mask)
-    dtypes = (torch.bool, torch.float32, query.dtype, *(HALVES if autocasts(query.device) else ()))
+    check_tensor_types({"attn_mask": attn_mask})
+    dtypes = (torch.bool, torch.float32, query.dtype, *(HALF if autocasts(query.device) else ()))
     if attn_mask.dtype not in dtypes:
         raise TypeError(
             f"attn_mask must be bool (True = may attend), float32 or of the query's dtype {query.dtype}, "
@@ -185,7 +175,7 @@ def check_rules(
     ):
         if x is None:
             continue
-        check_tensor_types(**{name: x})
+        check_tensor_types({name: x})
         whole = name == "key_lengths"
         if whole != (x.dtype in (torch.int32, torch.int64)) or (not whole and not x.is_floating_point()):
             kind = "int32 or int64" if whole else "floating point"

@@ -114,9 +114,7 @@ def is_simple(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bo
 
 def simple_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """A call that `is_simple`."""
-    if takes(query, key, value, None, 0.0, False, None, False):
-        return fused_attention(query, key, value, None, False, None)
-    return scaled_dot_product_attention(query, key, value)
+    return _fused(query, key, value, None, 0.0, False, None, False)
 
 
 def extended_attention(
@@ -241,7 +239,7 @@ def _is_short(
         for tensor in (query, key, value):
             tensor.data_ptr()
         return attn_mask is None or (attn_mask.dtype == torch.bool and bool(attn_mask.any(-1).all()))
-    except RuntimeError:  # no memory, no numbers to look at: vmap and other transforms, fake tensors
+    except RuntimeError:  # no memory, no numbers to look at: fake tensors
         return False
 
 
@@ -274,7 +272,7 @@ def _may_see(bad: torch.Tensor, attn_mask: torch.Tensor | None, n_queries: int) 
 
 
 def _all_finite(*tensors: torch.Tensor) -> bool:
-    """Whether all numbers are known to be finite. False where that cannot be asked: under torch.compile and vmap.
+    """Whether all numbers are known to be finite. False where that cannot be asked: compiled, and of fake tensors.
 
     One pass over each tensor; a sum that overflows costs speed only. Nor is a GPU asked, which would have to be waited
     for.
@@ -283,5 +281,5 @@ def _all_finite(*tensors: torch.Tensor) -> bool:
         return False
     try:
         return all(math.isfinite(tensor.detach().sum().item()) for tensor in tensors)
-    except RuntimeError:  # no value to look at: vmap, fake tensors
+    except RuntimeError:  # no value to look at
         return False

@@ -8,9 +8,9 @@ import torch
 
 from kernels.attention import eager
 from kernels.attention.api import choose_backend, prepare
-from kernels.attention.checks import check, check_tensor_types
+from kernels.attention.checks import check
 from kernels.attention.choice import needs_statistics, why_not_hopper, why_not_short
-from kernels.backend import wants_gradient
+from kernels.backend import check_tensor_types, wants_gradient
 from kernels.launch import capability
 from kernels.subclasses import holds_others
 
@@ -54,7 +54,7 @@ def explain(
 
     Runs nothing. Arguments (`rules`: the other keyword arguments) and errors as there.
     """
-    check_tensor_types(query=query, key=key, value=value)
+    check_tensor_types({"query": query, "key": key, "value": value})
     if holds_others(query, key, value):
         raise TypeError("explain takes plain tensors, found nested ones or DTensors; ask about what they hold")
     check(query, key, value, attn_mask, dropout_p, scale, enable_gqa)

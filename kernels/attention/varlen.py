@@ -8,11 +8,11 @@ import torch
 
 from kernels.attention import eager
 from kernels.attention.api import AttentionResult, choose_backend, make_extras, make_rules, triton_attention
-from kernels.attention.checks import INTEGERS, as_flag, check, check_rules, check_tensor_types
+from kernels.attention.checks import INTEGERS, as_flag, check, check_rules
 from kernels.attention.layout import ordered_as
 from kernels.attention.rules import Extras, Rules
 from kernels.autograd import in_forward_mode, transformed
-from kernels.backend import as_autocast, as_number, shown, wants_gradient
+from kernels.backend import as_autocast, as_number, check_tensor_types, shown, wants_gradient
 from kernels.subclasses import overridden
 
 __all__ = ["varlen_attention"]
@@ -69,7 +69,7 @@ def varlen_attention(
             return_lse=return_lse, backend=backend,
         )  # fmt: skip
     cu_seq_k = cu_seq_q if cu_seq_k is None else cu_seq_k
-    check_tensor_types(query=query, key=key, value=value, cu_seq_q=cu_seq_q, cu_seq_k=cu_seq_k)
+    check_tensor_types({"query": query, "key": key, "value": value, "cu_seq_q": cu_seq_q, "cu_seq_k": cu_seq_k})
     if not query.ndim == key.ndim == value.ndim == 3:
         raise ValueError(
             f"query, key and value must be packed (T, H, E), found {tuple(query.shape)}, {tuple(key.shape)} and "

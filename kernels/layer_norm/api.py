@@ -11,11 +11,11 @@ from torch.overrides import has_torch_function_variadic
 
 from kernels import backend as where
 from kernels.autograd import in_forward_mode
-from kernels.backend import as_number, autocasts, choose
+from kernels.backend import HALF, as_number, autocasts, check_tensor_types, choose
 from kernels.dropout import add_dropped
 from kernels.layer_norm.autograd import NormRules, apply_norm
-from kernels.layer_norm.checks import DTYPES, check, check_dropout, check_tensors, sizes_of
-from kernels.layer_norm.eager import HALF, eager_norm
+from kernels.layer_norm.checks import DTYPES, check, check_dropout, sizes_of
+from kernels.layer_norm.eager import eager_norm
 from kernels.layer_norm.ops import sum_dtype
 from kernels.layer_norm.subclasses import on_what_they_hold
 from kernels.subclasses import PLAIN, holds_others, is_dtensor, overridden
@@ -197,7 +197,8 @@ def _norm(
         eps = FLOAT64_EPS if getattr(input, "dtype", None) == torch.float64 else FLOAT32_EPS
     if _is_simple(input, residual, shape, weight, bias, eps, dropout_p, backend):
         return _by_pytorch(input, residual, shape, weight, bias, eps, centre, dropout_p, prenorm, input.dtype)
-    check_tensors(input, residual, weight, bias)
+    check_tensor_types({"input": input} if residual is None else {"input": input, "residual": residual})
+    check_tensor_types({"weight": weight, "bias": bias}, or_none=True)
     eps, dropout_p = as_number(eps), as_number(dropout_p)
     save_output, prenorm = bool(save_output), bool(prenorm)
     check_dropout(dropout_p)

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from kernels.backend import as_number, autocasts, shown
-from kernels.layer_norm.eager import HALF
+from kernels.backend import HALF, as_number, autocasts, shown
 
 DTYPES = (*HALF, torch.float32, torch.float64)
 
@@ -33,14 +32,6 @@ def sizes_of(normalized_shape: Any) -> tuple[int, ...]:
             "pass input.shape[-1:]"
         )
     return sizes
-
-
-def check_tensors(input: Any, residual: Any, weight: Any, bias: Any) -> None:
-    """Raise TypeError for what is no tensor; residual, weight and bias may be None."""
-    for name, x in (("input", input), ("residual", residual), ("weight", weight), ("bias", bias)):
-        if not isinstance(x, torch.Tensor) and (x is not None or name == "input"):
-            rule = "a tensor or None" if name in ("weight", "bias") else "a tensor"
-            raise TypeError(f"{name} must be {rule}, found {type(x).__name__}; make it one with torch.as_tensor")
 
 
 def check_dropout(dropout_p: Any) -> None:
@@ -71,17 +62,11 @@ def check(
 def _check_input(input: torch.Tensor, shape: tuple[int, ...]) -> None:
     if input.dtype not in DTYPES:
         raise TypeError(f"the norms take float16, bfloat16, float32 and float64, found {input.dtype}; convert it")
-    _check_layout("input", input)
     if not shape or input.shape[-len(shape) :] != shape:
         raise ValueError(
             f"normalized_shape must be the trailing dimensions of the input, found {tuple(shape)} for an input of "
             f"shape {tuple(input.shape)}; for the last dimension alone pass input.shape[-1:]"
         )
-
-
-def _check_layout(name: str, x: torch.Tensor) -> None:
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, found the layout {x.layout}; convert it with .to_dense()")
 
 
 def _check_residual(input: torch.Tensor, residual: torch.Tensor) -> None:
@@ -93,7 +78,6 @@ def _check_residual(input: torch.Tensor, residual: torch.Tensor) -> None:
         raise ValueError(f"residual must be on the input's device {input.device}, found {residual.device}; move it")
     if residual.dtype not in DTYPES:
         raise TypeError(f"residual must be of a dtype that the norms take, found {residual.dtype}; convert it")
-    _check_layout("residual", residual)
 
 
 def _check_parameters(
@@ -120,6 +104,5 @@ def _check_parameters(
                     f"{name} must have the input's dtype {input.dtype}, or float32 with a float16 or bfloat16 input, "
                     f"found {parameter.dtype}; convert it with .to(input.dtype)"
                 )
-        _check_layout(name, parameter)
     if not autocast and len(dtypes) == 2 and dtypes[0] != dtypes[1]:
         raise TypeError(f"weight and bias must share a dtype, found {dtypes[0]} and {dtypes[1]}; convert one of them")

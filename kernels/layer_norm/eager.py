@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from kernels.autograd import transformed
-from kernels.backend import autocasts, wants_gradient
+from kernels.backend import HALF, autocasts, wants_gradient
 from kernels.subclasses import is_traced
 
-HALF = (torch.float16, torch.bfloat16)
 # Mean over deviation of a row up to which PyTorch's CPU kernel keeps its digits: it computes x * rstd - mean * rstd.
 FAR = 4.0
 
