@@ -463,3 +463,14 @@ def test_a_query_that_is_not_finite_sends_nothing_to_values_it_may_not_see(bad: 
     for grad in grads[1:]:
         assert grad[0, 0, :21].isnan().any() and grad[0, 1].isfinite().all()
     assert grads[2][0, 0, 21:].isfinite().all()  # of dK all in a tile are NaN: CONTRIBUTING says why
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+def test_rows_that_see_a_bad_key_send_nothing_to_keys_they_may_not_see(bad: float, device: str) -> None:
+    p = problem((1, 2, 2, 37, 41, 16, 16), device=device, is_causal=True)
+    p.key[0, 0, 5] = bad
+    leaves = p.inputs()
+    grads = torch.autograd.grad(triton_attention(*leaves, is_causal=True), leaves, p.grad)
+    for grad in grads[1:]:  # keys from 37 on are seen by no query
+        assert grad[0, 0, :37].isnan().any() and grad[0, 1].isfinite().all()
+        assert torch.equal(grad[0, 0, 37:], torch.zeros_like(grad[0, 0, 37:]))

@@ -102,6 +102,7 @@ def test_registered_operations_take_any_strides(monkeypatch: pytest.MonkeyPatch)
 CASES: dict[str, dict[str, Any]] = {
     "plain": {}, "causal": {"is_causal": True}, "bool mask": {"attn_mask": torch.ones(7, 9, dtype=torch.bool).tril()},
     "float mask": {"attn_mask": torch.randn(7, 9)}, "large mask": {"attn_mask": torch.full((7, 9), -1e9)},
+    "causal dropout": {"dropout_p": 0.1, "is_causal": True},
     "dropout": {"dropout_p": 0.1}, "much dropout": {"dropout_p": 0.6, "attn_mask": torch.ones(7, 9, dtype=torch.bool)},
     "lengths": {"key_lengths": torch.full((33,), 5)}, "slopes": {"alibi_slopes": torch.rand(4)},
     "window": {"window": (2, 1), "causal_alignment": "bottom_right"}, "a negative scale": {"scale": -0.3},

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -83,16 +84,22 @@ def test_a_transform_is_that_of_the_formula(transform: str, call: str, path: str
 
 @PATHS
 @QUIET
-def test_a_transform_of_packed_sequences_is_that_of_each(path: str) -> None:
-    starts, x = torch.tensor([0, 3, 3, 5]), torch.randn(5, 2, 4)
+@pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
+def test_a_transform_of_packed_sequences_is_that_of_each(alignment: str, path: str) -> None:
+    lengths, key_lengths, x, keys = (3, 0, 2), (4, 1, 1), torch.randn(5, 2, 4), torch.randn(6, 2, 4)
+    starts = [torch.tensor([0, *itertools.accumulate(n)]) for n in (lengths, key_lengths)]
+    options: dict[str, Any] = {"is_causal": True, "causal_alignment": alignment}
 
     def packed(y: torch.Tensor) -> torch.Tensor:
-        return varlen_attention(y, y, y.sin(), starts, None, 3, 3, is_causal=True, alibi_slopes=torch.ones(3, 2))
+        k = keys.to(y.dtype)
+        return varlen_attention(y, k, k.sin(), *starts, 3, 4, alibi_slopes=torch.ones(3, 2), **options)
 
     def one_by_one(y: torch.Tensor) -> torch.Tensor:
-        parts = [part.transpose(0, 1)[None] for part in y.split([3, 0, 2])]
-        parts = [formula(p, p, p.sin(), is_causal=True, alibi_slopes=torch.ones(2))[0] for p in parts]
-        return torch.cat([part[0].transpose(0, 1) for part in parts])
+        parts = []
+        for q, k in zip(y.split(lengths), keys.to(y.dtype).split(key_lengths)):
+            q, k = (z.transpose(0, 1)[None] for z in (q, k))
+            parts.append(formula(q, k, k.sin(), alibi_slopes=torch.ones(2), **options)[0][0].transpose(0, 1))
+        return torch.cat(parts)
 
     for transform in (jacfwd, lambda f: hessian(lambda y: f(y).sin().sum()), lambda f: lambda y: jvp(f, (y,), (y,))):
         found, exact = transform(packed)(x), transform(one_by_one)(x.double())
