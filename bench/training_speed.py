@@ -107,8 +107,8 @@ def build_epochs(
                 continue
             if provider == OURS:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                trainer = Trainer(s1_config(device, batch_size, **SETTINGS.get(way, {})), folder, bar=False)
-                trainer.begin()
+                trainer = Trainer(s1_config(device, batch_size, **SETTINGS.get(way, {})), bar=False)
+                trainer.begin(folder)
                 trainer.team = stack.enter_context(trainer.start_team())
                 if way == EAGER:
                     trainer.take_steps = trainer.step_by_step

@@ -12,9 +12,9 @@ import torch
 from calcformer.decoding import greedy_decode
 from calcformer.errors import InputError
 from calcformer.model import attention_weights
-from calcformer.plots import save_heads
-from calcformer.solver import Solver
-from calcformer.training.files import write_atomically
+from calcformer.plots import can_draw, save_heads
+from calcformer.solver import Answer, Solver
+from calcformer.files import write_atomically
 
 __all__ = ["AttentionMaps", "attention_maps", "folder_name", "head_view", "save_head_view", "save_maps"]
 
@@ -24,12 +24,14 @@ class AttentionMaps:
     """The attention weights of one problem and the model's own greedy answer to it.
 
     Args:
+        answer: that answer, its probability, and what is right.
         source: the S tokens of the problem.
         target: the T tokens the decoder reads: the begin token and the answer.
         said: the T tokens it says at those places: the answer and the end token.
         encoder, decoder, cross: by layer, (1, H, S, S), (1, H, T, T) and (1, H, T, S) on the CPU; rows sum to 1.
     """
 
+    answer: Answer
     source: list[str]
     target: list[str]
     said: list[str]
@@ -42,7 +44,9 @@ class AttentionMaps:
 def attention_maps(solver: Solver, question: str) -> AttentionMaps:
     """Answer one problem and look at the attention weights; InputError where the run was not trained for it."""
     vocabulary = solver.task.vocabulary
-    source = solver.task.encode_question(question)
+    problem = solver.task.read_question(question)
+    a, b, plus = torch.tensor([problem]).unbind(dim=1)
+    source = solver.task.write(a, b, plus.bool()).trim(vocabulary.pad_id).source[0].tolist()
     ids = torch.tensor([source], device=solver.device)
     said = greedy_decode(solver.model, ids, solver.task.target_length - 1, vocabulary)[0].tolist()
     if vocabulary.eos_id in said:
@@ -52,7 +56,8 @@ def attention_maps(solver: Solver, question: str) -> AttentionMaps:
     encoder, decoder, cross = ([layer.float().cpu() for layer in layers]
                                for layers in (weights.encoder, weights.decoder, weights.cross))
     tokens = vocabulary.decode
-    return AttentionMaps(tokens(source), tokens(target), tokens(said), encoder, decoder, cross)
+    answer = solver.answers([question])[0]
+    return AttentionMaps(answer, tokens(source), tokens(target), tokens(said), encoder, decoder, cross)
 
 
 def save_maps(maps: AttentionMaps, folder: Path) -> list[Path]:
@@ -61,20 +66,24 @@ def save_maps(maps: AttentionMaps, folder: Path) -> list[Path]:
     A row of the decoder is named after the token it reads and the one it says: `<bos> → 1`.
 
     Raises:
-        InputError: matplotlib is not installed.
+        InputError: matplotlib is not installed; nothing is written then.
     """
+    if not can_draw():
+        raise InputError("pictures need matplotlib; install it with: pip install matplotlib")
+    verdict = "right" if maps.answer.is_right else f"wrong, {maps.answer.expected} is right"
+    problem = f"{maps.answer.problem} = {maps.answer.said} ({verdict})"
     steps = [f"{token} → {next_token}" for token, next_token in zip(maps.target, maps.said)]
-    kinds = (("encoder-self", maps.encoder, maps.source, maps.source),
-             ("decoder-self", maps.decoder, steps, maps.target), ("decoder-cross", maps.cross, steps, maps.source))
+    reads, says = "attends to", "token read → said"
+    kinds = (("encoder-self", maps.encoder, maps.source, maps.source, ("token", reads)),
+             ("decoder-self", maps.decoder, steps, maps.target, (says, reads)),
+             ("decoder-cross", maps.cross, steps, maps.source, (says, reads)))
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for kind, layers, queries, keys in kinds:
+    for kind, layers, queries, keys, labels in kinds:
         for number, weights in enumerate(layers, start=1):
-            path = folder / f"{kind}-{number}.png"
-            if not save_heads(weights[0].tolist(), queries, keys, f"{kind.replace('-', ' ')} attention, layer {number}",
-                              path):
-                raise InputError("pictures need matplotlib; install it with: pip install matplotlib")
-            paths.append(path)
+            title = f"{problem}\n{kind.replace('-', ' ')} attention, layer {number}"
+            paths.append(folder / f"{kind}-{number}.png")
+            save_heads(weights[0].tolist(), queries, keys, labels, title, paths[-1])
     return paths
 
 

@@ -1,35 +1,79 @@
 """The command `calcformer`: from text to a configuration, and from results to text."""
 
+from __future__ import annotations
+
 import argparse
 import json
+import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from calcformer import __version__
-from calcformer.config import PRESETS, SECTIONS, RunConfig
-from calcformer.errors import InputError
+from calcformer.config import DEFAULT, PRESETS, SECTIONS, RunConfig
+from calcformer.errors import InputError, shown
+from calcformer.interrupt import Stopped, handle_signals
 from calcformer.studies import STUDIES, Sweep, parse_vary
 
+if TYPE_CHECKING:
+    from calcformer.solver import Solver
+
 __all__ = ["main"]
+
+STANDARD_OUTPUT = "standard output"
+LONGEST = 600  # characters of an error
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"calcformer: error: {' '.join(message.split())}", file=sys.stderr)
+        text = " ".join(message.split())
+        if len(text) > LONGEST:  # what is wrong stands at its beginning, what to do at its end
+            text = f"{text[:LONGEST // 2]} ... {text[-LONGEST // 2:]}"
+        print(f"calcformer: error: {text}", file=sys.stderr)
         raise SystemExit(2)
 
 
-def positive(text: str) -> int:
-    """The value of a flag that counts something."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, got {text!r}")
-    return int(text)
+def say(text: str) -> None:
+    """Print to standard output, at once, so that an error is one of this line."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        error.filename = STANDARD_OUTPUT
+        raise
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """The type of a flag that counts something."""
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,18}", text.strip()) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number, {low} to {high}, got {shown(text)}")
+        return int(text)
+    return read
+
+
+def number(kind: type) -> Callable[[str], Any]:
+    """The type of a setting that is a number; config.py knows its limits."""
+    def read(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            wanted = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {shown(text)}") from None
+    return read
+
+
+def path(text: str) -> Path:
+    """The type of a flag that names a file or folder; an empty one would be the current folder."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"must be the name of a file or folder, got {shown(text)}")
+    return Path(text)
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +89,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
             elif get_origin(hint) is Literal:
                 options["choices"] = get_args(hint)
             else:
-                options |= {"type": hint, "metavar": hint.__name__.upper()}
+                options |= {"type": str if hint is str else number(hint), "metavar": hint.__name__.upper()}
             defaults = [getattr(getattr(preset, section), item.name) for preset in PRESETS.values()]
             default = " / ".join(map(str, defaults if len(set(defaults)) > 1 else defaults[:1]))
             group.add_argument(f"--{item.name.replace('_', '-')}", help=f"{item.metadata['help']} ({default})",
@@ -60,9 +104,10 @@ def build_parser() -> Parser:
 
     train = commands.add_parser("train", help="train a model", allow_abbrev=False, description="Train a model. "
                                 f"In brackets stand the defaults: {' / '.join(PRESETS)}, or one where they agree.")
-    train.add_argument("--preset", choices=tuple(PRESETS), default=argparse.SUPPRESS, help="named settings (formula)")
-    train.add_argument("--out", type=Path, help="run folder to write (runs/PRESET-N)")
-    train.add_argument("--resume", type=Path, metavar="RUN", help="continue a run from its last finished epoch")
+    train.add_argument("--preset", choices=tuple(PRESETS), default=argparse.SUPPRESS,
+                       help=f"named settings ({DEFAULT})")
+    train.add_argument("--out", type=path, help="run folder to write (runs/PRESET-N)")
+    train.add_argument("--resume", type=path, metavar="RUN", help="continue a run from its last finished epoch")
     add_settings(train)
 
     sweep = commands.add_parser("sweep", help="train many runs and compare them", allow_abbrev=False, description=(
@@ -70,58 +115,57 @@ def build_parser() -> Parser:
         "picture. The same command with the same --out, or --resume, goes on where it was stopped. Any setting that "
         "train has can be given; in brackets stand the defaults of the presets."))
     sweep.add_argument("--study", choices=tuple(STUDIES), help="a report's comparison, its figures beside ours")
-    sweep.add_argument("--preset", choices=tuple(PRESETS), default=argparse.SUPPRESS, help="named settings (formula)")
+    sweep.add_argument("--preset", choices=tuple(PRESETS), default=argparse.SUPPRESS,
+                       help=f"named settings ({DEFAULT})")
     sweep.add_argument("--vary", action="append", default=[], metavar="SETTING=VALUE,VALUE",
                        help="values to compare, such as learning-rate=1e-3,1e-4; several --vary for all combinations")
-    sweep.add_argument("--seeds", type=int, metavar="N", help="train each with N seeds, from --seed on (1)")
-    sweep.add_argument("--jobs", type=int, default=0, metavar="N", help="runs at a time, 0 for one a CPU core (0)")
-    sweep.add_argument("--out", type=Path, help="sweep folder to write (runs/STUDY-N or runs/sweep-N)")
-    sweep.add_argument("--resume", type=Path, metavar="SWEEP", help="continue a sweep")
+    sweep.add_argument("--seeds", type=whole(1, 1000), metavar="N", help="train each with N seeds, from --seed on (1)")
+    sweep.add_argument("--jobs", type=whole(0, 1024), default=0, metavar="N",
+                       help="runs at a time, 0 for one a CPU core (0)")
+    sweep.add_argument("--out", type=path, help="sweep folder to write (runs/STUDY-N or runs/sweep-N)")
+    sweep.add_argument("--resume", type=path, metavar="SWEEP", help="continue a sweep")
     add_settings(sweep)
 
     evaluate = commands.add_parser("evaluate", help="measure a run on its held-out problems", allow_abbrev=False)
-    evaluate.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    evaluate.add_argument("run", type=path, metavar="RUN", help="run folder")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
-    evaluate.add_argument("--problems", type=positive, metavar="N",
+    evaluate.add_argument("--problems", type=whole(1, 10_000_000), metavar="N",
                           help="held-out problems to draw (as many as the run was validated with)")
     evaluate.add_argument("--exhaustive", action="store_true",
                           help="also answer all problems that were not trained on; mistakes go to RUN/mistakes.txt")
-    evaluate.add_argument("--processes", type=positive, metavar="N",
+    evaluate.add_argument("--processes", type=whole(1, 1024), metavar="N",
                           help="CPU processes for --exhaustive (as many as the run was trained with)")
 
-    solve = commands.add_parser("solve", help="answer problems", allow_abbrev=False)
-    solve.add_argument("questions", nargs="+", metavar="PROBLEM",
+    solve = commands.add_parser("solve", help="answer problems", allow_abbrev=False, description=(
+        "Answer problems, say how probable the answers are, and whether they are right. Without any problem they come "
+        "from standard input, one a line; on a terminal they are asked for."))
+    solve.add_argument("questions", nargs="*", metavar="PROBLEM",
                        help="such as 649+864, or 'NEGATIVE 30 subtract NEGATIVE 34' for a run on expressions")
-    solve.add_argument("--run", type=Path, metavar="RUN", help="run folder (the newest in runs/)")
+    solve.add_argument("--input", type=path, metavar="FILE", help="a file of problems, one a line")
+    solve.add_argument("--run", type=path, metavar="RUN",
+                       help="run folder (of those in runs/ that know such problems the newest finished one)")
+    solve.add_argument("--json", action="store_true", help="print one JSON object")
 
     attention = commands.add_parser("attention", help="draw what every head attends to while a run answers",
                                     allow_abbrev=False)
     attention.add_argument("questions", nargs="+", metavar="PROBLEM", help="as for solve")
-    attention.add_argument("--run", type=Path, metavar="RUN", help="run folder (the newest in runs/)")
-    attention.add_argument("--out", type=Path, metavar="FOLDER",
+    attention.add_argument("--run", type=path, metavar="RUN", help="run folder, as for solve")
+    attention.add_argument("--out", type=path, metavar="FOLDER",
                            help="where each problem gets a folder of pictures (RUN/attention)")
-    attention.add_argument("--bertviz", type=Path, metavar="FILE",
+    attention.add_argument("--bertviz", type=path, metavar="FILE",
                            help="write a problem's weights and tokens as JSON, named as in BertViz's head_view")
 
     for command in evaluate, solve:
-        command.add_argument("--beam", type=positive, default=1, metavar="WIDTH",
+        command.add_argument("--beam", type=whole(1, 100), default=1, metavar="WIDTH",
                              help="follow the WIDTH best beginnings of an answer instead of the best one (1)")
     for command in evaluate, solve, attention:
         command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     return parser
 
 
-def free_folder(name: str) -> Path:
-    """runs/NAME-N with the first N that is free."""
-    number = 1
-    while Path("runs", f"{name}-{number}").exists():
-        number += 1
-    return Path("runs", f"{name}-{number}")
-
-
 def configure(settings: dict[str, Any]) -> RunConfig:
     """The configuration that a preset and the flags given beside it describe."""
-    return PRESETS[settings.pop("preset", "formula")].with_settings(settings)
+    return PRESETS[settings.pop("preset", DEFAULT)].with_settings(settings)
 
 
 def run_train(arguments: argparse.Namespace) -> int:
@@ -132,25 +176,19 @@ def run_train(arguments: argparse.Namespace) -> int:
         if out is not None or settings:
             given = "out" if out is not None else next(iter(settings))
             raise InputError(f"--resume continues a run with its own settings; leave out --{given.replace('_', '-')}")
-        folder = resumed
     else:
         config = configure(settings)
-        folder = out or free_folder(config.preset)
 
     from calcformer import training
 
     try:
-        last = training.train(config, folder) if resumed is None else training.resume(folder)
-    except KeyboardInterrupt:
-        finished = training.finished_epochs(folder)
-        if finished is None:
-            print("calcformer: stopped before the run was written", file=sys.stderr)
-        else:
-            print(f"calcformer: stopped after epoch {finished}; continue with: calcformer train --resume {folder}",
-                  file=sys.stderr)
+        last = training.train(config, out) if resumed is None else training.resume(resumed)
+    except Stopped as stopped:
+        print(f"calcformer: stopped after epoch {stopped.finished}; continue with: calcformer train --resume "
+              f"{stopped.folder}", file=sys.stderr)
         return 130
-    print(f"{folder}: exact match {last['exact_match']:.4f}, token accuracy {last['valid_token_accuracy']:.4f}, "
-          f"loss {last['valid_loss']:.4f} on held-out problems")
+    say(f"{last['run']}: exact match {last['exact_match']:.4f}, token accuracy {last['valid_token_accuracy']:.4f}, "
+        f"loss {last['valid_loss']:.4f} on held-out problems")
     return 0
 
 
@@ -166,22 +204,19 @@ def run_sweep(arguments: argparse.Namespace) -> int:
                  if value not in (None, {})]
         if given:
             raise InputError(f"--resume continues a sweep as it is; leave out --{given[0].replace('_', '-')}")
-        folder, plan = resumed, sweep.read_sweep(resumed)
+        out, plan = resumed, sweep.read_sweep(resumed)
     else:
         if study is not None and "preset" in settings:
             raise InputError("a study has its own preset; leave out --preset")
-        preset = settings.pop("preset", "formula")
+        preset = settings.pop("preset", DEFAULT)
         plan = Sweep.of(settings, vary, 1 if seeds is None else seeds, preset, study)
-        folder = out or free_folder(study or "sweep")
     try:
-        results = sweep.run_sweep(plan, folder, jobs)
-    except KeyboardInterrupt:
-        finished = sweep.finished_runs(folder, plan)
-        print(f"calcformer: stopped with {finished} of {len(plan.members())} runs finished; continue with: "
-              f"calcformer sweep --resume {folder}", file=sys.stderr)
+        results = sweep.run_sweep(plan, out, jobs)
+    except Stopped as stopped:
+        print(f"calcformer: stopped with {stopped.finished} of {len(plan.members())} runs finished; continue with: "
+              f"calcformer sweep --resume {stopped.folder}", file=sys.stderr)
         return 130
-    print(comparison.make_table(results), end="")
-    print(f"written to {folder}")
+    say(f"{comparison.make_table(results)}written to {results['folder']}")
     return 0
 
 
@@ -191,15 +226,27 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     from calcformer.evaluation import evaluate_run, report
     from calcformer.exhaustive import evaluate_all
     from calcformer.solver import Solver
+    from calcformer.training.device import count_cores
 
     solver = Solver(arguments.run, arguments.device)
-    training = solver.config.training
-    torch.set_num_threads(training.threads or 1)
+    torch.set_num_threads(min(solver.config.training.threads or 1, count_cores()))
     result = evaluate_run(solver, arguments.beam, arguments.problems)
     if arguments.exhaustive:
-        result["exhaustive"] = evaluate_all(solver, arguments.beam, arguments.processes or training.processes)
-    print(json.dumps(result) if arguments.json else report(solver, result))
+        result["exhaustive"] = evaluate_all(solver, arguments.beam, arguments.processes)
+    say(json.dumps(result, allow_nan=False) if arguments.json else report(solver, result))
     return 0
+
+
+def read_problems(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """The problems given, in a file or else at standard input, each with where it stands; empty lines are none."""
+    if arguments.questions:
+        return [(question, "") for question in arguments.questions]
+    if arguments.input is not None:
+        source, content = str(arguments.input), arguments.input.read_bytes()
+    else:
+        source, content = "standard input", sys.stdin.buffer.read()
+    lines = enumerate(content.decode(errors="replace").splitlines(), start=1)
+    return [(line, f"{source}, line {number}: ") for number, line in lines if line.strip()]
 
 
 def run_solve(arguments: argparse.Namespace) -> int:
@@ -207,11 +254,49 @@ def run_solve(arguments: argparse.Namespace) -> int:
 
     from calcformer.solver import Solver, newest_run
 
+    if arguments.questions and arguments.input is not None:
+        raise InputError("problems are given and in a file; leave out --input or the problems")
     torch.set_num_threads(1)
-    solver = Solver(arguments.run or newest_run(), arguments.device)
-    for answer in solver.solve(arguments.questions, beam=arguments.beam):
-        print(answer)
+    is_asked = not (arguments.questions or arguments.input or arguments.json) and sys.stdin.isatty()
+    problems = [] if is_asked else read_problems(arguments)
+    if not problems and not is_asked:
+        raise InputError("no problem was given; give one, such as: calcformer solve 649+864")
+    questions = [question for question, _ in problems]
+    solver = Solver(arguments.run or newest_run(questions), arguments.device)
+    for question, place in problems:
+        try:
+            solver.task.read_question(question)
+        except InputError as error:
+            raise InputError(f"{place}{error}") from None
+    print(f"answered by {solver}", file=sys.stderr)
+    if is_asked:
+        return converse(solver, arguments.beam)
+    answers = solver.answers(questions, beam=arguments.beam)
+    if arguments.json:
+        say(json.dumps({"run": str(solver.folder), "preset": solver.config.preset, "epoch": solver.epoch,
+                        "epochs": solver.config.training.epochs, "beam": arguments.beam, "answers": [
+                            {**vars(answer), "right": answer.is_right} for answer in answers]}))
+    else:
+        say("\n".join(map(str, answers)))
     return 0
+
+
+def converse(solver: "Solver", beam: int) -> int:
+    """Answer what is typed, a problem a line, until the input ends."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  # lets input() edit a line and recall those before
+
+    print("Type a problem, or Ctrl-D to end.", file=sys.stderr)
+    while True:
+        try:
+            question = input("> ")
+            if question.strip():
+                say(str(solver.answers([question], beam=beam)[0]))
+        except InputError as error:
+            print(error, file=sys.stderr)
+        except EOFError:
+            print(file=sys.stderr)
+            return 0
 
 
 def run_attention(arguments: argparse.Namespace) -> int:
@@ -223,7 +308,7 @@ def run_attention(arguments: argparse.Namespace) -> int:
     if arguments.bertviz is not None and len(arguments.questions) > 1:
         raise InputError(f"--bertviz takes one problem, got {len(arguments.questions)}")
     torch.set_num_threads(1)
-    run = arguments.run or newest_run()
+    run = arguments.run or newest_run(arguments.questions)
     solver = Solver(run, arguments.device)
     for question in arguments.questions:
         maps = attention_maps.attention_maps(solver, question)
@@ -231,24 +316,45 @@ def run_attention(arguments: argparse.Namespace) -> int:
             attention_maps.save_head_view(maps, arguments.bertviz)
         folder = (arguments.out or run / "attention") / attention_maps.folder_name(question)
         paths = attention_maps.save_maps(maps, folder)
-        answer = solver.task.decode_answer(solver.task.vocabulary.encode(maps.said))
-        print(f"{question.strip()} -> {answer}: {len(paths)} pictures in {folder}")
+        say(f"{maps.answer}: {len(paths)} pictures in {folder}, of {solver}")
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 2 for wrong input, 130 for Ctrl-C."""
-    # A formula may begin with a minus sign; a space before it tells argparse that it is not a flag.
-    words = [f" {word}" if re.match(r"-\d", word) else word for word in (sys.argv[1:] if argv is None else argv)]
+    """Run the command; returns its exit code: 0, 2 for wrong input, 130 for Ctrl-C or SIGTERM, 141 where what it
+    printed found no reader.
+    """
+    open_standard_streams()
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] in (["solve"], ["attention"]):
+        # A formula may begin with a minus sign; a space before it tells argparse that it is not a flag.
+        words = [f" {word}" if re.match(r"-+[^-\w]|-+\d", word) else word for word in words]
     parser = build_parser()
     try:
-        arguments = parser.parse_args(words)
-        command = {"train": run_train, "sweep": run_sweep, "evaluate": run_evaluate, "solve": run_solve,
-                   "attention": run_attention}[arguments.command]
-        return command(arguments)
+        with handle_signals(signal.default_int_handler, signal.SIGTERM):
+            arguments = parser.parse_args(words)
+            command = {"train": run_train, "sweep": run_sweep, "evaluate": run_evaluate, "solve": run_solve,
+                       "attention": run_attention}[arguments.command]
+            return command(arguments)
     except InputError as error:
         parser.error(str(error))
     except OSError as error:
-        parser.error(f"{error.filename or 'file'}: {error.strerror or error}")
+        if error.filename == STANDARD_OUTPUT:  # what is still in its buffer would fail again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # as `calcformer solve ... | head` does; nobody is left to be told
+            return 141
+        parser.error(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
     except KeyboardInterrupt:
         return 130
+
+
+def open_standard_streams() -> None:
+    """Open what a shell closed, as by 2>&-: the next file opened would take its place, and what is printed go there."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest descriptor that is free
+    for name in "stdin", "stdout", "stderr":
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))

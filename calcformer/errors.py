@@ -1,7 +1,19 @@
 """The error that means: the user can mend this."""
 
-__all__ = ["InputError"]
+__all__ = ["InputError", "shown"]
+
+SHOWN = 60  # characters of a wrong value that an error repeats
 
 
 class InputError(ValueError):
     """Wrong input. The message is one line: what was wrong, what was found, what to do. The command prints it."""
+
+
+def shown(value: object) -> str:
+    """A wrong value as an error repeats it: in quotes where it is text, and of a long one the beginning only."""
+    if isinstance(value, int) and value.bit_length() > 64:  # Python itself refuses to write the longest
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, str) and len(value) > SHOWN:
+        return f"{value[:SHOWN]!r}... ({len(value)} characters)"
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -13,8 +13,7 @@ import torch
 from tqdm import tqdm
 
 from calcformer.build import build_task
-from calcformer.data import Examples, ExpressionTask, FormulaForm, FormulaTask, Task
-from calcformer.data.expressions import expression_text
+from calcformer.data import Examples, FormulaForm, FormulaTask, Task
 from calcformer.decoding import BATCH, decode, log_probability
 from calcformer.hard_problems import hard_problems
 from calcformer.solver import Solver
@@ -34,7 +33,7 @@ GROUPS = {  # what problems are divided by
 }
 
 
-def wilson_interval(right: int, n: int) -> tuple[float, float]:
+def wilson_interval(right: float, n: int) -> tuple[float, float]:
     """Between which shares of right answers the true one lies with 95 % confidence, if `right` of n drawn are right.
 
     (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n) with p = right / n and z = 1.96: unlike
@@ -91,17 +90,31 @@ class Tally:
     def right(self) -> int:
         return int(self.counts["operation"][1].sum())
 
-    def groups(self, sample: bool) -> dict[str, dict[str, dict[str, Any]]]:
-        """By group and member: the `share` of those problems, where there are any."""
-        return {group: {member: share(right, n, sample)
-                        for member, n, right in zip(members, *self.counts[group].tolist()) if n}
-                for group, members in GROUPS.items()}
+    def groups(self, distinct: Tally | None = None) -> dict[str, dict[str, dict[str, Any]]]:
+        """By group and member: the `share` of those problems, where there are any.
+
+        Args:
+            distinct: each of them once, where they are a sample.
+        """
+        found: dict[str, dict[str, dict[str, Any]]] = {}
+        for group, members in GROUPS.items():
+            once = distinct.counts[group][0].tolist() if distinct else [None] * len(members)
+            found[group] = {member: share(right, n, different) for member, n, right, different
+                            in zip(members, *self.counts[group].tolist(), once) if n}
+        return found
 
 
-def share(right: int, n: int, sample: bool) -> dict[str, Any]:
-    """An entry of the result: n, wrong, exact_match, and an interval where the problems are a sample of all."""
+def share(right: int, n: int, distinct: int | None = None) -> dict[str, Any]:
+    """An entry of the result: n, wrong, exact_match, and an interval where the problems are a sample of all.
+
+    Args:
+        distinct: how many different ones the sample has. One that was drawn twice tells nothing new: the interval is
+            as wide as if each had been drawn once.
+    """
     entry = {"n": n, "wrong": n - right, "exact_match": right / n}
-    return entry | {"interval": list(wilson_interval(right, n))} if sample else entry
+    if distinct is None:
+        return entry
+    return entry | {"distinct": distinct, "interval": list(wilson_interval(right / n * distinct, distinct))}
 
 
 @dataclass(frozen=True)
@@ -115,13 +128,6 @@ class Mistake:
 
     def __str__(self) -> str:
         return f"{self.problem} = {self.right}, said {self.said!r} with probability {self.probability:.4f}"
-
-
-def problem_text(task: Task, a: int, b: int, plus: bool) -> str:
-    """A problem as `calcformer solve` takes it."""
-    if isinstance(task, ExpressionTask):
-        return expression_text(a, b, "add" if plus else "subtract")[0].removeprefix("BOS ").removesuffix(" EOS")
-    return f"{a}{'+' if plus else '-'}{b}"
 
 
 def held_out_operands(task: Task) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -161,7 +167,7 @@ def find_mistakes(solver: Solver, operands: tuple[torch.Tensor, torch.Tensor, to
         log_p = log_probability(solver.model, part.source, said[rows], task.vocabulary)
         columns = (*(x[rows.to(x.device)] for x in operands), said[rows], part.labels, log_p.exp())
         for a, b, plus, words, right, probability in zip(*(x.tolist() for x in columns)):
-            yield Mistake(problem_text(task, a, b, plus), task.decode_answer(words), task.decode_answer(right),
+            yield Mistake(task.question(a, b, plus), task.decode_answer(words), task.decode_answer(right),
                           probability)
 
 
@@ -180,7 +186,7 @@ def measure_hard(solver: Solver, beam: int = 1) -> dict[str, dict[str, Any]]:
             examples = task.form.encode(a, b, plus.bool())
             right = is_right(answer(solver, examples, beam), examples)
             trained_on = task.trained_on(task.form.index(a, b, plus))
-            found[name] = share(int(right.sum()), len(problems), False) | {"trained_on": int(trained_on.sum())}
+            found[name] = share(int(right.sum()), len(problems)) | {"trained_on": int(trained_on.sum())}
     return found
 
 
@@ -192,18 +198,22 @@ def evaluate_run(solver: Solver, beam: int = 1, problems: int | None = None) -> 
         problems: held-out problems drawn; None for as many as the run was validated with.
 
     Returns:
-        n, wrong, exact_match, interval, token_accuracy, loss; groups, hard, mistakes; epoch, preset, checkpoint, beam.
+        n, distinct, wrong, exact_match, interval, token_accuracy, loss; groups, hard, mistakes; epoch, preset,
+        checkpoint, beam.
     """
     task = solver.task if problems is None else build_task(replace(solver.config.data, valid_size=problems))
     examples, operands = task.split()[1].to(solver.device), held_out_operands(task)
     score = evaluate(solver.model, examples, task.vocabulary.pad_id)
     with tqdm(total=len(examples), unit="ex", unit_scale=True, disable=None, delay=2, leave=False) as bar:
         said = answer(solver, examples, beam, bar.update)
-    tally = Tally()
-    tally.add(operands, is_right(said, examples).cpu())
-    return {**share(tally.right, tally.n, True), "token_accuracy": score.token_accuracy, "loss": score.loss,
+    tally, once = Tally(), Tally()
+    right = is_right(said, examples).cpu()
+    tally.add(operands, right)
+    a, b, plus = torch.stack(operands, dim=1).unique(dim=0).unbind(dim=1)
+    once.add((a, b, plus.bool()), torch.zeros_like(a, dtype=torch.bool))
+    return {**share(tally.right, tally.n, once.n), "token_accuracy": score.token_accuracy, "loss": score.loss,
             "epoch": solver.epoch, "preset": solver.config.preset, "checkpoint": str(solver.folder / MODEL),
-            "beam": beam, "groups": tally.groups(True), "hard": measure_hard(solver, beam),
+            "beam": beam, "groups": tally.groups(once), "hard": measure_hard(solver, beam),
             "mistakes": [vars(mistake) for mistake in worst(find_mistakes(solver, operands, examples, said))]}
 
 
@@ -228,6 +238,9 @@ def report(solver: Solver, result: dict[str, Any]) -> str:
              f"loss {result['loss']:.4f}",
              "", f"{'':<28} {'problems':>9} {'wrong':>9}  exact match  95 % interval",
              table_row("held out", result), *group_rows(result["groups"])]
+    if result["distinct"] < result["n"]:
+        lines.append(f"  ({result['distinct']} of the {result['n']} held-out problems differ from each other; the "
+                     "intervals are those of so many)")
     if "exhaustive" in result:
         lines += [table_row("all not trained on", result["exhaustive"]), *group_rows(result["exhaustive"]["groups"])]
     if result["hard"]:

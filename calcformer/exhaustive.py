@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from tqdm import tqdm
 
 from calcformer.errors import InputError
 from calcformer.evaluation import Mistake, Tally, answer, find_mistakes, is_right, share
+from calcformer.memory import check_memory, memory_to_answer
 from calcformer.solver import Solver
-from calcformer.training.files import write_atomically
+from calcformer.training.device import check_cores, count_cores
+from calcformer.files import write_atomically
 
 __all__ = ["MISTAKES", "evaluate_all"]
 
@@ -44,21 +47,22 @@ def answer_chunk(solver: Solver, numbers: range, beam: int) -> Chunk:
     return tally, index[wrong].tolist(), said[wrong].tolist()
 
 
-class Worker:
-    """What a process of the pool keeps between chunks."""
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it has ended, however that ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
 
-    solver: Solver
-    beam: int
 
-    @classmethod
-    def start(cls, run: Path, beam: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once and without a word
-        torch.set_num_threads(1)
-        cls.solver, cls.beam = Solver(run, "cpu"), beam
-
-    @classmethod
-    def answer_chunk(cls, numbers: range) -> Chunk:
-        return answer_chunk(cls.solver, numbers, cls.beam)
+def answer_share(run: Path, beam: int, chunks: list[range], results: connection.Connection) -> None:
+    """Answer chunks in another process, which sends each when it is finished."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C, and ends this process
+    torch.set_num_threads(1)
+    solver = Solver(run, "cpu")
+    for numbers in chunks:
+        results.send(answer_chunk(solver, numbers, beam))
 
 
 @contextmanager
@@ -70,15 +74,27 @@ def answered_chunks(solver: Solver, beam: int, processes: int) -> Iterator[Itera
     if processes == 1 or solver.device.type != "cpu":
         yield (answer_chunk(solver, numbers, beam) for numbers in chunks)
         return
+    check_memory(memory_to_answer(solver.config, processes), solver.device)
     # Spawned: a fork would copy the threads of PyTorch's pools in whatever state they are.
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), Worker.start, (solver.folder, beam))
+    context = multiprocessing.get_context("spawn")
+    workers: list[Any] = []
+    receivers = []
     try:
-        yield pool.map(Worker.answer_chunk, chunks)
-    except BrokenProcessPool:
+        for rank in range(processes):
+            receiver, sender = context.Pipe(duplex=False)
+            receivers.append(receiver)
+            workers.append(context.Process(target=answer_share, daemon=True,
+                                           args=(solver.folder, beam, chunks[rank::processes], sender)))
+            workers[-1].start()
+            sender.close()  # of the worker alone, so that its end is seen
+        yield (receivers[number % processes].recv() for number in range(len(chunks)))
+    except EOFError:
         raise InputError("a process that answered problems ended before its time (killed, or out of memory?); "
                          "try fewer --processes") from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        for worker in workers:
+            worker.kill()
+            worker.join()
 
 
 def list_mistakes(solver: Solver, numbers: list[int], said: list[list[int]]) -> list[Mistake]:
@@ -89,20 +105,23 @@ def list_mistakes(solver: Solver, numbers: list[int], said: list[list[int]]) -> 
     return list(find_mistakes(solver, solver.task.operands(index), examples, answers))
 
 
-def evaluate_all(solver: Solver, beam: int = 1, processes: int = 1) -> dict[str, Any]:
+def evaluate_all(solver: Solver, beam: int = 1, processes: int | None = None) -> dict[str, Any]:
     """Exact match on all problems there are but those the run may have been trained on, and a list of its mistakes.
 
     Args:
         beam: width of the search for answers; 1 decodes greedily.
-        processes: that share the work on a CPU.
+        processes: that share the work on a CPU; None for as many as the run was trained with, if there are the cores.
 
     Returns:
         n, wrong, exact_match, groups, and mistakes_file, which lists up to 10,000 mistakes or says that there are more.
 
     Raises:
-        InputError: there are too many problems, or none that were not trained on.
+        InputError: there are too many problems, none that were not trained on, or fewer cores than processes.
     """
     task = solver.task
+    if processes is None:
+        processes = min(max(1, solver.config.training.processes), count_cores())
+    check_cores(processes, "--processes")
     if task.size > MOST_PROBLEMS:
         raise InputError(f"--exhaustive answers up to {MOST_PROBLEMS:,} problems, this run has {task.size:,}; "
                          "leave it out")
@@ -125,4 +144,4 @@ def evaluate_all(solver: Solver, beam: int = 1, processes: int = 1) -> dict[str,
         lines = [f"{tally.n - tally.right} of {tally.n} answers are wrong, too many to list"]
     path = solver.folder / MISTAKES
     write_atomically(path, "".join(line + "\n" for line in lines).encode())
-    return {**share(tally.right, tally.n, False), "groups": tally.groups(False), "mistakes_file": str(path)}
+    return {**share(tally.right, tally.n), "groups": tally.groups(), "mistakes_file": str(path)}

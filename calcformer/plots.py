@@ -1,15 +1,27 @@
 """Pictures of runs, where matplotlib is installed."""
 
+import importlib.util
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calcformer.files import write_atomically
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Line", "save_curve", "save_heads", "save_panels"]
+__all__ = ["Line", "can_draw", "save_curve", "save_heads", "save_panels"]
+
+WIDEST_HEADS = 16  # inches of a row of heads, 1,920 pixels: what a screen shows
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def _figure(width: float, height: float) -> "Figure | None":
@@ -24,26 +36,51 @@ def _figure(width: float, height: float) -> "Figure | None":
     return figure
 
 
-def save_curve(entries: list[dict[str, Any]], path: Path) -> bool:
+def _save(figure: "Figure", path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_atomically(path, buffer.getvalue())
+
+
+def _label_loss(axes: "Axes") -> None:
+    """A logarithmic axis with plain numbers: at 1, 2 and 5 of each power of ten, where it is long at the powers."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}" if high < 5 * low else "")
+    axes.grid(alpha=0.15, which="minor", axis="y")
+
+
+def save_curve(entries: list[dict[str, Any]], title: str, path: Path) -> bool:
     """Draw loss and accuracy by epoch to a PNG; returns False where matplotlib is not installed.
 
     Args:
         entries: the lines of metrics.jsonl.
     """
-    figure = _figure(10, 4)
+    figure = _figure(10, 4.3)
     if figure is None:
         return False
+    from matplotlib.ticker import MaxNLocator
+
+    figure.suptitle(title)
     panels = {"loss": ("loss", "valid_loss"),
               "accuracy": ("token_accuracy", "valid_token_accuracy", "exact_match")}
-    for axes, (title, names) in zip(figure.subplots(1, 2), panels.items()):
+    for axes, (panel, names) in zip(figure.subplots(1, 2), panels.items()):
         for name in names:
             points = [(entry["epoch"], entry[name]) for entry in entries if name in entry]
             if points:
                 axes.plot(*zip(*points), label=name.replace("_", " "), marker="." if len(points) < 20 else None)
-        axes.set(title=title, xlabel="epoch", yscale="log" if title == "loss" else "linear")
+        axes.set(title=panel, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=120)
+        if panel == "loss":
+            _label_loss(axes)
+        if axes.lines:
+            axes.legend()
+    _save(figure, path)
     return True
 
 
@@ -68,8 +105,6 @@ def save_panels(panels: dict[str, list[Line]], xlabel: str, title: str, path: Pa
     figure = _figure(11, 0.8 + 3.4 * rows)
     if figure is None:
         return False
-    from matplotlib.ticker import LogLocator
-
     figure.suptitle(title)
     handles: dict[str, Any] = {}
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
@@ -86,35 +121,32 @@ def save_panels(panels: dict[str, list[Line]], xlabel: str, title: str, path: Pa
         axes.set(title=name, xlabel=xlabel, xscale="log" if log_x else "linear")
         axes.tick_params(labelbottom=True)
         if "loss" in name:
-            axes.set_yscale("log")
-            low, high = axes.get_ylim()
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:g}" if high < 5 * low else "")
-            axes.grid(alpha=0.15, which="minor", axis="y")
+            _label_loss(axes)
         else:
             axes.set_ylim(-0.03, 1.03)
         axes.grid(alpha=0.3)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
     return True
 
 
-def save_heads(weights: list[list[list[float]]], queries: Sequence[str], keys: Sequence[str], title: str, path: Path
-               ) -> bool:
+def save_heads(weights: list[list[list[float]]], queries: Sequence[str], keys: Sequence[str], labels: tuple[str, str],
+               title: str, path: Path) -> bool:
     """Draw the attention weights of a layer to a PNG, a panel a head; returns False where matplotlib is not installed.
 
     Args:
         weights: H matrices, a row for each of the L queries and a column for each of the S keys; rows sum to 1.
         queries, keys: what stands at the rows and at the columns.
+        labels: what the queries and the keys are.
     """
-    columns = min(len(weights), 4)
-    rows = math.ceil(len(weights) / columns)
     # A cell has room for a digit, the axes for their longest word, which keys have upright.
     cell, word = 0.32, 0.085
-    panel_width = max(cell * len(keys), 1.6) + word * max(map(len, queries)) + 0.3
-    panel_height = max(cell * len(queries), 1.2) + word * max(map(len, keys)) + 0.6
-    figure = _figure(panel_width * columns + 0.9, panel_height * rows + 0.5)
+    panel_width = max(cell * len(keys), 1.6) + word * max(map(len, queries)) + 0.6
+    panel_height = max(cell * len(queries), 1.2) + word * max(map(len, keys)) + 0.9
+    columns = max(1, min(len(weights), 4, int(WIDEST_HEADS / panel_width)))
+    rows = math.ceil(len(weights) / columns)
+    columns = math.ceil(len(weights) / rows)  # of eight, six to a row would leave two below
+    figure = _figure(panel_width * columns + 0.9, panel_height * rows + 0.7)
     if figure is None:
         return False
     figure.suptitle(title)
@@ -126,8 +158,9 @@ def save_heads(weights: list[list[list[float]]], queries: Sequence[str], keys: S
         for label in axes.get_xticklabels():
             label.set_rotation(90 if len(label.get_text()) > 1 else 0)
         axes.set_yticks(range(len(queries)), queries)
+        axes.set(ylabel=labels[0], xlabel=labels[1])
     for axes in panels[len(weights):]:
         axes.set_axis_off()
     figure.colorbar(image, ax=panels, label="attention weight", fraction=0.05, aspect=30)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
     return True

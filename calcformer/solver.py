@@ -1,27 +1,69 @@
 """A trained run that answers typed problems."""
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
 import torch
 
-from calcformer.decoding import BATCH, decode
+from calcformer.build import build_task
+from calcformer.data import Task
+from calcformer.decoding import BATCH, check_beam, decode, log_probability
 from calcformer.errors import InputError
 from calcformer.training import load_run, pick_device
+from calcformer.training.checkpoint import MODEL, read_config, saved_epoch
 
-__all__ = ["Solver", "newest_run"]
+__all__ = ["Answer", "Solver", "newest_run"]
 
 RUNS = Path("runs")
 
 
-def newest_run(folder: Path = RUNS) -> Path:
-    """The run in `folder` whose weights were written last; InputError where there is none."""
-    weights = sorted(folder.glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not weights:
-        raise InputError(f"there is no trained run in {folder}/; make one with: calcformer train --preset formula, "
-                         "or name one with --run")
-    return weights[-1].parent
+def newest_run(questions: Sequence[str] = (), folder: Path = RUNS) -> Path:
+    """The run in `folder` to ask: of those that can read the `questions` the newest finished one, else the newest.
+
+    Raises:
+        InputError: there is no run.
+    """
+    found: list[tuple[bool, bool, float, Path]] = []
+    for path in folder.glob(f"*/{MODEL}"):
+        with suppress(InputError, OSError):  # damaged, or deleted meanwhile
+            config = read_config(path.parent)
+            is_finished = saved_epoch(path) == config.training.epochs
+            found.append((can_read(build_task(config.data), questions), is_finished, path.stat().st_mtime, path.parent))
+    if not found:
+        raise InputError(f"there is no trained run in {folder}/; make one with: calcformer train, or name one with "
+                         "--run")
+    return max(found)[-1]
+
+
+def can_read(task: Task, questions: Sequence[str]) -> bool:
+    """Whether all questions are ones that runs on this task know."""
+    try:
+        for question in questions:
+            task.read_question(question)
+    except InputError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a run says to a problem, with which probability, and what is right."""
+
+    problem: str
+    said: str
+    probability: float
+    expected: str
+
+    @property
+    def is_right(self) -> bool:
+        return self.said == self.expected
+
+    def __str__(self) -> str:
+        verdict = "right" if self.is_right else f"wrong, {self.expected} is right"
+        return f"{self.problem} = {self.said}  (probability {self.probability:.4f}, {verdict})"
 
 
 class Solver:
@@ -32,23 +74,38 @@ class Solver:
         self.device = pick_device(device)
         self.config, self.task, self.model, self.epoch = load_run(self.folder, self.device)
 
+    def __str__(self) -> str:
+        """Which run this is, and whether it is finished."""
+        epochs = self.config.training.epochs
+        return f"{self.folder}, {'' if self.epoch == epochs else 'unfinished, '}epoch {self.epoch} of {epochs}"
+
     def solve(self, questions: Sequence[str], batch_size: int = BATCH, beam: int = 1) -> list[str]:
         """The model's answers, in order; they can be wrong.
 
         Args:
             questions: such as "649+864", or "NEGATIVE 30 subtract NEGATIVE 34" for a run on expressions.
-            batch_size: beginnings of answers followed at once.
+            batch_size: problems, and beginnings of answers, at once.
             beam: how many beginnings of an answer are followed; 1 decodes greedily.
 
         Raises:
-            InputError: a question is not one that the run was trained for, or `beam` is below 1.
+            InputError: a question is not one that the run was trained for, or no beam is as wide.
         """
+        return [answer.said for answer in self.answers(questions, batch_size, beam)]
+
+    def answers(self, questions: Sequence[str], batch_size: int = BATCH, beam: int = 1) -> list[Answer]:
+        """What `solve` says, with its probability and the right answer; arguments and errors as there."""
         if isinstance(questions, str):
             raise TypeError(f"questions must be a list of strings, got the string {questions!r}")
-        encoded = [self.task.encode_question(question) for question in questions]
-        vocabulary, longest = self.task.vocabulary, max(map(len, encoded), default=0)
-        if vocabulary.pad_id is not None:
-            encoded = [ids + [vocabulary.pad_id] * (longest - len(ids)) for ids in encoded]
-        source = torch.tensor(encoded, dtype=torch.long, device=self.device).view(len(encoded), longest)
-        said = decode(self.model, source, self.task.target_length - 1, vocabulary, beam, batch_size)
-        return [self.task.decode_answer(ids) for ids in said.tolist()]
+        check_beam(beam)
+        problems = [self.task.read_question(question) for question in questions]
+        vocabulary, found = self.task.vocabulary, []
+        for start in range(0, len(problems), batch_size):
+            part = problems[start:start + batch_size]
+            a, b, plus = torch.tensor(part, device=self.device).unbind(dim=1)
+            source = self.task.write(a, b, plus.bool()).trim(vocabulary.pad_id).source
+            said = decode(self.model, source, self.task.target_length - 1, vocabulary, beam, batch_size)
+            log_p = log_probability(self.model, source, said, vocabulary)
+            found += [Answer(self.task.question(*problem), self.task.decode_answer(ids), probability,
+                             self.task.right_answer(*problem))
+                      for problem, ids, probability in zip(part, said.tolist(), log_p.exp().tolist())]
+        return found

@@ -130,7 +130,7 @@ class Sweep:
         except FileNotFoundError:
             raise InputError(f"{path.parent} is not a sweep folder: it has no {path.name}; give the folder that "
                              "calcformer sweep wrote") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{path} cannot be used: {error}; start the sweep again with another --out") from None
 
 

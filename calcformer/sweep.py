@@ -14,8 +14,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -24,11 +25,15 @@ from tqdm import tqdm
 
 from calcformer.comparison import draw, make_table, summarize
 from calcformer.errors import InputError
+from calcformer.files import hold, new_folder, write_atomically
+from calcformer.interrupt import Stopped
+from calcformer.memory import check_memory, memory_to_train
 from calcformer.studies import Member, Sweep
 from calcformer.training import finished_epochs, pick_device, resume, train
 from calcformer.training.checkpoint import METRICS
-from calcformer.training.files import hold, write_atomically
+from calcformer.training.device import check_cores, count_cores, count_processes
 from calcformer.training.run_log import RunLog
+from calcformer.worker import start_worker
 
 __all__ = ["finished_runs", "read_sweep", "run_sweep"]
 
@@ -42,16 +47,11 @@ def read_sweep(folder: Path) -> Sweep:
 
 
 class Worker:
-    """A process that trains members, one after the other: to import PyTorch takes longer than a small run.
-
-    It ends when this process does, even if that is killed: its input then closes.
-    """
+    """A process that trains members, one after the other: to import PyTorch takes longer than a small run."""
 
     def __init__(self, folder: Path) -> None:
         self.errors = tempfile.TemporaryFile()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "calcformer.sweep", str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self.errors, start_new_session=True)  # its own session: Ctrl-C is for this process alone
+        self.process = start_worker("calcformer.sweep", folder, stdout=subprocess.PIPE, stderr=self.errors)
         assert self.process.stdin is not None and self.process.stdout is not None
         self.input, self.output = self.process.stdin.fileno(), self.process.stdout.fileno()
         os.set_blocking(self.output, False)
@@ -134,20 +134,12 @@ def train_member(folder: Path, name: str) -> str:
     return ""
 
 
-def work(folder: Path) -> None:
-    """Train the members whose names come in, until the input closes; then stop at once, also in the middle of one."""
-    names: SimpleQueue[str] = SimpleQueue()
+def work(names: "SimpleQueue[str]", folder: str) -> None:
+    """Train the members whose names come in, in a worker."""
     replies = os.dup(1)
     os.dup2(2, 1)  # what a library prints is no reply
-
-    def listen() -> None:
-        for line in os.fdopen(os.dup(0)):
-            names.put(line.rstrip("\n"))
-        os._exit(1)
-
-    threading.Thread(target=listen, daemon=True).start()
     while True:
-        os.write(replies, json.dumps(train_member(folder, names.get())).encode())
+        os.write(replies, json.dumps(train_member(Path(folder), names.get())).encode())
 
 
 def is_finished(folder: Path, member: Member) -> bool:
@@ -159,53 +151,64 @@ def finished_runs(folder: Path, sweep: Sweep) -> int:
     return sum(is_finished(folder, member) for member in sweep.members())
 
 
-def claim(folder: Path, sweep: Sweep) -> None:
-    """Make `folder` the folder of this sweep; InputError where it holds something else."""
-    if (folder / SWEEP).exists():
-        if read_sweep(folder) != sweep:
-            raise InputError(f"{folder} holds another sweep; give --out another name, or continue that one with "
-                             f"--resume {folder}")
+@contextmanager
+def claim(out: Path | None, sweep: Sweep) -> Iterator[Path]:
+    """Hold the folder of this sweep, which is made if need be; InputError where it holds something else."""
+    if out is None or not (out / SWEEP).exists():
+        with new_folder(out, sweep.study or "sweep") as folder:
+            write_atomically(folder / SWEEP, sweep.to_json().encode())
+            yield folder
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} already exists and is not a sweep; give --out another name")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / SWEEP, sweep.to_json().encode())
+    with hold(out):
+        if read_sweep(out) != sweep:
+            raise InputError(f"{out} holds another sweep; give --out another name, or continue that one with "
+                             f"--resume {out}")
+        yield out
 
 
-def run_sweep(sweep: Sweep, folder: Path | str, jobs: int = 0, bar: bool | None = None) -> dict[str, Any]:
+def count_jobs(members: list[Member], jobs: int) -> int:
+    """How many runs to train at a time; InputError where they want more cores or memory than there are."""
+    configs = [(member.config, pick_device(member.config.training.device)) for member in members]
+    processes = max(count_processes(config.training, device) for config, device in configs)
+    threads = max(config.training.threads or 1 for config, _ in configs)
+    jobs = jobs or max(1, count_cores() // (processes * threads))
+    check_cores(jobs * processes, "--jobs or --processes", threads)
+    for config, device in configs:
+        at_once = min(jobs, len(members))
+        check_memory(at_once * memory_to_train(config, count_processes(config.training, device)), device)
+    return jobs
+
+
+def run_sweep(sweep: Sweep, out: Path | str | None = None, jobs: int = 0, bar: bool | None = None) -> dict[str, Any]:
     """Train every run of a sweep and compare them. A folder that holds part of this sweep is continued.
 
     Args:
-        folder: where the runs, results.json, table.md and sweep.png go.
+        out: where the runs, results.json, table.md and sweep.png go; None for runs/STUDY-N or runs/sweep-N.
         jobs: runs at a time, 0 for as many as there are CPU cores.
         bar: True draws a progress bar, False does not, None draws one on a terminal.
 
     Returns:
         What results.json holds: under "rows" the varied values, the mean and the spread over the seeds, the report's
-        own figures, and every run. A run that failed has the reason under "failed" and does not stop the others.
+        own figures, and every run; the folder beside them. A run that failed has the reason under "failed" and does
+        not stop the others.
 
     Raises:
         InputError: a setting that cannot be used, or a folder with something else in it, and nothing is written; or
             not one run could be finished.
     """
-    folder = Path(folder)
     if jobs < 0:
         raise InputError(f"jobs must be 0 or more, got {jobs}")
     members = sweep.members()
-    for device in dict.fromkeys(member.config.training.device for member in members):
-        pick_device(device)
-    claim(folder, sweep)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with hold(folder):
-        failed = train_members(folder, members, jobs or max(1, cores // sweep.base.training.processes), bar)
+    jobs = count_jobs(members, jobs)
+    with claim(None if out is None else Path(out), sweep) as folder:
+        try:
+            failed = train_members(folder, members, jobs, bar)
+        except KeyboardInterrupt:
+            raise Stopped(folder, finished_runs(folder, sweep)) from None
         results = summarize(folder, sweep, failed)
         write_atomically(folder / RESULTS, (json.dumps(results, indent=2) + "\n").encode())
         write_atomically(folder / TABLE, make_table(results).encode())
         draw(results, folder, folder / PICTURE)
     if len(failed) == len(members):
         raise InputError(f"no run of {folder} could be finished; the first one: {failed[members[0].name]}")
-    return results
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]))
+    return {"folder": str(folder), **results}

@@ -10,6 +10,7 @@ import torch
 from calcformer.attention_maps import attention_maps, folder_name, head_view, save_maps
 from calcformer.cli import main
 from calcformer.config import PRESETS
+from calcformer.plots import save_heads
 from calcformer.solver import Solver
 from calcformer.training import train
 from tests.pictures import is_picture
@@ -82,7 +83,9 @@ def test_pictures_of_every_layer(task: str, runs: dict[str, Path], capsys: pytes
     answer, = Solver(runs[task], "cpu").solve([question])
     assert main(["attention", question, "--run", str(runs[task]), "--device", "cpu"]) == 0
     folder = runs[task] / "attention" / folder_name(question)
-    assert capsys.readouterr().out == f"{question} -> {answer}: 7 pictures in {folder}\n"
+    said = capsys.readouterr().out
+    assert said.startswith(f"{question} = {answer}  (probability 0.") and said.count("\n") == 1
+    assert said.endswith(f"): 7 pictures in {folder}, of {runs[task]}, epoch 1 of 1\n")
     assert {path.name for path in folder.iterdir()} == {
         *(f"encoder-self-{layer}.png" for layer in (1, 2, 3)),
         *(f"decoder-{kind}-{layer}.png" for kind in ("self", "cross") for layer in (1, 2))}
@@ -120,7 +123,37 @@ def test_wrong_input_is_one_line_and_writes_nothing(words: list[str], match: str
 
 def test_without_matplotlib_the_error_says_what_to_install(runs: dict[str, Path], tmp_path: Path,
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("calcformer.plots._figure", lambda width, height: None)
+    monkeypatch.setattr("calcformer.attention_maps.can_draw", lambda: False)
     maps = attention_maps(Solver(runs["formula"], "cpu"), "1+1")
     with pytest.raises(ValueError, match="pip install matplotlib"):
         save_maps(maps, tmp_path / "maps")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_of_many_heads_and_tokens_have_several_rows(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.image import imread
+
+    for heads, tokens in (8, 12), (8, 40), (3, 60), (1, 100):
+        words = [str(token) for token in range(tokens)]
+        weights = torch.full((heads, tokens, tokens), 1 / tokens).tolist()
+        assert save_heads(weights, words, words, ("reads", "attends to"), "title", tmp_path / "heads.png")
+        height, width, _ = imread(tmp_path / "heads.png").shape
+        assert width < (2_100 if heads > 1 and tokens < 50 else 120 * (0.35 * tokens + 4)), (heads, tokens, width)
+
+
+def test_problem_answer_verdict_and_axes_stand_in_the_picture(runs: dict[str, Path], tmp_path: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[tuple[str, str], str]] = []
+
+    def note(weights: object, queries: object, keys: object, labels: tuple[str, str], title: str, path: Path) -> bool:
+        drawn.append((labels, title))
+        return True
+
+    monkeypatch.setattr("calcformer.attention_maps.save_heads", note)
+    maps = attention_maps(Solver(runs["formula"], "cpu"), "-9-8")
+    save_maps(maps, tmp_path)
+    verdict = "right" if maps.answer.said == "-17" else "wrong, -17 is right"
+    assert drawn[0] == (("token", "attends to"),
+                        f"-9-8 = {maps.answer.said} ({verdict})\nencoder self attention, layer 1")
+    assert {labels for labels, _ in drawn[3:]} == {("token read → said", "attends to")}

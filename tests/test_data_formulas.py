@@ -118,29 +118,37 @@ def test_generation_repeats_with_its_seed_and_counts_exactly() -> None:
     assert len(generate_formulas(FormulaForm(), 0, torch.Generator())) == 0
 
 
-@pytest.mark.parametrize(("text", "ids"), [
-    ("649+864", [8, 6, 11, 0, 10, 8, 6, 13]),
-    (" 007 - 1 ", [9, 1, 3, 13]),
-    ("-1000-1000", [1, 3, 2, 2, 2, 1, 3, 2, 2, 2, 13]),
+@pytest.mark.parametrize(("text", "problem", "ids"), [
+    ("649+864", (649, 864, True), [8, 6, 11, 0, 10, 8, 6, 13]),
+    (" 007 - 1 ", (7, 1, False), [9, 1, 3, 13]),
+    ("-1000-1000", (-1000, 1000, False), [1, 3, 2, 2, 2, 1, 3, 2, 2, 2, 13]),
+    ("0" * 5_000 + "7-1", (7, 1, False), [9, 1, 3, 13]),
+    ("- 7\t+ 1", (-7, 1, True), [1, 9, 0, 3, 13]),
+    ("-0+5", (0, 5, True), [2, 0, 7, 13]),
 ])
-def test_questions_that_can_be_asked(text: str, ids: list[int]) -> None:
-    assert FormulaTask().encode_question(text) == ids
+def test_questions_that_can_be_asked(text: str, problem: tuple[int, int, bool], ids: list[int]) -> None:
+    assert FormulaTask().read_question(text) == problem
+    a, b, plus = torch.tensor([problem]).unbind(1)
+    assert FormulaTask().write(a, b, plus.bool()).trim(FORMULA.pad_id).source.tolist() == [ids]
 
 
 @pytest.mark.parametrize(("text", "match"), [
     ("12+x7", "'x' at place 4"), ("12", "not of the form"), ("", "not of the form"), ("1+-2", "not of the form"),
-    ("1+1001", "1001 is longer than this run was trained for, numbers up to 1000"), ("٣+1", "not a digit"),
-    ("1+2+3", "not of the form"),
+    ("1+1001", "'1001' is more than 1000, the largest number this run was trained for"), ("٣+1", "not a digit"),
+    ("1+2+3", "not of the form"), ("1 0 + 2", "'1 0 [+] 2' is not of the form"), ("--5+3", "not of the form"),
+    ("1+\0", r"'\\x00' at place 3 is not a digit"),
+    ("9" * 100_000 + "+1", "'9{60}'... .100000 characters. is more than 1000"),
 ])
 def test_questions_that_cannot_be_asked(text: str, match: str) -> None:
     with pytest.raises(ValueError, match=match) as caught:
-        FormulaTask().encode_question(text)
-    assert "\n" not in str(caught.value)
+        FormulaTask().read_question(text)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 def test_unsigned_run_refuses_a_negative_number() -> None:
     with pytest.raises(ValueError, match="without negative numbers"):
-        FormulaTask(FormulaForm(signed=False)).encode_question("-3+4")
+        FormulaTask(FormulaForm(signed=False)).read_question("-3+4")
+    assert FormulaTask(FormulaForm(signed=False)).read_question("-0+4") == (0, 4, True)
 
 
 def test_trim_cuts_only_padding() -> None:
@@ -177,7 +185,9 @@ def test_answers_of_every_form_read_as_numbers_and_questions_encode_as_drawn(for
     examples = task.encode(index)
     for a, b, plus, source, target in zip(*(x.tolist() for x in (*task.operands(index), *vars(examples).values()))):
         assert task.decode_answer(target) == str(a + b if plus else a - b)
-        assert task.encode_question(f"{a}{'+' if plus else '-'}{b}") == [token for token in source if token != 14]
+        assert task.read_question(task.question(a, b, plus)) == (a, b, plus)
+        assert task.right_answer(a, b, plus) == task.decode_answer(target)
+        assert source == task.write(*(torch.tensor([x]) for x in (a, b, plus))).source[0].tolist()
 
 
 @pytest.mark.parametrize(("form", "text", "shown"), [

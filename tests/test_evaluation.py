@@ -94,10 +94,11 @@ def test_groups_by_hand() -> None:
     other.add((a[4:], b[4:], plus[4:].bool()), torch.tensor([False, True]))
     tally.merge(other)
     assert (tally.n, tally.right) == (6, 4)
-    assert {member: (entry["n"], entry["wrong"]) for member, entry in tally.groups(False)["digits"].items()} == {
+    assert {member: (entry["n"], entry["wrong"]) for member, entry in tally.groups()["digits"].items()} == {
         "1": (2, 1), "2": (1, 0), "3": (2, 1), "4": (1, 0)}
-    addition = tally.groups(True)["operation"]["addition"]
-    assert addition == {"n": 3, "wrong": 2, "exact_match": 1 / 3, "interval": list(wilson_interval(1, 3))}
+    addition = tally.groups(tally)["operation"]["addition"]
+    assert addition == {"n": 3, "wrong": 2, "exact_match": 1 / 3, "distinct": 3,
+                        "interval": list(wilson_interval(1, 3))}
 
 
 @pytest.mark.parametrize("task", [
@@ -149,7 +150,9 @@ def test_held_out_problems_are_counted_right(run: Path) -> None:
     wrong = [problem for problem in problems if is_wrong(*problem)]
     assert 0 < len(wrong) < len(problems) == found["n"] == 40
     assert (found["wrong"], found["exact_match"]) == (len(wrong), (40 - len(wrong)) / 40)
-    assert found["interval"] == list(wilson_interval(40 - len(wrong), 40))
+    distinct = len(set(problems))
+    assert found["distinct"] == distinct < 40
+    assert found["interval"] == list(wilson_interval((40 - len(wrong)) / 40 * distinct, distinct))
     sizes = Counter("addition" if plus else "subtraction" for _, _, plus in problems)
     errors = Counter("addition" if plus else "subtraction" for _, _, plus in wrong)
     assert {member: (entry["n"], entry["wrong"]) for member, entry in found["groups"]["operation"].items()} == {

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import calcformer
 from calcformer import sweep as sweeps
@@ -122,16 +123,20 @@ def test_study_can_be_changed() -> None:
 
 def test_expressions_of_the_report_can_be_asked() -> None:
     task = build_task(PRESETS["expression-report"].data)
-    ids = task.encode_question("BOS POSITIVE 04 add NEGATIVE 11 EOS")
+    assert task.read_question("BOS POSITIVE 04 add NEGATIVE 11 EOS") == (4, -11, True)
+    ids = task.write(torch.tensor([4]), torch.tensor([-11]), torch.tensor([True])).source[0].tolist()
     assert " ".join(task.vocabulary.decode(ids)) == "BOS POSITIVE 0 4 add NEGATIVE 1 1 EOS"
 
 
 @pytest.mark.parametrize(("words", "match"), [
     (["--vary", "heads=3"], "width 64 and 3 heads"), (["--vary", "heads=2,2"], "heads names a value twice"),
     (["--vary", "heads=2", "--heads", "4"], "heads is varied; leave out --heads"),
-    (["--seeds", "0"], "seeds must be 1 or more"),
+    (["--seeds", "0"], "must be a whole number, 1 to 1000, got '0'"),
     (["--seeds", "2", "--vary", "seed=1,2"], "leave it out or --vary seed"),
-    (["--jobs", "-1"], "jobs must be 0 or more"), (["--study", "s9"], "invalid choice: 's9'"),
+    (["--jobs", "-1"], "must be a whole number, 0 to 1024, got '-1'"),
+    (["--jobs", "1000"], "CPU cores busy and there are"), (["--resume", ""], "must be the name of a file or folder"),
+    (["--vary", "width=1000000000"], "width must be 1 to 16384, got 1000000000"),
+    (["--study", "s9"], "invalid choice: 's9'"),
     (["--study", "s1-positions", "--preset", "formula"], "leave out --preset"),
     (["--vary", "device=cpu,cuda:99"], "cuda:99 is not here"), (["--resume", "nowhere"], "not a sweep folder"),
     (["--resume", "nowhere", "--epochs", "2"], "leave out --epochs"),
@@ -152,19 +157,19 @@ def test_wrong_input_is_one_line_and_writes_nothing(words: list[str], match: str
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A sweep of three learning rates, one of them too high, and two seeds."""
-    folder = tmp_path_factory.mktemp("sweeps") / "rates"
+    """A sweep of three sizes of the held-out set, one of them too large, and two seeds."""
+    folder = tmp_path_factory.mktemp("sweeps") / "sizes"
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
         patch.setenv("PYTHONPATH", str(Path(calcformer.__file__).parents[1]))
-        run_sweep(Sweep.of({**TINY, "complexity": 1}, {"learning_rate": [1e30, 1e-2, 1e-4]}, 2), folder, 2, bar=False)
+        run_sweep(Sweep.of({**TINY, "complexity": 1}, {"valid_size": [900, 20, 30]}, 2), folder, 2, bar=False)
     yield folder
 
 
 def test_failed_member_does_not_stop_the_others(swept: Path) -> None:
     results = json.loads((swept / "results.json").read_text())
     failed, *rows = results["rows"]
-    assert failed["mean"] == {} and all("the loss became" in run["failed"] for run in failed["runs"])
+    assert failed["mean"] == {} and all("cannot be held out" in run["failed"] for run in failed["runs"])
     for row in rows:
         first, second = (run["figures"] for run in row["runs"])
         assert row["mean"]["loss"] == pytest.approx((first["loss"] + second["loss"]) / 2)
@@ -173,19 +178,19 @@ def test_failed_member_does_not_stop_the_others(swept: Path) -> None:
     table = (swept / "table.md").read_text()
     assert table == make_table(results)
     lines = table.splitlines()
-    assert "| learning rate | training loss | validation loss | token accuracy |" in " ".join(lines[0].split())
+    assert "| valid size | training loss | validation loss | token accuracy |" in " ".join(lines[0].split())
     assert len(set(map(len, lines[:5]))) == 1 and lines[3].count(" ± ") == 5 and "failed" in lines[2]
-    assert "learning-rate=1e+30,seed=1 failed: the loss became" in table
+    assert "valid-size=900,seed=1 failed: complexity 1 has 462 formulas" in table
     assert is_picture(swept / "sweep.png")
 
 
 def test_members_are_runs(swept: Path) -> None:
-    config, _, _, epoch = load_run(swept / "learning-rate=0.01,seed=1")
+    config, _, _, epoch = load_run(swept / "valid-size=20,seed=1")
     assert epoch == 2 and config.training.seed == 1 and config.preset == "formula"
 
 
 def test_finished_members_are_not_run_again(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    weights = {path: path.stat().st_mtime_ns for path in swept.glob("learning-rate=0*/model.safetensors")}
+    weights = {path: path.stat().st_mtime_ns for path in swept.glob("valid-size=*/model.safetensors")}
     before = json.loads((swept / "results.json").read_text())
     assert len(weights) == 4 and main(["sweep", "--resume", str(swept)]) == 0
     assert {path: path.stat().st_mtime_ns for path in weights} == weights
@@ -197,7 +202,7 @@ def test_folders_in_use_are_refused(swept: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds another sweep.*--resume"):
         run_sweep(Sweep.of({**TINY, "complexity": 1}, {"learning_rate": [1e-2]}, 2), swept)
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(InputError, match="already exists and is not a sweep"):
+    with pytest.raises(InputError, match="already exists; give --out another name"):
         run_sweep(Sweep.of(TINY, {}), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

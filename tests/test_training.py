@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 
+from calcformer import config, worker
 from calcformer.build import build_model, build_task
 from calcformer.config import PRESETS, DataConfig, RunConfig, TrainingConfig
+from calcformer.files import hold, write_atomically
 from calcformer.plots import save_curve
-from calcformer.training import (RunError, checkpoint, evaluate, exact_match, load_run, loop, optimizer, resume, team,
-                                 train, trainer)
-from calcformer.training.files import hold, write_atomically
+from calcformer.training import (RunError, checkpoint, evaluate, exact_match, load_run, loop, optimizer, resume, train,
+                                 trainer)
 from calcformer.training.metrics import Totals, token_loss
 from calcformer.training.run_log import RunLog
 
@@ -48,13 +49,13 @@ def log_without_times(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_config_survives_json(preset: str) -> None:
-    config = small(preset, learning_rate=1, held_out=0.25)
+    config = small(preset, clip_norm=1, held_out=0.25)
     assert RunConfig.from_json(config.to_json()) == config
-    assert config.preset == preset and config.training.learning_rate == 1.0
+    assert config.preset == preset and type(config.training.clip_norm) is float
 
 
 @pytest.mark.parametrize(("changes", "match"), [
-    ({"heads": 5}, "width 12 and 5 heads"), ({"epochs": 0}, "epochs must be 1 or more, got 0"),
+    ({"heads": 5}, "width 12 and 5 heads"), ({"epochs": 0}, "epochs must be 1 to 1000000, got 0"),
     ({"dropout": 1.0}, "dropout must be 0 to 0.99, got 1.0"), ({"dropout": math.nan}, "dropout must be"),
     ({"norm": "mid"}, "norm must be one of .*post.*, got 'mid'"), ({"epochs": 2.5}, "epochs must be of type int"),
     ({"signed": 1}, "signed must be of type bool"), ({"task": "expression"}, "complexity is a setting of formulas"),
@@ -62,6 +63,14 @@ def test_config_survives_json(preset: str) -> None:
     ({"sampling": "hard"}, "sampling hard is for fresh problems"),
     ({"truncate": True, "zero_pad": True}, "takes no zero_pad"),
     ({"fresh": True, "leaky_split": True}, "held apart by construction"),
+    ({"width": 10**9}, "width must be 1 to 16384, got 1000000000"), ({"hidden": 2**63}, "hidden must be 1 to 65536"),
+    ({"width": 10**5_000}, "got a number of 16610 bits"), ({"encoder_layers": 10**9}, "must be 0 to 100"),
+    ({"train_size": 10**9}, "train_size must be 1 to 10000000"),
+    ({"norm": "n" * 10**5}, "got 'n*'... .100000 characters"),
+    ({"learning_rate": math.inf}, "learning_rate must be 0 to 1000, got inf"),
+    ({"weight_decay": math.inf}, "weight_decay must be 0 to 1000, got inf"),
+    ({"weight_decay": 500}, "learning_rate times weight_decay, .* must be below 1, got 0.002 times 500"),
+    ({"warmup_steps": 17}, "warmup_steps must be at most the 16 steps of the whole run, got 17"),
 ])
 def test_wrong_settings_are_refused_in_one_line(changes: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match) as caught:
@@ -69,8 +78,23 @@ def test_wrong_settings_are_refused_in_one_line(changes: dict[str, Any], match: 
     assert "\n" not in str(caught.value)
 
 
+def test_every_number_has_limits() -> None:
+    for section in config.SECTIONS.values():
+        for item in dataclasses.fields(section):
+            assert item.type not in (int, float) or item.metadata["low"] < item.metadata["high"] < math.inf, item.name
+
+
+def test_warm_up_of_a_preset_fits_a_shorter_run() -> None:
+    assert PRESETS["formula"].training.warmup_steps == 200
+    short = PRESETS["formula"].with_settings({"epochs": 2})
+    assert short.training.warmup_steps == 16  # a tenth of 160
+    assert short.with_settings({"processes": 1}).training.warmup_steps == 16
+    assert PRESETS["formula"].with_settings({"epochs": 2, "warmup_steps": 150}).training.warmup_steps == 150
+
+
 @pytest.mark.parametrize(("text", "match"), [
-    ("{", "not JSON"), ("[]", "not of format 1"), ('{"format": 2}', "not of format 1"),
+    ("{", "not JSON"), ("[]", "not of format 1"), ("[1]", "not of format 1"), ("[" * 100_000, "not JSON"),
+    ('{"format": ' + "9" * 5_000 + "}", "not JSON"), ('{"format": 2}', "not of format 1"),
     ('{"format": 1}', "section 'data' is from another version"),
 ])
 def test_other_json_is_refused(text: str, match: str) -> None:
@@ -263,7 +287,7 @@ def test_lost_process_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         started.append(Popen(*args, **options))
         return started[-1]
 
-    monkeypatch.setattr(team.subprocess, "Popen", start)
+    monkeypatch.setattr(worker.subprocess, "Popen", start)
 
     def epoch(trainer: loop.Trainer, number: int) -> dict[str, Any]:
         if number == 2:
@@ -295,7 +319,12 @@ def test_seed_decides(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("changes", "match"), [
     ({"train_size": 10_000, "valid_size": 100}, "cannot be held out"), ({"device": "cuda:99"}, "is not here"),
-    ({"device": "tpu9"}, "device must be auto"),
+    ({"device": "tpu9"}, "device must be auto"), ({"device": ""}, "device must be auto"),
+    ({"device": "cpu\0"}, "device must be auto"),
+    ({"processes": 1024}, "this would keep 1024 CPU cores busy and there are [0-9]+; lower --processes"),
+    ({"threads": 1024}, "this would keep 1024 CPU cores busy and there are [0-9]+; lower --processes or --threads"),
+    ({"width": 16_383, "encoder_layers": 100, "hidden": 65_536}, "GB of memory and .* GB are free; lower --width"),
+    ({"fresh": True, "held_out": 0.001}, "leaves too few to hold out: 29 are not found in 100,000,000 draws"),
 ])
 def test_nothing_is_written_for_a_run_that_cannot_start(changes: dict[str, Any], match: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=match):
@@ -310,23 +339,76 @@ def test_folder_in_use_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_divergence_is_said_and_the_last_good_epoch_kept(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the loss became nan in epoch [12]; lower --learning-rate"):
-        train(small(learning_rate=1e30), tmp_path / "run", bar=False)
+def test_divergence_is_said_and_the_last_good_epoch_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "learning_rate", lambda step, steps, training: 1e30 if step > 7 else 1e-3)
+    with pytest.raises(ValueError, match="became infinite or NaN in epoch 3, which is not saved; lower --learning"):
+        train(small(), tmp_path / "run", bar=False)
+    assert [entry["epoch"] for entry in RunLog(tmp_path / "run" / "metrics.jsonl").read()] == [1, 2]
     _, _, model, _ = load_run(tmp_path / "run")
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+def test_weights_that_are_no_numbers_end_a_run_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole_measure = loop.Trainer.measure
+
+    def measure(trainer: loop.Trainer, *args: Any, **options: Any) -> dict[str, Any]:
+        entry = whole_measure(trainer, *args, **options)
+        with torch.no_grad():
+            next(iter(trainer.optimizer.param_groups[0]["params"]))[5] = math.inf
+        return entry
+
+    monkeypatch.setattr(loop.Trainer, "measure", measure)
+    with pytest.raises(ValueError, match="the weights became infinite or NaN in epoch 1, which is not saved"):
+        train(small(), tmp_path / "run", bar=False)
+    assert load_run(tmp_path / "run")[3] == 0 and (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+
+
 def test_bar_shows_loss_accuracy_and_time_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(small(), tmp_path / "run", bar=True)
-    assert re.search(r"epoch 4/4: .*<00:00.*ex/s, loss \d\.\d+, accuracy 0\.\d+", capsys.readouterr().err)
+    assert re.search(r"epoch 4/4 loss \d\.\d+ accuracy 0\.\d+: .*<00:00.*ex/s, valid loss \d\.\d+, accuracy 0\.\d+, "
+                     r"exact match \d\.\d+", capsys.readouterr().err)
 
 
-def test_finished_run_without_its_log_is_refused(trained: Path, tmp_path: Path) -> None:
-    run = copy(trained, tmp_path / "run")
-    (run / "metrics.jsonl").unlink()
-    with pytest.raises(ValueError, match="metrics.jsonl is damaged"):
-        resume(run, bar=False)
+def test_the_first_line_says_what_is_trained_and_where_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(small(), tmp_path / "run", bar=False)
+    parameters = sum(parameter.numel() for parameter in load_run(tmp_path / "run")[2].parameters())
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first == f"{tmp_path / 'run'}: {parameters:,} parameters; 61 formulas an epoch, 29 held out; cpu, 1 process"
+
+
+LOGS = {
+    "empty": lambda lines: [], "objects": lambda lines: [b"{}", b"[1]", b"7", *lines],
+    "texts": lambda lines: [b'{"epoch": "one", "loss": "low"}', b'{"epoch": 3, "loss": "low"}', *lines],
+    "binary": lambda lines: [b"\xff\xfe\x00", *lines], "nested": lambda lines: [b"[" * 100_000, *lines],
+    "garbled": lambda lines: [lines[0], lines[1][:20], *lines[2:]],
+}
+
+
+@pytest.mark.parametrize("damage", LOGS)
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "unfinished"])
+def test_log_by_other_hands_harms_nothing(damage: str, finished: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                          ) -> None:
+    whole, folder = train(small(), tmp_path / "whole", bar=False), tmp_path / "whole"
+    if not finished:
+        def epoch(trainer: loop.Trainer, number: int) -> dict[str, Any]:
+            if number == 4:
+                raise KeyboardInterrupt
+            return whole_epoch(trainer, number)
+
+        whole_epoch, folder = loop.Trainer.epoch, tmp_path / "stopped"
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(loop.Trainer, "epoch", epoch)
+            train(small(), folder, bar=False)
+    path = folder / "metrics.jsonl"
+    lines = LOGS[damage](path.read_bytes().splitlines())
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    last = resume(folder, bar=False)
+    for name in "exact_match", "valid_loss", "valid_token_accuracy":
+        assert last[name] == whole[name]
+    left = path.read_bytes().splitlines()
+    assert [line for line in left if line in lines] == lines  # nothing that stood there is gone
+    assert RunLog(path).read()[-1]["epoch"] == 4
+    assert resume(folder, bar=False)["exact_match"] == whole["exact_match"]
 
 
 # Files
@@ -334,7 +416,7 @@ def test_finished_run_without_its_log_is_refused(trained: Path, tmp_path: Path) 
 
 @pytest.mark.skipif(os.name != "posix", reason="folders are held as POSIX has it")
 def test_one_process_writes_a_run_at_a_time(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("calcformer.training.files.PATIENCE", 0.1)
+    monkeypatch.setattr("calcformer.files.PATIENCE", 0.1)
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -342,7 +424,7 @@ def test_one_process_writes_a_run_at_a_time(trained: Path, tmp_path: Path, monke
         resume(folder, bar=False)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     resume(folder, bar=False)
-    holder = Popen([sys.executable, "-c", "import sys; from calcformer.training.files import hold\n"
+    holder = Popen([sys.executable, "-c", "import sys; from calcformer.files import hold\n"
                     "with hold(sys.argv[1]): print('held', flush=True); sys.stdin.read()", str(folder)],
                    stdin=PIPE, stdout=PIPE)
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
@@ -418,13 +500,13 @@ def test_run_log_drops_an_unfinished_line(tmp_path: Path) -> None:
         file.write('{"epoch": 4, "lo')
     assert [entry["epoch"] for entry in log.read()] == [1, 2, 3]
     log.rewind(2)
-    log.append({"epoch": 3, "again": True})
-    assert log.read() == [{"epoch": 1}, {"epoch": 2}, {"epoch": 3, "again": True}]
+    log.append({"epoch": 3, "again": 1})
+    assert log.read() == [{"epoch": 1}, {"epoch": 2}, {"epoch": 3, "again": 1}]
 
 
 def test_curve_is_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     entries = [{"epoch": 1, "loss": 2.0, "token_accuracy": 0.3},
                {"epoch": 2, "loss": 1.0, "token_accuracy": 0.6, "valid_loss": 1.5, "exact_match": 0.1}]
-    assert save_curve(entries, tmp_path / "curve.png")
+    assert save_curve(entries, "runs/formula-1", tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

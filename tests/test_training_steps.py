@@ -68,9 +68,9 @@ def test_missing_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def trainer_for(folder: Path, graphed: Callable[[Trainer], Recorder] | None = None, **changes: Any) -> Trainer:
     """A trainer that takes its steps one by one, or as graphs of this recorder."""
-    made = Trainer(small(**changes), folder, bar=False)
+    made = Trainer(small(**changes), bar=False)
     folder.mkdir()
-    made.begin()
+    made.begin(folder)
     if graphed is not None:
         made.take_steps = GraphedSteps(made.step, BATCH, graphed(made))
     return made
@@ -134,8 +134,8 @@ def test_graph_trains_as_eager_steps_do(fresh: bool, precision: str, tmp_path: P
 
 @pytest.mark.gpu
 def test_gpu_run_takes_graphs_and_waits_nowhere_in_a_step(tmp_path: Path) -> None:
-    made = Trainer(small(device="cuda"), tmp_path, bar=False)
-    made.begin()
+    made = Trainer(small(device="cuda"), bar=False)
+    made.begin(tmp_path)
     assert isinstance(made.take_steps, GraphedSteps)
     made.epoch(1)  # warms up, captures
     examples, rates = made.train_examples, [2**-7] * made.steps_per_epoch

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from calcformer.cli import main
 from calcformer.config import PRESETS, RunConfig
@@ -132,19 +134,19 @@ def test_kill_within_a_checkpoint(name: str, moment: str, epoch: int, tmp_path: 
 
 
 def fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """Run a command that must fail; returns its one line."""
+    """Run a command that must fail; returns the one line that says why, the last one."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         main([str(word) for word in words])
-    error = capsys.readouterr().err
+    *others, error = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2
-    assert error.startswith("calcformer: error: ") and error.count("\n") == 1
+    assert error.startswith("calcformer: error: ") and not [line for line in others if "rror" in line]
     return error
 
 
 def flags() -> list[str]:
-    return [word for name, value in {**SMALL, "processes": 1}.items()
-            for word in (f"--{name.replace('_', '-')}", str(value))]
+    return ["--preset", "formula", *(word for name, value in {**SMALL, "processes": 1}.items()
+                                     for word in (f"--{name.replace('_', '-')}", str(value)))]
 
 
 @pytest.mark.parametrize("name", ["resume.safetensors", "model.safetensors", "metrics.jsonl"])
@@ -160,9 +162,8 @@ def test_full_disk_is_one_line_and_leaves_the_last_checkpoint(
         return whole_epoch(self, number)
 
     def open_file(self: Path, *arguments: Any, **options: Any) -> Any:
-        if full and name in self.name:
-            return opened(Path("/dev/full"), *arguments, **options)
-        return opened(self, *arguments, **options)
+        written = {"wb", "a"} & {*arguments, *options.values()}
+        return opened(Path("/dev/full") if full and written and name in self.name else self, *arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "epoch", epoch)
@@ -188,6 +189,48 @@ def test_disk_that_is_full_at_once_is_one_line(tmp_path: Path, monkeypatch: pyte
     assert f"{tmp_path / 'run' / 'resume.safetensors'}: {os.strerror(errno.EFBIG)}" in error
 
 
+@pytest.mark.parametrize(("code", "remedy"), [(errno.ENOSPC, "make room"), (errno.EDQUOT, "make room"),
+                                              (errno.EIO, "mend that")])
+def test_what_to_do_fits_what_went_wrong(code: int, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                         ) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(trainer.RunLog, "append", fail)
+    with pytest.raises(ValueError, match=f"{os.strerror(code)}; what was finished before is saved: {remedy}, then"):
+        train(small(), tmp_path / "run", bar=False)
+
+
+def test_run_folder_that_is_deleted_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole_measure = trainer.Trainer.measure
+
+    def measure(*arguments: Any, **options: Any) -> dict[str, Any]:
+        shutil.rmtree(tmp_path / "run")
+        return whole_measure(*arguments, **options)
+
+    monkeypatch.setattr(trainer.Trainer, "measure", measure)
+    with pytest.raises(ValueError, match="metrics.jsonl: No such file or directory; the run folder was moved or del"):
+        train(small(), tmp_path / "run", bar=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lost_weights_come_back(tmp_path: Path, whole: Callable[[str], tuple[Path, float]]) -> None:
+    shutil.copytree(whole("one process")[0], tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    resume(tmp_path / "run", bar=False)
+    assert_same_run(tmp_path / "run", whole("one process")[0])
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, whole: Callable[[str], tuple[Path, float]]) -> None:
+    shutil.copytree(whole("one process")[0], tmp_path / "run")
+    path = tmp_path / "run" / "model.safetensors"
+    weights = load_file(path)
+    next(iter(weights.values()))[0] = float("nan")
+    save_file(weights, path, {"epoch": "4"})
+    with pytest.raises(ValueError, match="model.safetensors holds numbers that are infinite or NaN; restore it with"):
+        load_run(tmp_path / "run")
+
+
 # Damaged files
 
 
@@ -203,6 +246,7 @@ def changed(section: str, **values: Any) -> Callable[[bytes], bytes]:
 DAMAGES = [
     ("model.safetensors", "evaluate", lambda content: random.Random(0).randbytes(len(content)), "is damaged"),
     ("model.safetensors", "evaluate", lambda content: content[:len(content) // 2], "is damaged"),
+    ("model.safetensors", "evaluate", None, "is missing"),
     ("resume.safetensors", "resume", lambda content: random.Random(0).randbytes(len(content)), "is damaged"),
     ("resume.safetensors", "resume", lambda content: content[:-1], "is damaged"),
     ("resume.safetensors", "resume", lambda content: b"", "is damaged"),
@@ -212,6 +256,12 @@ DAMAGES = [
     ("config.json", "evaluate", changed("", format=2), "not of format 1"),
     ("config.json", "resume", changed("model", flux=1), "from another version of calcformer"),
     ("config.json", "resume", changed("training", weight_decay=0.5), "does not fit the settings of its config.json"),
+    ("config.json", "resume", changed("training", epochs=3), "is of epoch 4 and .*config.json tells of 3"),
+    ("config.json", "evaluate", lambda content: b"[" * 100_000, "cannot be used .not JSON"),
+    ("config.json", "evaluate", changed("model", width=[64]), "width must be of type int, got .64"),
+    ("config.json", "evaluate", changed("model", width=2**63), "width must be 1 to 16384"),
+    ("config.json", "evaluate", changed("training", clip_norm=float("inf")), "clip_norm must be 0 to 1000000, got inf"),
+    ("config.json", "evaluate", changed("model", width=16_384, hidden=65_536, encoder_layers=100), "GB of memory"),
 ]
 
 
@@ -228,5 +278,8 @@ def test_damaged_files_are_one_line_that_names_file_and_remedy(
         path.write_bytes(damage(path.read_bytes()))
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     error = fails(capsys, *(["train", "--resume", folder] if command == "resume" else [command, folder]))
-    assert name in error and match in error and "train the run again" in error
+    if "memory" not in match:
+        remedy = f"train --resume {folder}" if name == "model.safetensors" else "train the run again"
+        assert name in error and remedy in error
+    assert re.search(match, error) and len(error) < 700
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

@@ -91,6 +91,14 @@ class Task(Protocol):
     def operands(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The problems numbered `index` (N,) in 0..size-1: a, b (N,) int64, and True (N,) where they are added."""
 
+    def write(self, a: torch.Tensor, b: torch.Tensor, plus: torch.Tensor) -> Examples:
+        """Problems as tokens, with their answers.
+
+        Args:
+            a, b: (N,) int64, the operands.
+            plus: (N,) bool, True = a+b, False = a-b.
+        """
+
     def encode(self, index: torch.Tensor) -> Examples:
         """The problems numbered `index` (N,) in 0..size-1."""
 
@@ -103,8 +111,14 @@ class Task(Protocol):
     def split(self) -> tuple[Examples, Examples]:
         """Training and held-out examples; where problems are fresh, those of one epoch."""
 
-    def encode_question(self, text: str) -> list[int]:
-        """The ids of a problem typed by a user; InputError where the model cannot know it."""
+    def read_question(self, text: str) -> tuple[int, int, bool]:
+        """A problem typed by a user: a, b, and True for a+b; InputError where the model cannot know it."""
+
+    def question(self, a: int, b: int, plus: bool) -> str:
+        """A problem as a user types it."""
+
+    def right_answer(self, a: int, b: int, plus: bool) -> str:
+        """What arithmetic says, as `decode_answer` writes it."""
 
     def decode_answer(self, ids: list[int]) -> str:
         """The answer as text."""

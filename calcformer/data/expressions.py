@@ -10,7 +10,7 @@ import torch
 
 from calcformer.data.examples import Examples, held_out_side
 from calcformer.data.vocab import EXPRESSION, Vocabulary
-from calcformer.errors import InputError
+from calcformer.errors import InputError, shown
 
 __all__ = ["EXPRESSIONS", "ExpressionTask", "encode_expressions", "expression_text", "generate_expressions"]
 
@@ -112,6 +112,10 @@ class ExpressionTask:
         """The expressions numbered `index` (N,) in 0..size-1: a, b (N,) int64 and add (N,) bool."""
         return operands(index)
 
+    def write(self, a: torch.Tensor, b: torch.Tensor, plus: torch.Tensor) -> Examples:
+        """Expressions as tokens: a, b (N,) int64 and plus (N,) bool, True where they are added."""
+        return encode_expressions(((a + LIMIT) * VALUES + b + LIMIT) * 2 + ~plus)
+
     def encode(self, index: torch.Tensor) -> Examples:
         """The expressions numbered `index` (N,) in 0..size-1."""
         return encode_expressions(index)
@@ -149,26 +153,38 @@ class ExpressionTask:
         chosen, held_out = self._split_index()
         return encode_expressions(chosen), encode_expressions(held_out)
 
-    def encode_question(self, text: str) -> list[int]:
-        """The ids of a typed expression, with or without BOS and EOS; InputError where it is not one."""
-        tokens = tokenize(text)
+    def read_question(self, text: str) -> tuple[int, int, bool]:
+        """A typed expression, with or without BOS and EOS: a, b, and True for an addition.
+
+        Raises:
+            InputError: it is not one.
+        """
+        tokens, expression = tokenize(text), f"expression {shown(text.strip())}"
         for token in tokens:
             if token not in EXPRESSION.tokens:
-                raise InputError(f"expression {text.strip()!r}: {token!r} is not a word this run knows; the words are "
+                raise InputError(f"{expression}: {shown(token)} is not a word this run knows; the words are "
                                  "POSITIVE NEGATIVE add subtract BOS EOS and numbers of two digits")
         inner = tokens[tokens[:1] == ["BOS"]:len(tokens) - (tokens[-1:] == ["EOS"])]
         signs, digits = ("POSITIVE", "NEGATIVE"), "0123456789"
         form = (signs, digits, digits, OPERATORS, signs, digits, digits)
         if len(inner) != len(form) or any(token not in allowed for token, allowed in zip(inner, form)):
-            raise InputError(f"expression {text.strip()!r} is not of the form SIGN NUMBER OPERATOR SIGN NUMBER with "
+            raise InputError(f"{expression} is not of the form SIGN NUMBER OPERATOR SIGN NUMBER with "
                              "two digits a number, such as NEGATIVE 30 subtract NEGATIVE 34")
+        numbers = []
         for sign, tens, ones in (inner[:3], inner[4:]):
             if int(tens + ones) > LIMIT:
-                raise InputError(f"expression {text.strip()!r}: {tens + ones} is larger than this run was trained "
+                raise InputError(f"{expression}: {tens + ones} is larger than this run was trained "
                                  f"for, numbers up to {LIMIT}")
             if sign == "NEGATIVE" and tens + ones == "00":
-                raise InputError(f"expression {text.strip()!r}: zero is written POSITIVE 00")
-        return EXPRESSION.encode(["BOS", *inner, "EOS"])
+                raise InputError(f"{expression}: zero is written POSITIVE 00")
+            numbers.append(int(tens + ones) * (-1 if sign == "NEGATIVE" else 1))
+        return numbers[0], numbers[1], inner[3] == "add"
+
+    def question(self, a: int, b: int, plus: bool) -> str:
+        return expression_text(a, b, "add" if plus else "subtract")[0].removeprefix("BOS ").removesuffix(" EOS")
+
+    def right_answer(self, a: int, b: int, plus: bool) -> str:
+        return number_text(a + b if plus else a - b)
 
     def decode_answer(self, ids: list[int]) -> str:
         tokens = EXPRESSION.decode_until_eos(ids)

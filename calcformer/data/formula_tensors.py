@@ -13,6 +13,8 @@ from calcformer.errors import InputError
 
 __all__ = ["FormulaForm", "draw_operands", "generate_formulas"]
 
+MOST_COUNTED = 1 << 17  # formulas of which it is counted how many a split leaves
+MOST_DRAWN = 10**8  # formulas, to find those wanted of a split
 CACHED_ROWS = 1 << 14  # drawn at once on a CPU, so that intermediate tensors stay in its cache
 REPORT_SOURCE_LENGTH, REPORT_TARGET_LENGTH = 9, 6  # what `truncate` cuts to; the target begins with <bos>
 PAD, EOS, BOS, MINUS, PLUS, ZERO = (FORMULA.id(token) for token in ("<pad>", "<eos>", "<bos>", "-", "+", "0"))
@@ -96,6 +98,16 @@ class FormulaForm:
     def target_length(self) -> int:
         """Tokens of the longest target: <bos>, sign, digits, <eos>."""
         return min(self.complexity + 4, REPORT_TARGET_LENGTH) if self.truncate else self.complexity + 4
+
+    def held_out(self, index: torch.Tensor, fraction: float, seed: int) -> torch.Tensor:
+        """Which of the formulas numbered `index` (N,) a split of fresh ones holds out: (N,) bool, see `held_out_side`.
+
+        Never the corners, whose operands both have the largest magnitude, 10^c. Nothing else shows what to say there:
+        every other X-1000 is negative, and no other answer begins with a 2.
+        """
+        corners = [(a, self.limit, plus) for a in {self.limit, max(-self.limit, self.lowest)} for plus in (0, 1)]
+        kept = self.index(*torch.tensor(corners, device=index.device).unbind(dim=1))
+        return held_out_side(index, fraction, seed) & ~torch.isin(index, kept)
 
     def index(self, a: torch.Tensor, b: torch.Tensor, plus: torch.Tensor) -> torch.Tensor:
         """The number of each formula, (N,) int64 in 0..size-1; from complexity 10 on modulo 2^64."""
@@ -210,8 +222,12 @@ def generate_formulas(form: FormulaForm, count: int, generator: torch.Generator,
     """
     device = generator.device
     share = 1.0 if held_out is None else fraction if held_out else 1 - fraction
-    if share <= 0:
-        raise InputError(f"no formulas are left on this side: held_out={held_out} with fraction {fraction}")
+    if held_out is not None and form.size <= MOST_COUNTED:
+        share = float((form.held_out(torch.arange(form.size), fraction, seed) == held_out).double().mean())
+    if share <= 0 or count / share > MOST_DRAWN:
+        raise InputError(f"held_out {fraction:g} of the {form.size:,} formulas of complexity {form.complexity} leaves "
+                         f"too few to {'hold out' if held_out else 'train on'}: {count:,} are not found in "
+                         f"{MOST_DRAWN:,} draws; change --held-out, or raise --complexity")
     lengths = form.source_length, form.target_length
     examples = Examples(*(torch.empty(count, length, dtype=torch.long, device=device) for length in lengths))
     start = 0
@@ -220,7 +236,7 @@ def generate_formulas(form: FormulaForm, count: int, generator: torch.Generator,
         draws = missing if held_out is None else min(int(missing / share * 1.05) + 64, 16 * missing + 64)
         a, b, plus = draw_operands(form, draws, generator, sampling)
         if held_out is not None:
-            chosen = held_out_side(form.index(a, b, plus), fraction, seed) == held_out
+            chosen = form.held_out(form.index(a, b, plus), fraction, seed) == held_out
             a, b, plus = a[chosen], b[chosen], plus[chosen]
         part = form.encode(a[:missing], b[:missing], plus[:missing])
         examples.source[start:start + len(part)] = part.source

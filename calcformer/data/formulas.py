@@ -8,10 +8,10 @@ from functools import cached_property
 
 import torch
 
-from calcformer.data.examples import Examples, held_out_side
+from calcformer.data.examples import Examples
 from calcformer.data.formula_tensors import FormulaForm, Operands, generate_formulas
 from calcformer.data.vocab import FORMULA, Vocabulary
-from calcformer.errors import InputError
+from calcformer.errors import InputError, shown
 
 __all__ = ["FormulaTask", "random_formula"]
 
@@ -73,14 +73,18 @@ class FormulaTask:
         """The formulas numbered `index` (N,) in 0..size-1: a, b (N,) int64 and plus (N,) bool."""
         return self.form.operands(index)
 
+    def write(self, a: torch.Tensor, b: torch.Tensor, plus: torch.Tensor) -> Examples:
+        """Formulas as tokens, see `FormulaForm.encode`."""
+        return self.form.encode(a, b, plus)
+
     def encode(self, index: torch.Tensor) -> Examples:
         """The formulas numbered `index` (N,) in 0..size-1."""
-        return self.form.encode(*self.operands(index))
+        return self.write(*self.operands(index))
 
     def trained_on(self, index: torch.Tensor) -> torch.Tensor:
         """Which of the formulas numbered `index` (N,) may have been in training: (N,) bool."""
         if self.fresh:
-            return ~held_out_side(index, self.held_out, self.seed)
+            return ~self.form.held_out(index, self.held_out, self.seed)
         return torch.isin(index, self._train_index.to(index.device))
 
     @cached_property
@@ -123,27 +127,33 @@ class FormulaTask:
                 valid.append(drawn)
         return self.form.encode(*self._columns(train)), self.form.encode(*self._columns(valid))
 
-    def encode_question(self, text: str) -> list[int]:
-        """The ids of a typed formula; InputError where the model cannot know it."""
-        formula = "".join(text.split())
+    def read_question(self, text: str) -> tuple[int, int, bool]:
+        """A typed formula, such as "-940 - 819": a, b, and True for a+b; InputError where the model cannot know it."""
+        formula = text.strip()
         for place, character in enumerate(formula, start=1):
-            if character not in "+-0123456789":
-                raise InputError(f"formula {text.strip()!r}: {character!r} at place {place} is not a digit, + or -")
-        match = re.fullmatch(r"(-?[0-9]+)([+-])([0-9]+)", formula)
+            if character not in "+-0123456789" and not character.isspace():
+                raise InputError(f"formula {shown(formula)}: {character!r} at place {place} is not a digit, + or -")
+        match = re.fullmatch(r"(-?)\s*([0-9]+)\s*([+-])\s*([0-9]+)", formula)
         if match is None:
-            raise InputError(f"formula {text.strip()!r} is not of the form NUMBER+NUMBER or NUMBER-NUMBER, "
+            raise InputError(f"formula {shown(formula)} is not of the form NUMBER+NUMBER or NUMBER-NUMBER, "
                              "such as 649+864 or -940-819")
+        digits = [number.lstrip("0") or "0" for number in (match[2], match[4])]
         limit = self.form.limit
-        for number in match[1], match[3]:
-            if len(number.lstrip("-").lstrip("0")) > self.form.complexity + 1 or abs(int(number)) > limit:
-                raise InputError(f"formula {text.strip()!r}: {number} is longer than this run was trained for, numbers "
-                                 f"up to {limit}; train with a larger --complexity")
-        a, b = int(match[1]), int(match[3])
-        if a < 0 and not self.form.signed:
-            raise InputError(f"formula {text.strip()!r}: this run was trained without negative numbers; "
+        for number in digits:
+            if len(number) > self.form.complexity + 1 or int(number) > limit:
+                raise InputError(f"formula {shown(formula)}: {shown(number)} is more than {limit}, the largest number "
+                                 "this run was trained for; train with a larger --complexity")
+        a, b = (int(number) for number in digits)
+        if match[1] and a > 0 and not self.form.signed:
+            raise InputError(f"formula {shown(formula)}: this run was trained without negative numbers; "
                              "train with --signed")
-        examples = self.form.encode(torch.tensor([a]), torch.tensor([b]), torch.tensor([match[2] == "+"]))
-        return [token for token in examples.source[0].tolist() if token != FORMULA.pad_id]
+        return -a if match[1] else a, b, match[3] == "+"
+
+    def question(self, a: int, b: int, plus: bool) -> str:
+        return f"{a}{'+' if plus else '-'}{b}"
+
+    def right_answer(self, a: int, b: int, plus: bool) -> str:
+        return str(a + b if plus else a - b)
 
     def decode_answer(self, ids: list[int]) -> str:
         return self.form.read_answer(ids)

@@ -17,12 +17,13 @@ from calcformer.build import build_model, build_task
 from calcformer.config import RunConfig
 from calcformer.data import Task
 from calcformer.errors import InputError
+from calcformer.memory import check_memory, memory_to_answer
 from calcformer.model import EncoderDecoder
-from calcformer.training.files import write_atomically
+from calcformer.files import write_atomically
 from calcformer.training.optimizer import trained_parameters
 
 __all__ = ["RunError", "finished_epochs", "load_resume_state", "load_run", "read_config", "save_checkpoint",
-           "save_weights"]
+           "save_weights", "saved_epoch"]
 
 CONFIG, MODEL, RESUME, METRICS = "config.json", "model.safetensors", "resume.safetensors", "metrics.jsonl"
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -52,21 +53,39 @@ def save_weights(folder: Path, model: nn.Module, epoch: int) -> None:
     write_atomically(folder / MODEL, save(_weights(model), {"epoch": str(epoch)}))
 
 
+def _remedy(path: Path) -> str:
+    """What to do about a file that is missing or damaged."""
+    if path.name == MODEL and finished_epochs(path.parent) is not None:
+        return f"restore it with: calcformer train --resume {path.parent}"
+    return "train the run again or give another one"
+
+
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], int]:
     """The tensors of a file and the epoch they are from."""
     if not path.is_file():
-        raise RunError(f"{path} is missing; train the run again or give another one")
+        raise RunError(f"{path} is missing; {_remedy(path)}")
     try:
         with safe_open(path, framework="pt") as file:
             epoch = int((file.metadata() or {})["epoch"])
             return {name: file.get_tensor(name) for name in file.keys()}, epoch
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise RunError(f"{path} is damaged ({reason}); train the run again or give another one") from None
+        raise RunError(f"{path} is damaged ({reason}); {_remedy(path)}") from None
+
+
+def saved_epoch(path: Path) -> int | None:
+    """The epoch that a file of tensors is from; None where it cannot be read. Reads the file's head only."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return int((file.metadata() or {})["epoch"])
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return None
 
 
 def _fill(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
     """Copy weights into a model, all or none."""
+    if not all(bool(value.isfinite().all()) for value in weights.values()):
+        raise RunError(f"{path} holds numbers that are infinite or NaN; {_remedy(path)}")
     parameters = dict(model.named_parameters())
     wrong = sorted(parameters.keys() ^ weights.keys()) or sorted(
         name for name, parameter in parameters.items() if parameter.shape != weights[name].shape)
@@ -98,6 +117,7 @@ def load_run(folder: Path, device: torch.device | str = "cpu"
     """Settings, task, trained model in evaluation mode, and the epoch its weights are from."""
     config = read_config(folder)
     task = build_task(config.data)
+    check_memory(memory_to_answer(config), torch.device(device))
     weights, epoch = _read_tensors(folder / MODEL)
     with torch.random.fork_rng(devices=[]):
         model = build_model(config.model, task)

@@ -8,7 +8,7 @@ from calcformer.config import TrainingConfig
 from calcformer.errors import InputError
 from calcformer.training.torchrun import torchrun_place
 
-__all__ = ["count_processes", "pick_device"]
+__all__ = ["check_cores", "count_cores", "count_processes", "pick_device"]
 
 
 def pick_device(name: str) -> torch.device:
@@ -30,13 +30,31 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def count_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_cores(processes: int, flag: str, threads: int = 1) -> None:
+    """InputError where as many processes, of so many threads, would take turns on a core: that only makes all slow."""
+    cores = count_cores()
+    if processes * threads > cores:
+        raise InputError(f"this would keep {processes * threads} CPU cores busy and there are {cores}; "
+                         f"lower {flag}{' or --threads' if threads > 1 else ''}")
+
+
 def count_processes(config: TrainingConfig, device: torch.device) -> int:
-    """How many processes train: as many as torchrun started, else one on a GPU, else as many as the settings say."""
-    place = torchrun_place()
+    """How many processes train: as many as torchrun started, else one on a GPU, else as many as the settings say.
+
+    Raises:
+        InputError: the settings say more than there are cores for, or than the system can do.
+    """
+    place, threads = torchrun_place(), config.threads or 1
     if place is not None:
         return place.size
     if device.type == "cuda":
         return 1
     if config.processes > 1 and os.name != "posix":
         raise InputError("several processes share memory as Linux and macOS do it; use --processes 1")
-    return config.processes
+    check_cores(config.processes or 1, "--processes", threads)
+    return config.processes or (2 if os.name == "posix" and 2 * threads <= count_cores() else 1)

@@ -1,19 +1,23 @@
 """Training: from a configuration to a run folder."""
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
 
 from calcformer.config import RunConfig
 from calcformer.errors import InputError
+from calcformer.interrupt import Stopped
+from calcformer.memory import check_memory, memory_to_train
 from calcformer.training.board import require_tensorboard
-from calcformer.training.checkpoint import load_resume_state, read_config
-from calcformer.training.device import count_processes, pick_device
-from calcformer.training.files import hold
-from calcformer.training.team import Team, TeamLost
+from calcformer.training.checkpoint import finished_epochs, load_resume_state, read_config
+from calcformer.training.device import count_cores, count_processes, pick_device
+from calcformer.files import hold, new_folder
+from calcformer.training.team import Team, TeamLost, join_team
 from calcformer.training.torchrun import find_folder, join_torchrun, torchrun_place
 from calcformer.training.trainer import Trainer
 
@@ -24,11 +28,17 @@ def follow(folder: Path, team: Team) -> None:
     """Train the epochs that are left of the run in `folder` beside rank 0, which writes it."""
     config = read_config(folder)
     torch.set_num_threads(config.training.threads or 1)
-    trainer = Trainer(config, folder, bar=False, team=team)
+    trainer = Trainer(config, bar=False, team=team)
     finished = load_resume_state(folder, trainer.model, trainer.optimizer)
     team.meet()
     for epoch in range(finished + 1, config.training.epochs + 1):
         trainer.epoch(epoch)
+
+
+def work(_: "SimpleQueue[str]", folder: str, *place: str) -> None:
+    """The work of one of the other processes that `start_team` starts."""
+    with suppress(InputError, TeamLost):  # rank 0 says it, or is gone
+        follow(Path(folder), join_team(*map(int, place)))
 
 
 def _follow_torchrun() -> None:
@@ -60,45 +70,49 @@ def _name_compiler(is_wanted: bool) -> Iterator[None]:
         raise InputError(f"torch.compile does not work here ({reason}); leave out --compile") from None
 
 
-def _run(config: RunConfig, folder: Path, bar: bool | None, continued: bool) -> dict[str, Any]:
+def _run(config: RunConfig, claimed: AbstractContextManager[Path], bar: bool | None, continued: bool
+         ) -> dict[str, Any]:
+    """Check all that can be checked, then take the folder, and only then write."""
     device = pick_device(config.training.device)
-    config = config.with_settings({"processes": count_processes(config.training, device)})
+    processes = count_processes(config.training, device)
+    check_memory(memory_to_train(config, 1 if torchrun_place() else processes), device)
+    config = config.with_settings({"processes": processes})
     if config.training.tensorboard:
         require_tensorboard()
     threads = torch.get_num_threads()
     torch.set_num_threads(config.training.threads or 1)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            trainer = Trainer(config, folder, bar)
-            folder.mkdir(parents=True, exist_ok=True)
-            with hold(folder), _name_compiler(config.training.compile):
-                finished = trainer.load() if continued else trainer.begin()
-                with trainer.start_team() as trainer.team:
-                    return trainer.run(finished)
+            trainer = Trainer(config, bar)
+            with claimed as folder, _name_compiler(config.training.compile):
+                finished = trainer.load(folder) if continued else trainer.begin(folder)
+                try:
+                    with trainer.start_team() as trainer.team:
+                        return {"run": str(folder), **trainer.run(finished)}
+                except KeyboardInterrupt:
+                    raise Stopped(folder, finished_epochs(folder) or 0) from None
     finally:
         torch.set_num_threads(threads)
 
 
-def train(config: RunConfig, out: Path | str, bar: bool | None = None) -> dict[str, Any]:
+def train(config: RunConfig, out: Path | str | None = None, bar: bool | None = None) -> dict[str, Any]:
     """Train a model and write it, epoch by epoch, to the folder `out`.
 
     Args:
         config: all settings. On a CPU they decide every number: the same settings give the same run.
-        out: a folder that does not exist or is empty.
+        out: a folder that does not exist or is empty; None for runs/PRESET-N with the first N that is free.
         bar: True draws a progress bar, False does not, None draws one on a terminal.
 
     Returns:
-        The last line of metrics.jsonl: loss, token_accuracy, valid_loss, valid_token_accuracy, exact_match, ...
-        Under torchrun only in rank 0: the other processes train beside it and end.
+        The last line of metrics.jsonl: loss, token_accuracy, valid_loss, valid_token_accuracy, exact_match, ...; and
+        the folder as "run". Under torchrun only in rank 0: the other processes train beside it and end.
 
     Raises:
         InputError: a setting that cannot be used here, or a folder with something in it; nothing is written then.
+        Stopped: Ctrl-C, or SIGTERM where the command is run.
     """
     _follow_torchrun()
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} already exists; give --out another name, or continue it with --resume {folder}")
-    return _run(config, folder, bar, continued=False)
+    return _run(config, new_folder(None if out is None else Path(out), config.preset), bar, continued=False)
 
 
 def resume(folder: Path | str, bar: bool | None = None) -> dict[str, Any]:
@@ -109,4 +123,10 @@ def resume(folder: Path | str, bar: bool | None = None) -> dict[str, Any]:
     """
     _follow_torchrun()
     folder = Path(folder)
-    return _run(read_config(folder), folder, bar, continued=True)
+    config = read_config(folder)
+    cores = max(1, count_cores() // (config.training.threads or 1))
+    if config.training.processes > cores and torchrun_place() is None:
+        print(f"{folder}: {config.training.processes} processes trained it, {cores} continue it: there are no more "
+              "CPU cores here", file=sys.stderr)
+        config = config.with_settings({"processes": cores})
+    return _run(config, hold(folder), bar, continued=True)

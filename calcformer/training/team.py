@@ -1,6 +1,6 @@
 """Several processes of one machine that share every step: each takes a part of the batch, and the gradients are summed.
 
-Rank 0 is the process that was started and writes the run folder; it starts the others, `calcformer.training.worker`.
+Rank 0 is the process that was started and writes the run folder; it starts the others (calcformer/worker.py).
 They read the folder, repeat its steps on their own parts of the same batches, and end when rank 0 does.
 """
 
@@ -9,8 +9,6 @@ from __future__ import annotations
 import mmap
 import os
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from pathlib import Path
 import torch
 
 from calcformer.errors import InputError
+from calcformer.worker import start_worker
 
 __all__ = ["Team", "TeamLost", "join_team", "name_lost", "start_team"]
 
@@ -132,17 +131,14 @@ def start_team(folder: Path, size: int, length: int) -> Iterator[Team]:
         place = "/dev/shm" if os.path.isdir("/dev/shm") else None
         file = stack.enter_context(tempfile.TemporaryFile(dir=place))
         file.truncate(2 * size * length * torch.float32.itemsize)
-        sockets, workers = [], []
+        sockets = []
         for rank in range(1, size):
             ours, theirs = socket.socketpair()
             sockets.append(stack.enter_context(ours))
             with theirs:
                 shared = theirs.fileno(), file.fileno()
-                worker = subprocess.Popen(
-                    [sys.executable, "-m", "calcformer.training.worker", str(folder), *map(str, (rank, size, *shared))],
-                    pass_fds=shared, start_new_session=True)  # its own session: Ctrl-C is for rank 0 alone
-            workers.append(worker)
-            stack.callback(worker.wait)
+                worker = stack.enter_context(
+                    start_worker("calcformer.training.loop", folder, rank, size, *shared, pass_fds=shared))
             stack.callback(worker.kill)
         team = SharedMemoryTeam(0, _map_memory(file.fileno(), size), sockets)
         with name_lost(folder):

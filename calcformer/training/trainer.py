@@ -1,10 +1,11 @@
 """The epochs of a run."""
 
+import errno
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from calcformer.build import build_model, build_task
 from calcformer.config import RunConfig
 from calcformer.data import Examples
 from calcformer.errors import InputError
+from calcformer.interrupt import interruptible
 from calcformer.plots import save_curve
 from calcformer.training.board import Board
-from calcformer.training.checkpoint import CONFIG, METRICS, load_resume_state, save_checkpoint, save_weights
+from calcformer.training.checkpoint import (CONFIG, METRICS, RESUME, RunError, load_resume_state, save_checkpoint,
+                                            save_weights)
 from calcformer.training.cuda_graph import CudaRecorder, GraphedSteps
 from calcformer.training.device import pick_device
-from calcformer.training.files import write_atomically
-from calcformer.training.interrupt import interruptible
+from calcformer.files import write_atomically
 from calcformer.training.metrics import Totals, count_labels, evaluate, exact_match, token_loss
 from calcformer.training.optimizer import build_optimizer, learning_rate, trained_parameters
 from calcformer.training.run_log import RunLog
@@ -31,6 +33,8 @@ from calcformer.training.torchrun import lead_torchrun, torchrun_place
 
 __all__ = ["Trainer", "epoch_seed"]
 
+MEASURED = {"valid_loss", "valid_token_accuracy", "exact_match"}
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk
 QUIET_SECONDS = 5.0  # between lines where there is no terminal to draw a bar on
 BAR_SECONDS = 0.2  # between updates of the bar, which wait for the device
 
@@ -40,13 +44,30 @@ def epoch_seed(seed: int, epoch: int) -> int:
     return (seed * 1_000_003 + epoch) % 2**63
 
 
+class Curve:
+    """curve.png of a run, drawn after an epoch unless drawing would take more than a twentieth of the time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.next_time = time.monotonic() + QUIET_SECONDS
+
+    def draw(self, at_once: bool = False) -> None:
+        started = time.monotonic()
+        entries = RunLog(self.folder / METRICS).read()
+        if entries and (at_once or started > self.next_time):
+            save_curve(entries, str(self.folder), self.folder / "curve.png")
+            finished = time.monotonic()
+            self.next_time = finished + 20 * (finished - started)
+
+
 class Trainer:
     """The state of one training run."""
 
-    def __init__(self, config: RunConfig, folder: Path, bar: bool | None, team: Team | None = None) -> None:
+    folder: Path
+
+    def __init__(self, config: RunConfig, bar: bool | None, team: Team | None = None) -> None:
         self.config = config
         self.team = team or Team()
-        self.folder = folder
         self.device = pick_device(config.training.device)
         self.task = build_task(config.data)
         train, valid = self.task.split()
@@ -58,23 +79,32 @@ class Trainer:
         self.optimizer, self.gradient = build_optimizer(self.model, config.training)
         self.totals = Totals(self.task.vocabulary.pad_id, self.device)
         self.steps_per_epoch = math.ceil(len(train) / config.training.batch_size)
-        self.log = RunLog(folder / METRICS)
         self.want_bar = bar
         self.bar = tqdm(disable=True)
         self.last_shown = 0.0
+        self.measured: dict[str, str] = {}
         self.check_interrupt: Callable[[], None] = lambda: None
         self.board: Board | None = None
 
-    def begin(self) -> int:
-        """Write the run folder as it is before the first epoch; returns 0, the epochs finished."""
-        write_atomically(self.folder / CONFIG, self.config.to_json().encode())
-        save_checkpoint(self.folder, self.model, self.optimizer, 0)
+    @property
+    def log(self) -> RunLog:
+        return RunLog(self.folder / METRICS)
+
+    def begin(self, folder: Path) -> int:
+        """Write a run folder as it is before the first epoch; returns 0, the epochs finished."""
+        self.folder = folder
+        write_atomically(folder / CONFIG, self.config.to_json().encode())
+        save_checkpoint(folder, self.model, self.optimizer, 0)
         return 0
 
-    def load(self) -> int:
-        """Go back to the last checkpoint; returns the epochs finished."""
-        finished = load_resume_state(self.folder, self.model, self.optimizer)
-        save_weights(self.folder, self.model, finished)  # a kill may have come between the two files of a checkpoint
+    def load(self, folder: Path) -> int:
+        """Go back to the last checkpoint in a run folder; returns the epochs finished."""
+        self.folder = folder
+        finished = load_resume_state(folder, self.model, self.optimizer)
+        if finished > self.config.training.epochs:
+            raise RunError(f"{folder / RESUME} is of epoch {finished} and {folder / CONFIG} tells of "
+                           f"{self.config.training.epochs}; train the run again or give another one")
+        save_weights(folder, self.model, finished)  # a kill may have come between the two files of a checkpoint
         return finished
 
     def start_team(self) -> AbstractContextManager[Team]:
@@ -126,7 +156,7 @@ class Trainer:
 
     def epoch(self, epoch: int) -> dict[str, Any]:
         """Train one epoch, numbered from 1, and validate; returns its line of the log."""
-        training, pad_id = self.config.training, self.task.vocabulary.pad_id
+        training = self.config.training
         started = time.perf_counter()
         torch.manual_seed(epoch_seed(training.seed, epoch))
         if self.task.fresh:
@@ -139,32 +169,57 @@ class Trainer:
         rates = [learning_rate(first + step, steps, training) for step in range(self.steps_per_epoch)]
         self.totals.sums.zero_()
         self.model.train()
-        self.bar.set_description(f"epoch {epoch}/{training.epochs}", refresh=False)
+        self.epoch_name = f"epoch {epoch}/{training.epochs}"
         for count in self.take_steps(self.train_examples.select(order), rates):
             self._show(count)
             self.check_interrupt()
         self.team.sum_(self.totals.sums)
         loss, accuracy = self.totals.result()
-        if not math.isfinite(loss):
-            raise InputError(f"the loss became {loss} in epoch {epoch}; lower --learning-rate or set --clip-norm")
         seconds = time.perf_counter() - started
         entry = {"epoch": epoch, "loss": loss, "token_accuracy": accuracy, "learning_rate": rates[-1]}
         last = epoch == training.epochs
-        if last or epoch % training.valid_every == 0:
-            score = evaluate(self.model, self.valid_examples, pad_id, team=self.team)
-            entry |= {"valid_loss": score.loss, "valid_token_accuracy": score.token_accuracy}
-        if last or (training.exact_match_every and epoch % training.exact_match_every == 0):
-            entry["exact_match"] = exact_match(self.model, self.valid_examples, self.task, team=self.team)
+        self.bar.set_postfix_str("measuring")
+        entry |= self.measure(
+            self.team, validation=last or epoch % training.valid_every == 0,
+            answers=last or (training.exact_match_every > 0 and epoch % training.exact_match_every == 0))
+        self._check_finite(entry)
+        self._show_measured(entry)
         return entry | {"seconds": round(seconds, 4), "examples_per_second": round(len(order) / seconds, 1)}
 
+    def measure(self, team: Team, validation: bool = True, answers: bool = True) -> dict[str, Any]:
+        """What an entry of the log says of the held-out problems."""
+        entry: dict[str, Any] = {}
+        if validation:
+            score = evaluate(self.model, self.valid_examples, self.task.vocabulary.pad_id, team=team)
+            entry |= {"valid_loss": score.loss, "valid_token_accuracy": score.token_accuracy}
+        if answers:
+            entry["exact_match"] = exact_match(self.model, self.valid_examples, self.task, team=team)
+        return entry
+
+    def _check_finite(self, entry: dict[str, Any]) -> None:
+        """InputError where weights or losses are no numbers any more, which the epoch before is then kept from."""
+        lost = [name.replace("_", " ") for name, value in entry.items() if not math.isfinite(value)]
+        if not all(bool(parameter.isfinite().all()) for parameter in trained_parameters(self.optimizer)):
+            lost.append("weights")
+        if lost:
+            raise InputError(f"the {' and '.join(lost)} became infinite or NaN in epoch {entry['epoch']}, which is not "
+                             "saved; lower --learning-rate or --weight-decay, or set --clip-norm, and train again")
+
     def _show(self, count: int) -> None:
+        """Draw the bar after `count` examples. The loss stands at its left end, which a narrow terminal shows too."""
         if self.bar.disable:
             return
         if time.perf_counter() - self.last_shown > BAR_SECONDS:
             self.last_shown = time.perf_counter()
             loss, accuracy = self.totals.result()
-            self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.4f}", refresh=False)
+            self.bar.set_description(f"{self.epoch_name} loss {loss:.4f} accuracy {accuracy:.4f}", refresh=False)
         self.bar.update(count)
+
+    def _show_measured(self, entry: dict[str, Any]) -> None:
+        """Show the newest figures of the held-out problems at the bar's right end."""
+        names = {"valid_loss": "valid loss", "valid_token_accuracy": "accuracy", "exact_match": "exact match"}
+        self.measured |= {name: f"{label} {entry[name]:.4f}" for name, label in names.items() if name in entry}
+        self.bar.set_postfix_str(", ".join(self.measured.values()))
 
     def _say(self, entry: dict[str, Any]) -> None:
         """A line to stderr now and then, where there is no bar."""
@@ -183,13 +238,21 @@ class Trainer:
             if self.board is not None:
                 self.board.add(entry)
             save_checkpoint(self.folder, self.model, self.optimizer, entry["epoch"])
+            self.curve.draw()
         except OSError as error:
-            raise InputError(f"{error.filename or self.folder}: {error.strerror or error}; the epoch before is saved: "
-                             f"make room, then continue with: calcformer train --resume {self.folder}") from None
+            what = f"{error.filename or self.folder}: {error.strerror or error}"
+            if not (self.folder / RESUME).exists():
+                raise InputError(f"{what}; the run folder was moved or deleted while it was trained: continue it where "
+                                 "it is now, or train again") from None
+            remedy = "make room" if error.errno in FULL else "mend that"
+            raise InputError(f"{what}; what was finished before is saved: {remedy}, then continue with: "
+                             f"calcformer train --resume {self.folder}") from None
 
     def run(self, finished: int) -> dict[str, Any]:
         """Train the epochs after `finished`; returns the last line of the log."""
         self.log.rewind(finished)
+        self.curve = Curve(self.folder)
+        self._introduce(finished)
         size = len(self.train_examples)
         self.bar = tqdm(total=self.config.training.epochs * size, initial=finished * size, unit="ex", unit_scale=True,
                         dynamic_ncols=True, disable=None if self.want_bar is None else not self.want_bar)
@@ -201,12 +264,26 @@ class Trainer:
                     entry = self.epoch(epoch)
                     self._write(entry)
                     self._say(entry)
+        except BaseException:
+            with suppress(OSError):  # what was raised matters more
+                self.curve.draw(at_once=True)
+            raise
         finally:
             self.bar.close()
             if self.board is not None:
                 self.board.close()
-        entries = self.log.read()
-        if not entries or entries[-1]["epoch"] != self.config.training.epochs:
-            raise InputError(f"{self.log.path} is damaged: it does not reach the last epoch; train the run again")
-        save_curve(entries, self.folder / "curve.png")
-        return entries[-1]
+        self.curve.draw(at_once=True)
+        last = next(iter(self.log.read()[-1:]), {})
+        if last.get("epoch") != self.config.training.epochs or not last.keys() >= MEASURED:
+            last = {"epoch": self.config.training.epochs, **self.measure(Team())}  # the log was lost, the weights not
+            self.log.append(last)
+        return last
+
+    def _introduce(self, finished: int) -> None:
+        """A line to stderr: what is trained, and where to."""
+        data, training = self.config.data, self.config.training
+        again = f", {finished} of {training.epochs} epochs done" if finished else ""
+        print(f"{self.folder}: {len(self.gradient.vector):,} parameters; {data.train_size:,} "
+              f"{'fresh ' if data.fresh else ''}{data.task}s an epoch, {len(self.valid_examples):,} held out; "
+              f"{self.device}, {self.team.size} process{'es' if self.team.size > 1 else ''}{again}",
+              file=sys.stderr, flush=True)

@@ -1,9 +1,11 @@
 """Writing files so that a kill at any moment leaves either the old file or the new one, and nobody writes between."""
 
+import errno
+import itertools
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from calcformer.errors import InputError
@@ -13,20 +15,20 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["hold", "write_atomically"]
+__all__ = ["hold", "new_folder", "write_atomically"]
 
 PATIENCE = 5.0  # seconds; a process that was killed may hold a folder for a moment yet
 
 
 @contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def hold(folder: Path) -> Iterator[Path]:
     """Keep other processes that ask by this function from the folder. The end of the process frees it in any case.
 
     Raises:
         InputError: another process holds it.
     """
     if fcntl is None:
-        yield
+        yield folder
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -41,9 +43,51 @@ def hold(folder: Path) -> Iterator[None]:
                 time.sleep(0.05)
             except OSError:  # a file system without locks
                 break
-        yield
+        if not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))  # made anew meanwhile
+        yield folder
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def new_folder(out: Path | None, name: str) -> Iterator[Path]:
+    """Make a folder and hold it: `out`, or else runs/NAME-N with the first N that is free.
+
+    Two processes never get the same one: who finds it made, or no longer empty, takes the next number or is told. It is
+    gone again where nothing was written to it.
+
+    Raises:
+        InputError: `out` is a file, a folder with something in it, or held by another process.
+    """
+    for number in itertools.count(1):
+        folder = Path("runs", f"{name}-{number}") if out is None else out
+        made = not folder.exists()
+        try:
+            folder.mkdir(parents=True, exist_ok=out is not None)
+        except (FileExistsError, NotADirectoryError):
+            if out is not None:
+                break
+            continue
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(hold(folder))
+                is_free = not any(folder.iterdir())
+            except FileNotFoundError:  # who held it wrote nothing and took it away
+                continue
+            if is_free:
+                if made:
+                    stack.callback(remove_empty, folder)
+                yield folder
+                return
+        if out is not None:
+            break
+    raise InputError(f"{out} already exists; give --out another name, or continue it with --resume {out}")
+
+
+def remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # there is something in it
+        folder.rmdir()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

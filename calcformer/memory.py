@@ -1,0 +1,82 @@
+"""How much memory a run needs, estimated before anything is built, and how much there is."""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from calcformer.build import build_model, build_task
+from calcformer.config import RunConfig
+from calcformer.errors import InputError
+
+__all__ = ["check_memory", "free_memory", "memory_to_answer", "memory_to_train"]
+
+PROCESS = 350 << 20  # bytes of a process that has imported PyTorch
+EVALUATED = 1_000  # problems at once in validation
+FLOAT = 4  # bytes
+
+
+def count_parameters(config: RunConfig) -> int:
+    """Of the model, which is built without memory for its values."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_model(config.model, build_task(config.data)).parameters())
+
+
+def activations(config: RunConfig, problems: int) -> int:
+    """Bytes of what a model of these settings keeps of `problems` problems for the backward pass."""
+    model, task = config.model, build_task(config.data)
+    source, target = task.source_length, task.target_length
+    scores = 2 * model.heads * (source**2 * model.encoder_layers + target * (target + source) * model.decoder_layers)
+    tokens = (source * model.encoder_layers * (12 * model.width + 3 * model.hidden)
+              + target * model.decoder_layers * (20 * model.width + 3 * model.hidden)
+              + target * 4 * len(task.vocabulary))
+    return FLOAT * problems * (tokens + scores)
+
+
+def memory_to_train(config: RunConfig, processes: int) -> int:
+    """Bytes that `processes` processes need together to train and validate a run, roughly.
+
+    Weights, their gradient in parts and as a vector, Adam's two moments, and what a checkpoint copies; the activations
+    of a batch; the problems, as numbers in Python first where they are a fixed list.
+    """
+    task = build_task(config.data)
+    weights = FLOAT * count_parameters(config)
+    problems = config.data.train_size + config.data.valid_size
+    lists = 0 if config.data.fresh else 200 * problems
+    data = 3 * 8 * (task.source_length + task.target_length) * problems + lists
+    batch = activations(config, math.ceil(config.training.batch_size / processes))
+    shared = 2 * processes * weights if processes > 1 else 0
+    return processes * (PROCESS + 7 * weights + batch + data) + shared
+
+
+def memory_to_answer(config: RunConfig, processes: int = 1) -> int:
+    """Bytes that `processes` processes need together to load a run and answer problems, roughly."""
+    layer = activations(config, EVALUATED) // (config.model.encoder_layers + config.model.decoder_layers)
+    return processes * (PROCESS + 3 * FLOAT * count_parameters(config) + layer)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device: of this machine's memory, or of what a container leaves this process."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 62
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+        group = Path("/sys/fs/cgroup")
+        used = {name: int(value) for name, value in map(str.split, (group / "memory.stat").read_text().splitlines())}
+        limit, current = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - current + used["inactive_file"] + used["active_file"])  # which are given back
+    except (OSError, ValueError, KeyError, StopIteration):  # not Linux, or no container, or one without a limit
+        pass
+    return free
+
+
+def check_memory(needed: int, device: torch.device) -> None:
+    """InputError where `needed` bytes are more than a device has free."""
+    free = free_memory(device)
+    if needed > free:
+        raise InputError(f"this would take about {needed / 1e9:,.1f} GB of memory and {free / 1e9:,.1f} GB are free; "
+                         "lower --width, --hidden, the layers, --batch-size, --train-size, --valid-size or the "
+                         "processes")

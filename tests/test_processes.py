@@ -1,0 +1,194 @@
+"""Processes: none outlives the one that started it, there are no more than cores, and two never share a folder."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+import calcformer
+from calcformer.cli import main
+from calcformer.config import PRESETS
+from calcformer.training import device, finished_epochs, resume, train
+from calcformer.training.device import check_cores, count_cores
+
+TINY = {"complexity": 1, "train_size": 50, "valid_size": 20, "width": 8, "heads": 2, "hidden": 8, "encoder_layers": 1,
+        "decoder_layers": 1, "batch_size": 25, "epochs": 2, "device": "cpu"}
+FLAGS = ["--preset", "formula", *(word for name, value in TINY.items()
+                                  for word in (f"--{name.replace('_', '-')}", str(value)))]
+ENDLESS = ["--epochs", "100000"]
+LIMIT = 120  # seconds, nearly all of them to start Pythons beside other work
+GONE = 10  # seconds that a worker may take to notice
+
+pytestmark = [pytest.mark.usefixtures("as_on_a_cpu", "empty_folder"),
+              pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads processes as Linux shows them"),
+              pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")]
+
+
+def descendants(process: int) -> set[int]:
+    """The processes that it started, and those that they started."""
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue  # gone meanwhile
+        if state != "Z":
+            parents[int(path.parent.name)] = int(parent)
+    found, newest = set(), {process}
+    while newest:
+        newest = {child for child, parent in parents.items() if parent in newest}
+        found |= newest
+    return found
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(is_so: Callable[[], object], limit: float = LIMIT) -> bool:
+    end = time.monotonic() + limit
+    while not is_so():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def command(*words: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(calcformer.__file__).parents[1])}
+    return subprocess.Popen([sys.executable, "-m", "calcformer", *words], env=environment, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL)
+
+
+def is_written(path: str) -> bool:
+    return Path(path).exists() and Path(path).stat().st_size > 0
+
+
+# What a test starts, and how it knows that the workers are at work.
+WORK = {
+    "train": (["train", "--out", "run", *FLAGS, *ENDLESS, "--processes", "2"], 1,
+              lambda: is_written("run/metrics.jsonl")),
+    "train, just started": (["train", "--out", "run", *FLAGS, *ENDLESS, "--processes", "2"], 1, lambda: True),
+    "sweep": (["sweep", "--out", "sweep", *FLAGS, *ENDLESS, "--seeds", "2", "--jobs", "2"], 2,
+              lambda: all(is_written(f"sweep/seed={seed}/metrics.jsonl") for seed in (0, 1))),
+    "evaluate": (["evaluate", "wide", "--exhaustive", "--processes", "2", "--device", "cpu"], 3,  # one only keeps watch
+                 lambda: True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda end: end.name)
+@pytest.mark.parametrize("work", WORK)
+def test_workers_end_with_their_parent(work: str, end: signal.Signals) -> None:
+    words, workers, is_at_work = WORK[work]
+    if work == "evaluate":
+        train(PRESETS["formula"].with_settings({**TINY, "complexity": 3, "epochs": 1}), "wide", bar=False)
+    with command(*words) as process:
+        try:
+            assert wait_until(lambda: len(descendants(process.pid)) >= workers and is_at_work())
+            started = descendants(process.pid)
+            process.send_signal(end)
+            assert process.wait(LIMIT) == (-end if end is signal.SIGKILL else 130)
+            assert wait_until(lambda: not any(map(is_alive, started)), GONE)
+        finally:
+            for each in {process.pid, *descendants(process.pid)}:
+                with suppress(ProcessLookupError):
+                    os.kill(each, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_evaluation_says_that_a_worker_was_killed() -> None:
+    train(PRESETS["formula"].with_settings({**TINY, "complexity": 3, "epochs": 1}), "wide", bar=False)
+    words = [sys.executable, "-m", "calcformer", *WORK["evaluate"][0]]
+    environment = {**os.environ, "PYTHONPATH": str(Path(calcformer.__file__).parents[1])}
+    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert wait_until(lambda: len(descendants(process.pid)) >= 3)
+        started = descendants(process.pid)
+        os.kill(max(started), signal.SIGKILL)
+        _, errors = process.communicate(timeout=LIMIT)
+    assert process.returncode == 2 and "ended before its time" in errors and "Traceback" not in errors
+    assert wait_until(lambda: not any(map(is_alive, started)), GONE)
+
+
+def test_no_more_processes_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_cores(count_cores(), "--jobs")
+    with pytest.raises(ValueError, match="would keep [0-9]+ CPU cores busy and there are [0-9]+; lower --jobs$"):
+        check_cores(count_cores() + 1, "--jobs")
+    monkeypatch.setattr(device, "count_cores", lambda: 3)
+    counts = {(processes, threads): device.count_processes(
+        PRESETS["formula"].with_settings({"processes": processes, "threads": threads}).training,
+        device.pick_device("cpu")) for processes, threads in ((0, 0), (0, 2), (1, 3), (3, 1))}
+    assert counts == {(0, 0): 2, (0, 2): 1, (1, 3): 1, (3, 1): 3}
+
+
+def test_run_of_more_processes_than_cores_continues_with_those_there_are(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    config = PRESETS["formula"].with_settings({**TINY, "processes": 1})
+    train(config, "run", bar=False)
+    path = Path("run/config.json")
+    path.write_text(config.with_settings({"processes": 64}).to_json())
+    monkeypatch.setattr("calcformer.training.loop.count_cores", lambda: 1)
+    assert resume("run", bar=False)["epoch"] == 2
+    assert "run: 64 processes trained it, 1 continue it" in capsys.readouterr().err
+
+
+# Two at once
+
+
+def start(*words: str) -> int:
+    """Run a command in a copy of this process; returns its id."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        signal.alarm(LIMIT)
+        try:
+            sys.stderr = sys.stdout = open(os.devnull, "w")
+            code = main(words)
+        except SystemExit as error:
+            code = int(str(error.code))
+        finally:
+            os._exit(code)
+    return child
+
+
+def at_once(*words: str) -> list[int]:
+    """The exit codes of two commands that are started at the same time."""
+    return sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in [start(*words) for _ in range(2)])
+
+
+TWICE = 10  # times
+
+
+@pytest.mark.slow
+def test_two_trainings_into_one_folder_are_one_training_and_one_error(tmp_path: Path) -> None:
+    words = ["train", *FLAGS, "--processes", "1"]
+    for number in range(TWICE):
+        assert at_once(*words, "--out", f"run-{number}") == [0, 2]
+    for folder in tmp_path.iterdir():
+        assert finished_epochs(folder) == 2 and len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_two_trainings_without_a_folder_get_one_each(tmp_path: Path) -> None:
+    for _ in range(TWICE):
+        assert at_once("train", *FLAGS, "--processes", "1") == [0, 0]
+    folders = list((tmp_path / "runs").iterdir())
+    assert {folder.name for folder in folders} == {f"formula-{number}" for number in range(1, 2 * TWICE + 1)}
+    assert all(finished_epochs(folder) == 2 for folder in folders)
+
+
+@pytest.mark.slow
+def test_two_sweeps_at_once(tmp_path: Path) -> None:
+    words = ["sweep", *FLAGS, "--epochs", "1"]
+    assert Counter(at_once(*words)) == {0: 2}
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["sweep-1", "sweep-2"]
