@@ -21,7 +21,8 @@ FIGURES = {"loss": "training loss", "valid_loss": "validation loss", "valid_toke
 def measure(folder: Path, member: Member, study: str | None) -> dict[str, Any]:
     """The last figures of a finished run, and its answers to the questions of the study."""
     entries = RunLog(folder / member.name / METRICS).read()
-    figures = {**entries[-1], "seconds": sum(entry["seconds"] for entry in entries)}
+    last = entries[-1] if entries else {}  # of a log that was lost
+    figures = {**last, "seconds": sum(entry.get("seconds", 0.0) for entry in entries)}
     answers: dict[str, str] = {}
     if study is not None:
         solver = Solver(folder / member.name, member.config.training.device)
@@ -32,7 +33,7 @@ def measure(folder: Path, member: Member, study: str | None) -> dict[str, Any]:
             score = evaluate(solver.model, examples, solver.task.vocabulary.pad_id)
             figures |= {"valid_loss": score.loss, "valid_token_accuracy": score.token_accuracy,
                         "exact_match": exact_match(solver.model, examples, solver.task)}
-    return {"figures": {name: figures[name] for name in FIGURES}, "answers": answers}
+    return {"figures": {name: figures[name] for name in FIGURES if name in figures}, "answers": answers}
 
 
 def summarize(folder: Path, sweep: Sweep, failed: dict[str, str]) -> dict[str, Any]:
@@ -44,8 +45,8 @@ def summarize(folder: Path, sweep: Sweep, failed: dict[str, str]) -> dict[str, A
             {"run": member.name, "failed": failed[member.name]} if member.name in failed
             else {"run": member.name, **measure(folder, member, sweep.study)} for member in members]
         figures = [run["figures"] for run in runs if "figures" in run]
-        mean, spread = ({name: function([each[name] for each in figures]) for name in FIGURES}
-                        if len(figures) >= least else {}
+        found = {name: [each[name] for each in figures if name in each] for name in FIGURES}
+        mean, spread = ({name: function(values) for name, values in found.items() if len(values) >= least}
                         for function, least in ((statistics.fmean, 1), (statistics.stdev, 2)))
         reported = next((theirs for place, theirs in reports if place.items() <= values.items()), {})
         rows.append({"values": values, "mean": mean, "spread": spread, "reported": reported, "runs": runs})
@@ -61,19 +62,27 @@ def _measures_training(results: dict[str, Any]) -> bool:
     return results["study"] is not None and STUDIES[results["study"]].measure_training
 
 
+def best_row(results: dict[str, Any]) -> dict[str, Any] | None:
+    """The row with the highest exact match, of equal ones the one with the lowest validation loss; None of one row."""
+    rows = [row for row in results["rows"] if row["mean"].keys() >= {"exact_match", "valid_loss"}]
+    if len(results["rows"]) < 2 or not rows:
+        return None
+    return max(rows, key=lambda row: (row["mean"]["exact_match"], -row["mean"]["valid_loss"]))
+
+
 def make_table(results: dict[str, Any]) -> str:
     """The results as a Markdown table that reads well unrendered too, and notes below it."""
-    rows, report = results["rows"], _report(results)
+    rows, report, best = results["rows"], _report(results), best_row(results)
     reported = [name for name in FIGURES if any(name in row["reported"] for row in rows)]
     questions = STUDIES[results["study"]].questions if results["study"] else ()
     lines = [[*(name.replace("_", " ") for name in results["vary"]), *FIGURES.values(),
               *(f"{report} {FIGURES[name]}" for name in reported), *questions]]
     for row in rows:
-        cells = [str(value) for value in row["values"].values()]
+        cells = [f"**{value}**" if row is best else str(value) for value in row["values"].values()]
         for name in FIGURES:
             digits = 1 if name == "seconds" else 4
-            text = f"{row['mean'][name]:.{digits}f}" if row["mean"] else "failed"
-            cells.append(f"{text} ± {row['spread'][name]:.{digits}f}" if row["spread"] else text)
+            text = f"{row['mean'][name]:.{digits}f}" if name in row["mean"] else "–" if row["mean"] else "failed"
+            cells.append(f"{text} ± {row['spread'][name]:.{digits}f}" if name in row["spread"] else text)
         cells += [str(row["reported"].get(name, "")) for name in reported]
         cells += [", ".join(run["answers"][question] for run in row["runs"] if "answers" in run)
                   for question in questions]
@@ -81,6 +90,8 @@ def make_table(results: dict[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
     notes = ["Token accuracy counts single tokens, the end token too, given the right ones before."]
+    if best:
+        notes.insert(0, f"Best by exact match: {_label(best['values'])}.")
     if results["seeds"] > 1:
         notes.append(f"Mean and standard deviation of {results['seeds']} training seeds.")
     if _measures_training(results):
@@ -97,7 +108,7 @@ def _by_setting(axis: str, name: str, results: dict[str, Any]) -> list[Line]:
     for row in rows:
         series.setdefault(_label({key: value for key, value in row["values"].items() if key != axis}), []).append(row)
     lines = [Line(label or "ours", [(row["values"][axis], row["mean"][name], row["spread"].get(name, 0.0))
-                                    for row in members if row["mean"]], f"C{number}")
+                                    for row in members if name in row["mean"]], f"C{number}")
              for number, (label, members) in enumerate(series.items())]
     reported = {row["values"][axis]: row["reported"][name] for row in rows if name in row["reported"]}
     return [*lines, Line(_report(results), [(x, y, 0.0) for x, y in reported.items()], "black", reported=True)]
@@ -116,7 +127,7 @@ def _by_epoch(folder: Path, name: str, results: dict[str, Any]) -> list[Line]:
                 points.append((entries[0]["epoch"], statistics.fmean(values), spread))
         if points and _measures_training(results) and name != "loss":  # which the log does not
             points = [(points[-1][0], row["mean"][name], row["spread"].get(name, 0.0))]
-        label = _label(row["values"])
+        label = _label(row["values"]) + (" (best)" if row is best_row(results) else "")
         lines.append(Line(label or "ours", points, f"C{number}"))
         if points and name in row["reported"]:
             lines.append(Line(f"{_report(results)} {label}".strip(), [(points[-1][0], row["reported"][name], 0.0)],
@@ -137,6 +148,7 @@ def draw(results: dict[str, Any], folder: Path, path: Path) -> bool:
     if axis is None:
         return save_panels({panel: _by_epoch(folder, name, results) for name, panel in figures.items()},
                            "epoch", title, path)
-    low, *_, high = sorted(results["vary"][axis])
+    best = best_row(results)
     return save_panels({panel: _by_setting(axis, name, results) for name, panel in figures.items()},
-                       axis.replace("_", " "), title, path, log_x=0 < 100 * low <= high)
+                       axis.replace("_", " "), title, path, sorted(results["vary"][axis]),
+                       best["values"][axis] if best else None)

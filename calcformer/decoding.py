@@ -11,7 +11,7 @@ from calcformer.model import EncoderDecoder
 __all__ = ["beam_search", "decode", "greedy_decode", "log_probability"]
 
 BATCH = 2_000  # hypotheses at once: with many more, what a layer gives is no longer in a CPU's cache for the next
-WIDEST = 100  # beam
+WIDEST = 100_000  # beam; of answers with fewer beginnings it finds every one
 KEPT_SHARE = 0.8  # finished rows leave the work when those still running are fewer than this share
 
 
@@ -27,7 +27,7 @@ def fill_token(vocabulary: Vocabulary) -> int:
 
 
 def check_beam(width: int) -> None:
-    """InputError where no beam can have this width."""
+    """InputError where no search has this width."""
     if not 1 <= width <= WIDEST:
         raise InputError(f"beam width must be 1 to {WIDEST}, got {shown(width)}")
 
@@ -106,7 +106,7 @@ def beam_search(model: EncoderDecoder, source: torch.Tensor, length: int, vocabu
         -inf where a problem has fewer answers.
 
     Raises:
-        InputError: width below 1 or above 100, or a negative length_penalty.
+        InputError: width below 1 or above 100,000, or a negative length_penalty.
 
     Source: Graves 2012, "Sequence transduction with recurrent neural networks"; the length penalty is that of Wu et al.
     2016, "Google's neural machine translation system", equation 14.
@@ -167,7 +167,7 @@ def decode(model: EncoderDecoder, source: torch.Tensor, length: int, vocabulary:
         (B, length) int64, as from `greedy_decode`.
 
     Raises:
-        InputError: beam below 1 or above 100.
+        InputError: beam below 1 or above 100,000.
     """
     check_beam(beam)
     said = torch.empty(source.shape[0], length, dtype=torch.long, device=source.device)

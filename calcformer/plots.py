@@ -94,17 +94,23 @@ class Line:
     reported: bool = False
 
 
-def save_panels(panels: dict[str, list[Line]], xlabel: str, title: str, path: Path, log_x: bool = False) -> bool:
+def save_panels(panels: dict[str, list[Line]], xlabel: str, title: str, path: Path, ticks: Sequence[float] = (),
+                best: float | None = None) -> bool:
     """Draw a panel for each figure of merit to a PNG; returns False where matplotlib is not installed.
 
     Args:
         panels: the lines of each panel by its title. A loss gets a logarithmic axis; anything else lies in 0..1.
+        ticks: the values of x that were tried, in order, to be named at the axis, which is logarithmic where they are
+            far apart; none for epochs.
+        best: the value of x to be marked.
     """
     columns = 2
     rows = math.ceil(len(panels) / columns)
     figure = _figure(11, 0.8 + 3.4 * rows)
     if figure is None:
         return False
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
     figure.suptitle(title)
     handles: dict[str, Any] = {}
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
@@ -118,7 +124,15 @@ def save_panels(panels: dict[str, list[Line]], xlabel: str, title: str, path: Pa
             if any(spread):
                 low, high = ([value + sign * width for value, width in zip(y, spread)] for sign in (-1, 1))
                 axes.fill_between(x, low, high, color=handles[line.label].get_color(), alpha=0.2, linewidth=0)
-        axes.set(title=name, xlabel=xlabel, xscale="log" if log_x else "linear")
+        axes.set(title=name, xlabel=xlabel)
+        if ticks:
+            axes.set_xscale("log" if 0 < 100 * ticks[0] <= ticks[-1] else "linear")
+            axes.set_xticks(ticks, [f"{value:g}" for value in ticks], rotation=45 if len(ticks) > 6 else 0)
+            axes.xaxis.set_minor_locator(NullLocator())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if best is not None:
+            handles["best"] = axes.axvline(best, color="0.6", linestyle=":", zorder=0)
         axes.tick_params(labelbottom=True)
         if "loss" in name:
             _label_loss(axes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
-from calcformer.config import PRESETS, SECTIONS, RunConfig
+from calcformer.config import DEFAULT, PRESETS, SECTIONS, RunConfig
 from calcformer.errors import InputError
 
 __all__ = ["STUDIES", "Member", "Study", "Sweep", "parse_vary"]
@@ -89,7 +89,7 @@ class Sweep:
                 raise InputError(f"--vary {name.replace('_', '-')} names a value twice")
 
     @classmethod
-    def of(cls, settings: dict[str, Any], vary: dict[str, list[Any]], seeds: int = 1, preset: str = "formula",
+    def of(cls, settings: dict[str, Any], vary: dict[str, list[Any]], seeds: int = 1, preset: str = DEFAULT,
            study: str | None = None) -> "Sweep":
         """A preset with some settings changed and others varied; or a study, changed in the same way.
 

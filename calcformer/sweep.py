@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -30,7 +30,7 @@ from calcformer.interrupt import Stopped
 from calcformer.memory import check_memory, memory_to_train
 from calcformer.studies import Member, Sweep
 from calcformer.training import finished_epochs, pick_device, resume, train
-from calcformer.training.checkpoint import METRICS
+from calcformer.training.checkpoint import METRICS, MODEL, RESUME
 from calcformer.training.device import check_cores, count_cores, count_processes
 from calcformer.training.run_log import RunLog
 from calcformer.worker import start_worker
@@ -124,11 +124,12 @@ def train_member(folder: Path, name: str) -> str:
     """Start or continue one member of the sweep in `folder`, in a worker; returns what `Worker.outcome` does."""
     member = next(member for member in read_sweep(folder).members() if member.name == name)
     try:
-        if finished_epochs(folder / name) is None:
-            shutil.rmtree(folder / name, ignore_errors=True)  # a kill came before the first checkpoint
-            train(member.config, folder / name, bar=False)
-        else:
-            resume(folder / name, bar=False)
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # what is printed there is why a worker ended
+            if not any((folder / name / file).exists() for file in (RESUME, MODEL)):
+                shutil.rmtree(folder / name, ignore_errors=True)  # a kill came before the first checkpoint
+                train(member.config, folder / name, bar=False)
+            else:
+                resume(folder / name, bar=False)
     except InputError as error:
         return str(error)
     return ""

@@ -103,8 +103,9 @@ def test_right_answers_are_called_right(runs: dict[str, Path], monkeypatch: pyte
     form = solver.task.form
     examples = form.encode(torch.tensor([12, 5]), torch.tensor([7, 5]), torch.tensor([True, False]))
     monkeypatch.setattr("calcformer.solver.decode", lambda *_: examples.labels)
-    assert [(answer.said, answer.is_right) for answer in solver.answers(["12+7", "5-5"])] == [("19", True), ("0", True)]
-    assert [(answer.said, answer.is_right) for answer in solver.answers(["12+8", "5-6"])] == [("19", False), ("0", False)]
+    for questions, is_right in ((["12+7", "5-5"], True), (["12+8", "5-6"], False)):
+        answers = solver.answers(questions)
+        assert [(answer.said, answer.is_right) for answer in answers] == [("19", is_right), ("0", is_right)]
 
 
 def test_problems_from_standard_input_or_a_file(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
@@ -225,7 +226,8 @@ def test_package_door(runs: dict[str, Path]) -> None:
     (["train", "--out", "a\0b"], "got 'a\\x00b'"), (["evaluate", ""], "must be the name of a file or folder"),
     (["evaluate", "x", "--beam", "100000"], "must be a whole number, 1 to 100, got '100000'"),
     (["evaluate", "x", "--processes", "0"], "must be a whole number, 1 to 1024, got '0'"),
-    (["train", "--" + "x" * 100_000], "unrecognized arguments: --xxx"), (["train", "--processes", "900"], "CPU cores busy"),
+    (["train", "--" + "x" * 100_000], "unrecognized arguments: --xxx"),
+    (["train", "--processes", "900"], "CPU cores busy"),
     (["train", "--preset", "expression", "--complexity", "2"], "complexity is a setting of formulas"),
     (["train", "--train-size", "0"], "train_size must be 1 to 10000000, got 0"),
     (["train", "--learning-rate", "inf"], "learning_rate must be 0 to 1000, got inf"),

@@ -232,7 +232,7 @@ def test_any_number_of_problems_comes_back_in_order(model: EncoderDecoder, beam:
     assert decode(model, source[:0], 6, FORMULA, beam).shape == (0, 6)
 
 
-@pytest.mark.parametrize(("width", "alpha", "match"), [(0, 0.0, "beam width must be 1 or more, got 0"),
+@pytest.mark.parametrize(("width", "alpha", "match"), [(0, 0.0, "beam width must be 1 to 100000, got 0"),
                                                        (2, -0.5, "length_penalty must be 0 or more, got -0.5")])
 def test_wrong_beams_are_refused(width: int, alpha: float, match: str) -> None:
     with pytest.raises(InputError, match=match):

@@ -252,4 +252,4 @@ def test_expressions_have_no_hard_sets(capsys: pytest.CaptureFixture[str]) -> No
 def test_what_cannot_be_exhausted_is_refused(task: FormulaTask, match: str) -> None:
     solver: Any = SimpleNamespace(task=task, device=torch.device("cpu"))
     with pytest.raises(InputError, match=match):
-        evaluate_all(solver)
+        evaluate_all(solver, processes=1)

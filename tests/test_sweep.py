@@ -16,9 +16,10 @@ import calcformer
 from calcformer import sweep as sweeps
 from calcformer.build import build_task
 from calcformer.cli import main
-from calcformer.comparison import make_table
+from calcformer.comparison import draw, make_table
 from calcformer.config import PRESETS
 from calcformer.errors import InputError
+from calcformer.plots import save_panels
 from calcformer.studies import STUDIES, Sweep, parse_vary
 from calcformer.sweep import Worker, read_sweep, run_sweep
 from calcformer.training import load_run
@@ -44,6 +45,12 @@ def without_times(content: Any) -> Any:
     if isinstance(content, dict):
         return {name: without_times(value) for name, value in content.items() if name != "seconds"}
     return [without_times(value) for value in content] if isinstance(content, list) else content
+
+
+def tiny_sweep(vary: dict[str, list[Any]]) -> Sweep:
+    """Two seeds of formulas of one digit."""
+    settings = {name: value for name, value in TINY.items() if name not in vary}
+    return Sweep.of({**settings, "complexity": 1}, vary, 2, "formula")
 
 
 # Grids
@@ -162,7 +169,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
         patch.setenv("PYTHONPATH", str(Path(calcformer.__file__).parents[1]))
-        run_sweep(Sweep.of({**TINY, "complexity": 1}, {"valid_size": [900, 20, 30]}, 2), folder, 2, bar=False)
+        run_sweep(tiny_sweep({"valid_size": [900, 20, 30]}), folder, 2, bar=False)
     yield folder
 
 
@@ -200,7 +207,7 @@ def test_finished_members_are_not_run_again(swept: Path, capsys: pytest.CaptureF
 
 def test_folders_in_use_are_refused(swept: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds another sweep.*--resume"):
-        run_sweep(Sweep.of({**TINY, "complexity": 1}, {"learning_rate": [1e-2]}, 2), swept)
+        run_sweep(tiny_sweep({"learning_rate": [1e-2]}), swept)
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(InputError, match="already exists; give --out another name"):
         run_sweep(Sweep.of(TINY, {}), tmp_path)
@@ -216,6 +223,42 @@ def test_nothing_finished_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(InputError, match="no run of .* could be finished; the first one: .*run already exists"):
         run_sweep(sweep, tmp_path / "out", bar=True)
     assert "run: " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_member_that_cannot_be_continued_is_kept(tmp_path: Path) -> None:
+    sweep = tiny_sweep({})
+    run_sweep(sweep, tmp_path / "out", bar=False)
+    weights = tmp_path / "out" / "seed=0" / "model.safetensors"
+    before = weights.read_bytes()
+    weights.with_name("resume.safetensors").write_bytes(b"")
+    results = run_sweep(sweep, tmp_path / "out", bar=False)
+    assert "resume.safetensors is damaged" in results["rows"][0]["runs"][0]["failed"]
+    assert weights.read_bytes() == before
+
+
+def test_the_best_row_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(heads: int, exact_match: float, loss: float) -> dict[str, Any]:
+        mean = {"loss": loss, "valid_loss": loss, "valid_token_accuracy": 0.5, "exact_match": exact_match, "seconds": 1}
+        return {"values": {"heads": heads}, "mean": mean, "spread": {}, "reported": {}, "runs": []}
+
+    drawn: dict[str, Any] = {}
+
+    def note(panels: Any, xlabel: str, title: str, path: Path, ticks: list[int], best: int) -> bool:
+        drawn.update(ticks=ticks, best=best)
+        return save_panels(panels, xlabel, title, path, ticks, best)
+
+    monkeypatch.setattr("calcformer.comparison.save_panels", note)
+    results = {"study": None, "vary": {"heads": [8, 1, 2]}, "seeds": 1,
+               "rows": [row(8, 0.25, 1.0), row(1, 0.5, 0.7), row(2, 0.5, 0.9)]}
+    table = make_table(results)
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:5]] == ["8", "**1**", "2"]
+    assert "- Best by exact match: heads 1.\n" in table
+    assert draw(results, tmp_path, tmp_path / "sweep.png") and is_picture(tmp_path / "sweep.png")
+    assert drawn == {"ticks": [1, 2, 8], "best": 1}
+    results["rows"][0]["mean"], results["rows"][2]["mean"] = {}, {"loss": 0.5}  # failed; and its log was lost
+    assert "failed" in make_table(results) and "–" in make_table(results)
+    assert draw(results, tmp_path, tmp_path / "sweep.png")
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ def test_what_is_captured_is_the_ordinary_step(fresh: bool, tmp_path: Path) -> N
 def test_graphed_steps_count_what_they_take() -> None:
     batches: list[tuple[int, float]] = []
     steps = GraphedSteps(lambda batch, rate: batches.append((len(batch), rate.item())), 4, Recorder())
-    examples = Trainer(small(train_size=43), Path("unused"), bar=False).train_examples
+    examples = Trainer(small(train_size=43), bar=False).train_examples
     rates = [2.0**-step for step in range(11)]
     assert list(steps(examples, rates)) == [4, 4, 4] + [4] * 7 + [3]
     assert list(steps(examples, rates)) == [32, 4, 4, 3]
