@@ -50,7 +50,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what this session cannot run, with the reason."""
+    """Skip what this session cannot run or was not asked for, with the reason."""
+    if "training" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("training"):
+                item.add_marker(pytest.mark.skip(reason="trains for minutes: pytest -m training"))
     if runs_on_gpu(config):
         if hasattr(config, "workerinput"):  # of pytest-xdist: other workers want memory too
             for item in items:

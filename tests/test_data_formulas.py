@@ -228,6 +228,40 @@ def test_fresh_problems_come_from_their_side_and_differ_by_epoch() -> None:
     assert not torch.equal(first.source, second.source)
 
 
+@pytest.mark.parametrize("split", [0, 1, 123_456])
+@pytest.mark.parametrize("form", [FormulaForm(3), FormulaForm(2, signed=False), FormulaForm(10)], ids=str)
+def test_corners_are_trained_on_in_every_split(split: int, form: FormulaForm) -> None:
+    limit = form.limit
+    corners = [(a, b, plus) for a in ([-limit, 0, limit] if form.signed else [0, limit]) for b in (0, limit)
+               for plus in (False, True)]
+    task = FormulaTask(form, train_size=200_000, valid_size=50_000, seed=split, fresh=True, sampling="hard")
+    a, b, plus = torch.tensor(corners).unbind(1)
+    assert task.trained_on(form.index(a, b, plus)).all()
+    assert not held_out_side(form.index(a, b, plus), 0.5, split).logical_not().all()  # the hash alone held some out
+    wanted = set(rows(form.encode(a, b, plus.bool()).source))
+    train, valid = (set(rows(examples.source)) for examples in task.split())
+    assert not wanted & valid and wanted <= train
+
+
+def test_what_looks_like_a_corner_is_held_out_as_ever() -> None:
+    form = FormulaForm(3)
+    every = torch.arange(form.size)
+    kept = held_out_side(every, 0.5, 0) & ~form.held_out(every, 0.5, 0)
+    assert not (form.held_out(every, 0.5, 0) & ~held_out_side(every, 0.5, 0)).any()
+    assert {(abs(a), b) for a, b, _ in zip(*(x.tolist() for x in form.operands(every[kept])))} <= {
+        (0, 0), (0, 1000), (1000, 0), (1000, 1000)}
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_a_side_that_is_empty_or_rare_is_refused(held_out: bool) -> None:
+    if held_out:  # of so few formulas all are corners
+        with pytest.raises(ValueError, match="leaves too few to hold out: 7 are not found"):
+            generate_formulas(FormulaForm(0), 7, torch.Generator(), held_out=True, fraction=0.5)
+    with pytest.raises(ValueError, match="200,000 are not found in 100,000,000 draws; change --held-out"):
+        generate_formulas(FormulaForm(4), 200_000, torch.Generator(), held_out=held_out,
+                          fraction=0.001 if held_out else 0.999)
+
+
 def test_the_split_of_numbers_past_64_bits_is_a_function_of_the_formula() -> None:
     form = FormulaForm(12)
     operands = draw_operands(form, 4_001, torch.Generator().manual_seed(0), "digits")

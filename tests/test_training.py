@@ -365,8 +365,21 @@ def test_weights_that_are_no_numbers_end_a_run_too(tmp_path: Path, monkeypatch: 
 
 def test_bar_shows_loss_accuracy_and_time_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(small(), tmp_path / "run", bar=True)
-    assert re.search(r"epoch 4/4 loss \d\.\d+ accuracy 0\.\d+: .*<00:00.*ex/s, valid loss \d\.\d+, accuracy 0\.\d+, "
-                     r"exact match \d\.\d+", capsys.readouterr().err)
+    assert re.search(r"epoch 4/4 loss \d\.\d{4} accuracy 0\.\d{4}: 100% 00:00 left, held out 0\.\d{4}, "
+                     r"exact \d\.\d{4} .*ex/s", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("columns", "expected"), [
+    (44, r"epoch 4/4 loss \d\.\d{4} accuracy \d\.\d{4}"), (60, r"epoch 4/4 loss .* 100% 00:00 left"),
+    (80, r"epoch 4/4 loss .* left, held out 0\.\d{4}")])
+def test_narrow_terminals_show_the_loss_first(
+        columns: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda file: (columns, 20))
+    train(small(), tmp_path / "run", bar=True)
+    frames = re.split(r"[\r\n]", capsys.readouterr().err)
+    bars = [frame for frame in frames if frame.startswith("epoch")]
+    assert bars and all(len(bar) <= columns for bar in bars) and any(re.match(expected, bar) for bar in bars)
 
 
 def test_the_first_line_says_what_is_trained_and_where_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

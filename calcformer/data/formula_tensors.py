@@ -102,10 +102,11 @@ class FormulaForm:
     def held_out(self, index: torch.Tensor, fraction: float, seed: int) -> torch.Tensor:
         """Which of the formulas numbered `index` (N,) a split of fresh ones holds out: (N,) bool, see `held_out_side`.
 
-        Never the corners, whose operands both have the largest magnitude, 10^c. Nothing else shows what to say there:
-        every other X-1000 is negative, and no other answer begins with a 2.
+        Never the corners, whose operands are each 0 or as large as can be. Too little else shows what to say there: every
+        X-1000 is negative but 1000-1000, no other answer than those of 1000+1000 and -1000-1000 begins with a 2, and only
+        0-1000 looks like 1000-1000 but for one digit.
         """
-        corners = [(a, self.limit, plus) for a in {self.limit, max(-self.limit, self.lowest)} for plus in (0, 1)]
+        corners = [(a, b, plus) for a in {self.lowest, 0, self.limit} for b in (0, self.limit) for plus in (0, 1)]
         kept = self.index(*torch.tensor(corners, device=index.device).unbind(dim=1))
         return held_out_side(index, fraction, seed) & ~torch.isin(index, kept)
 
@@ -166,7 +167,8 @@ def draw_operands(form: FormulaForm, count: int, generator: torch.Generator, sam
     Args:
         sampling: "uniform", all formulas alike; "digits", all lengths of each operand alike; "hard", a quarter of them
             so, a quarter with a run of places through which a carry, a borrow or an undecided comparison passes, half
-            with a difference of any length, zeros within many of these; and one operand in 32 a power of ten.
+            with a difference of any length, zeros within many of these; one operand in 32 a power of ten, and one
+            formula in 512 a corner, see `FormulaForm.held_out`.
     """
     device, places = generator.device, form.complexity
 
@@ -207,6 +209,9 @@ def draw_operands(form: FormulaForm, count: int, generator: torch.Generator, sam
         difference = torch.where((random(count) < 0.5) & (hollow > 0), hollow, difference)
         neighbour = torch.where(random(count) < 0.5, a + difference, (a - difference).abs())
         b = torch.where(near, neighbour, torch.where(kind < 0.75, run, b)).clamp(max=form.limit)
+        corner = random(count) < 1 / 512
+        a, b = torch.where(corner, form.limit * integers(2, 2, count), torch.stack((a, b)))
+        apart = torch.where(corner, integers(2, count).bool(), apart)
     negative = random(count) < 0.5 if form.signed else torch.zeros_like(apart)
     return torch.where(negative, -a, a), b, apart == negative
 

@@ -36,6 +36,8 @@ __all__ = ["Trainer", "epoch_seed"]
 MEASURED = {"valid_loss", "valid_token_accuracy", "exact_match"}
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk
 QUIET_SECONDS = 5.0  # between lines where there is no terminal to draw a bar on
+# What matters most stands first: a narrow terminal cuts the end off.
+BAR = "{desc}{percentage:3.0f}% {remaining} left{postfix} |{bar}| {rate_fmt}"
 BAR_SECONDS = 0.2  # between updates of the bar, which wait for the device
 
 
@@ -206,18 +208,21 @@ class Trainer:
                              "saved; lower --learning-rate or --weight-decay, or set --clip-norm, and train again")
 
     def _show(self, count: int) -> None:
-        """Draw the bar after `count` examples. The loss stands at its left end, which a narrow terminal shows too."""
+        """Draw the bar after `count` examples."""
         if self.bar.disable:
             return
         if time.perf_counter() - self.last_shown > BAR_SECONDS:
             self.last_shown = time.perf_counter()
-            loss, accuracy = self.totals.result()
-            self.bar.set_description(f"{self.epoch_name} loss {loss:.4f} accuracy {accuracy:.4f}", refresh=False)
+            self._describe(*self.totals.result())
         self.bar.update(count)
 
+    def _describe(self, loss: float, accuracy: float) -> None:
+        self.bar.set_description(f"{self.epoch_name} loss {loss:.4f} accuracy {accuracy:.4f}", refresh=False)
+
     def _show_measured(self, entry: dict[str, Any]) -> None:
-        """Show the newest figures of the held-out problems at the bar's right end."""
-        names = {"valid_loss": "valid loss", "valid_token_accuracy": "accuracy", "exact_match": "exact match"}
+        """Show a finished epoch in the bar, and the newest figures of the held-out problems."""
+        self._describe(entry["loss"], entry["token_accuracy"])
+        names = {"valid_token_accuracy": "held out", "exact_match": "exact"}
         self.measured |= {name: f"{label} {entry[name]:.4f}" for name, label in names.items() if name in entry}
         self.bar.set_postfix_str(", ".join(self.measured.values()))
 
@@ -255,7 +260,7 @@ class Trainer:
         self._introduce(finished)
         size = len(self.train_examples)
         self.bar = tqdm(total=self.config.training.epochs * size, initial=finished * size, unit="ex", unit_scale=True,
-                        dynamic_ncols=True, disable=None if self.want_bar is None else not self.want_bar)
+                        bar_format=BAR, dynamic_ncols=True, disable=None if self.want_bar is None else not self.want_bar)
         self.last_shown = 0.0 if not self.bar.disable else time.perf_counter()
         self.board = Board(self.folder, finished) if self.config.training.tensorboard else None
         try:
