@@ -210,8 +210,8 @@ PRESETS = {
         "formula-best",
         DataConfig(fresh=True, zero_pad=True, reverse_answer=True, sampling="hard", train_size=50_000),
         ModelConfig(hidden=256, dropout=0.0, norm="pre"),
-        TrainingConfig(epochs=48, batch_size=250, learning_rate=1e-3, schedule="cosine", warmup_steps=200, beta2=0.98,
-                       clip_norm=1.0, exact_match_every=2),
+        TrainingConfig(epochs=28, batch_size=250, learning_rate=1e-3, schedule="cosine", warmup_steps=200, beta2=0.98,
+                       clip_norm=1.0, valid_every=2, exact_match_every=4),
     ),
     "ten-digits": RunConfig(
         "ten-digits",

@@ -12,7 +12,7 @@ from calcformer.errors import InputError
 
 __all__ = ["check_memory", "free_memory", "memory_to_answer", "memory_to_train"]
 
-PROCESS = 350 << 20  # bytes of a process that has imported PyTorch
+PROCESS = 450 << 20  # bytes of a process that has imported PyTorch and matplotlib
 EVALUATED = 1_000  # problems at once in validation
 FLOAT = 4  # bytes
 

@@ -27,7 +27,7 @@ def test_there_are_examples_and_two_commands() -> None:
     assert len(EXAMPLES) >= 4
     commands = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     assert len(commands) == 2
-    assert "calcformer train --preset formula\n" in commands[0], "CI shortens the training by adding --epochs here"
+    assert "calcformer train\n" in commands[0], "CI shortens the training by adding --epochs here"
     assert 'calcformer solve "649+864"' in commands[0]
     assert "pytest" in commands[1]
 

@@ -102,9 +102,9 @@ class FormulaForm:
     def held_out(self, index: torch.Tensor, fraction: float, seed: int) -> torch.Tensor:
         """Which of the formulas numbered `index` (N,) a split of fresh ones holds out: (N,) bool, see `held_out_side`.
 
-        Never the corners, whose operands are each 0 or as large as can be. Too little else shows what to say there: every
-        X-1000 is negative but 1000-1000, no other answer than those of 1000+1000 and -1000-1000 begins with a 2, and only
-        0-1000 looks like 1000-1000 but for one digit.
+        Never the corners, whose operands are each 0 or as large as can be. Too little else shows what to say there:
+        every X-1000 is negative but 1000-1000, only the answers to 1000+1000 and -1000-1000 begin with a 2, and 0-1000
+        differs from 1000-1000 by one digit alone.
         """
         corners = [(a, b, plus) for a in {self.lowest, 0, self.limit} for b in (0, self.limit) for plus in (0, 1)]
         kept = self.index(*torch.tensor(corners, device=index.device).unbind(dim=1))

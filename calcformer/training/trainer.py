@@ -247,8 +247,8 @@ class Trainer:
         except OSError as error:
             what = f"{error.filename or self.folder}: {error.strerror or error}"
             if not (self.folder / RESUME).exists():
-                raise InputError(f"{what}; the run folder was moved or deleted while it was trained: continue it where "
-                                 "it is now, or train again") from None
+                raise InputError(f"{what}; the run folder was moved or deleted meanwhile: continue it where it is now, "
+                                 "or train again") from None
             remedy = "make room" if error.errno in FULL else "mend that"
             raise InputError(f"{what}; what was finished before is saved: {remedy}, then continue with: "
                              f"calcformer train --resume {self.folder}") from None
@@ -259,8 +259,9 @@ class Trainer:
         self.curve = Curve(self.folder)
         self._introduce(finished)
         size = len(self.train_examples)
+        hidden = None if self.want_bar is None else not self.want_bar
         self.bar = tqdm(total=self.config.training.epochs * size, initial=finished * size, unit="ex", unit_scale=True,
-                        bar_format=BAR, dynamic_ncols=True, disable=None if self.want_bar is None else not self.want_bar)
+                        bar_format=BAR, dynamic_ncols=True, disable=hidden)
         self.last_shown = 0.0 if not self.bar.disable else time.perf_counter()
         self.board = Board(self.folder, finished) if self.config.training.tensorboard else None
         try:
