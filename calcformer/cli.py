@@ -208,10 +208,10 @@ def run_solve(arguments: argparse.Namespace) -> int:
             solver.task.read_question(question)
         except InputError as error:
             raise InputError(f"{place}{error}") from None
+    answers = solver.answers(questions, beam=arguments.beam)
     print(f"answered by {solver}", file=sys.stderr)
     if is_asked:
         return converse(solver, arguments.beam)
-    answers = solver.answers(questions, beam=arguments.beam)
     if arguments.json:
         say(json.dumps({"run": str(solver.folder), "preset": solver.config.preset, "epoch": solver.epoch,
                         "epochs": solver.config.training.epochs, "beam": arguments.beam, "answers": [
@@ -251,10 +251,12 @@ def run_attention(arguments: argparse.Namespace) -> int:
     run = arguments.run or newest_run(arguments.questions)
     solver = Solver(run, arguments.device)
     for question in arguments.questions:
+        solver.task.read_question(question)  # all, before anything is drawn
+    for question in arguments.questions:
         maps = attention_maps.attention_maps(solver, question)
         if arguments.bertviz is not None:
             attention_maps.save_head_view(maps, arguments.bertviz)
-        folder = (arguments.out or run / "attention") / attention_maps.folder_name(question)
+        folder = (arguments.out or run / "attention") / attention_maps.folder_name(maps.answer.problem)
         paths = attention_maps.save_maps(maps, folder)
         say(f"{maps.answer}: {len(paths)} pictures in {folder}, of {solver}")
     return 0
@@ -285,6 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 141
         parser.error(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
     except KeyboardInterrupt:
+        print("calcformer: stopped", file=sys.stderr)
         return 130
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from calcformer.build import build_task
 from calcformer.data import Examples, FormulaForm, FormulaTask, Task
 from calcformer.decoding import BATCH, decode, log_probability
+from calcformer.errors import InputError
 from calcformer.hard_problems import hard_problems
 from calcformer.solver import Solver
 from calcformer.training import evaluate
@@ -204,6 +205,9 @@ def evaluate_run(solver: Solver, beam: int = 1, problems: int | None = None) -> 
     task = solver.task if problems is None else build_task(replace(solver.config.data, valid_size=problems))
     examples, operands = task.split()[1].to(solver.device), held_out_operands(task)
     score = evaluate(solver.model, examples, task.vocabulary.pad_id)
+    if not math.isfinite(score.loss):
+        raise InputError(f"{solver.folder}: its weights are so large that its loss is no number; "
+                         "train the run again or give another one")
     with tqdm(total=len(examples), unit="ex", unit_scale=True, disable=None, delay=2, leave=False) as bar:
         said = answer(solver, examples, beam, bar.update)
     tally, once = Tally(), Tally()

@@ -105,6 +105,9 @@ class Solver:
             source = self.task.write(a, b, plus.bool()).trim(vocabulary.pad_id).source
             said = decode(self.model, source, self.task.target_length - 1, vocabulary, beam, batch_size)
             log_p = log_probability(self.model, source, said, vocabulary)
+            if not log_p.isfinite().all():
+                raise InputError(f"{self.folder}: its weights are so large that a probability is no number; "
+                                 "train the run again or give another one")
             found += [Answer(self.task.question(*problem), self.task.decode_answer(ids), probability,
                              self.task.right_answer(*problem))
                       for problem, ids, probability in zip(part, said.tolist(), log_p.exp().tolist())]

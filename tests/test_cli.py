@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import calcformer
 from calcformer.cli import main
@@ -123,6 +124,15 @@ def test_problems_from_standard_input_or_a_file(runs: dict[str, Path], monkeypat
     assert "problems.txt, line 3: formula '2+" in fails(capsys, "solve", "--run", run, "--input", "problems.txt")
     typed(b"\n", monkeypatch)
     assert "no problem was given" in fails(capsys, "solve", "--run", run)
+
+
+def test_weights_too_large_for_numbers_are_one_line(runs: dict[str, Path], tmp_path: Path,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(runs["formula"], tmp_path / "large")
+    path = tmp_path / "large" / "model.safetensors"
+    save_file({name: value * 1e35 for name, value in load_file(path).items()}, path, {"epoch": "1"})
+    assert "its weights are so large that a probability is no number" in fails(capsys, "solve", "--run", "large", "1+1")
+    assert "its weights are so large that its loss is no number" in fails(capsys, "evaluate", "large", "--json")
 
 
 def test_prompt_answers_until_the_input_ends(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
