@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from calcformer import __version__
 from calcformer.config import DEFAULT, PRESETS, RunConfig
-from calcformer.errors import InputError
+from calcformer.errors import InputError, tell
 from calcformer.flags import Parser, add_settings, path, whole
 from calcformer.interrupt import Stopped, handle_signals
 from calcformer.studies import STUDIES, Sweep, parse_vary
@@ -124,8 +125,8 @@ def run_train(arguments: argparse.Namespace) -> int:
     try:
         last = training.train(config, out) if resumed is None else training.resume(resumed)
     except Stopped as stopped:
-        print(f"calcformer: stopped after epoch {stopped.finished}; continue with: calcformer train --resume "
-              f"{stopped.folder}", file=sys.stderr)
+        tell(f"calcformer: stopped after epoch {stopped.finished}; continue with: calcformer train --resume "
+             f"{stopped.folder}")
         return 130
     say(f"{last['run']}: exact match {last['exact_match']:.4f}, token accuracy {last['valid_token_accuracy']:.4f}, "
         f"loss {last['valid_loss']:.4f} on held-out problems")
@@ -153,8 +154,8 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     try:
         results = sweep.run_sweep(plan, out, jobs)
     except Stopped as stopped:
-        print(f"calcformer: stopped with {stopped.finished} of {len(plan.members())} runs finished; continue with: "
-              f"calcformer sweep --resume {stopped.folder}", file=sys.stderr)
+        tell(f"calcformer: stopped with {stopped.finished} of {len(plan.members())} runs finished; continue with: "
+             f"calcformer sweep --resume {stopped.folder}")
         return 130
     say(f"{comparison.make_table(results)}written to {results['folder']}")
     return 0
@@ -164,11 +165,15 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     import torch
 
     from calcformer.evaluation import evaluate_run, report
-    from calcformer.exhaustive import evaluate_all
+    from calcformer.exhaustive import check_exhaustive, evaluate_all
     from calcformer.solver import Solver
     from calcformer.training.device import count_cores
 
+    if arguments.processes is not None and not arguments.exhaustive:
+        raise InputError("--processes is for --exhaustive; leave it out")
     solver = Solver(arguments.run, arguments.device)
+    if arguments.exhaustive:
+        check_exhaustive(solver, arguments.processes)
     torch.set_num_threads(min(solver.config.training.threads or 1, count_cores()))
     result = evaluate_run(solver, arguments.beam, arguments.problems)
     if arguments.exhaustive:
@@ -184,13 +189,16 @@ def read_problems(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     if arguments.input is not None:
         source, content = str(arguments.input), arguments.input.read_bytes()
     else:
+        if sys.stdin.isatty():
+            tell("Type problems, one a line, and Ctrl-D to end.")
         source, content = "standard input", sys.stdin.buffer.read()
-    lines = enumerate(content.decode(errors="replace").splitlines(), start=1)
+    lines = enumerate(content.decode("utf-8-sig", errors="replace").split("\n"), start=1)
     return [(line, f"{source}, line {number}: ") for number, line in lines if line.strip()]
 
 
 def run_solve(arguments: argparse.Namespace) -> int:
     import torch
+    from tqdm import tqdm
 
     from calcformer.solver import Solver, newest_run
 
@@ -208,8 +216,9 @@ def run_solve(arguments: argparse.Namespace) -> int:
             solver.task.read_question(question)
         except InputError as error:
             raise InputError(f"{place}{error}") from None
-    answers = solver.answers(questions, beam=arguments.beam)
-    print(f"answered by {solver}", file=sys.stderr)
+    with tqdm(total=len(questions), unit="ex", unit_scale=True, disable=None, delay=2, leave=False) as bar:
+        answers = solver.answers(questions, beam=arguments.beam, advance=bar.update)
+    tell(f"answered by {solver}")
     if is_asked:
         return converse(solver, arguments.beam)
     if arguments.json:
@@ -226,16 +235,16 @@ def converse(solver: "Solver", beam: int) -> int:
     with suppress(ImportError):
         import readline  # noqa: F401  # lets input() edit a line and recall those before
 
-    print("Type a problem, or Ctrl-D to end.", file=sys.stderr)
+    tell("Type a problem, or Ctrl-D to end.")
     while True:
         try:
             question = input("> ")
             if question.strip():
                 say(str(solver.answers([question], beam=beam)[0]))
         except InputError as error:
-            print(error, file=sys.stderr)
+            tell(str(error))
         except EOFError:
-            print(file=sys.stderr)
+            tell("")
             return 0
 
 
@@ -287,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 141
         parser.error(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
     except KeyboardInterrupt:
-        print("calcformer: stopped", file=sys.stderr)
+        tell("calcformer: stopped")
         return 130
 
 
@@ -301,3 +310,6 @@ def open_standard_streams() -> None:
     for name in "stdin", "stdout", "stderr":
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+    for stream in sys.stdout, sys.stderr:
+        if isinstance(stream, io.TextIOWrapper):  # of a file's name not all can be written in every encoding
+            stream.reconfigure(errors="backslashreplace")

@@ -1,12 +1,22 @@
 """The error that means: the user can mend this."""
 
-__all__ = ["InputError", "shown"]
+import sys
+
+__all__ = ["InputError", "shown", "tell"]
 
 SHOWN = 60  # characters of a wrong value that an error repeats
 
 
 class InputError(ValueError):
     """Wrong input. The message is one line: what was wrong, what was found, what to do. The command prints it."""
+
+
+def tell(text: str) -> None:
+    """Print a line to standard error. That nobody can read it ends nothing."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        pass
 
 
 def shown(value: object) -> str:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import threading
+import pickle
+import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing import connection
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -20,9 +18,10 @@ from calcformer.evaluation import Mistake, Tally, answer, find_mistakes, is_righ
 from calcformer.memory import check_memory, memory_to_answer
 from calcformer.solver import Solver
 from calcformer.training.device import check_cores, count_cores
+from calcformer.worker import start_worker
 from calcformer.files import write_atomically
 
-__all__ = ["MISTAKES", "evaluate_all"]
+__all__ = ["MISTAKES", "check_exhaustive", "evaluate_all"]
 
 MISTAKES = "mistakes.txt"
 MOST_PROBLEMS = 100_000_000
@@ -47,54 +46,43 @@ def answer_chunk(solver: Solver, numbers: range, beam: int) -> Chunk:
     return tally, index[wrong].tolist(), said[wrong].tolist()
 
 
-def end_with_parent() -> None:
-    """End this process as soon as the one that started it has ended, however that ended."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
+def chunks_of(solver: Solver, size: int) -> list[range]:
+    """The numbers of all problems there are, in pieces."""
+    return [range(start, min(start + size, solver.task.size)) for start in range(0, solver.task.size, size)]
 
 
-def answer_share(run: Path, beam: int, chunks: list[range], results: connection.Connection) -> None:
-    """Answer chunks in another process, which sends each when it is finished."""
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C, and ends this process
+def work(_: SimpleQueue[str], run: str, beam: str, size: str, rank: str, processes: str) -> None:
+    """Answer a share of the chunks in a worker, which sends each when it is finished."""
+    results = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no result
     torch.set_num_threads(1)
     solver = Solver(run, "cpu")
-    for numbers in chunks:
-        results.send(answer_chunk(solver, numbers, beam))
+    for numbers in chunks_of(solver, int(size))[int(rank)::int(processes)]:
+        pickle.dump(answer_chunk(solver, numbers, int(beam)), results)
+        results.flush()
 
 
 @contextmanager
 def answered_chunks(solver: Solver, beam: int, processes: int) -> Iterator[Iterator[Chunk]]:
     """The chunks in order, as they are finished."""
-    size = solver.task.size
-    chunks = [range(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK)]
+    chunks = chunks_of(solver, CHUNK)
     processes = min(processes, len(chunks))
     if processes == 1 or solver.device.type != "cpu":
         yield (answer_chunk(solver, numbers, beam) for numbers in chunks)
         return
-    check_memory(memory_to_answer(solver.config, processes), solver.device)
-    # Spawned: a fork would copy the threads of PyTorch's pools in whatever state they are.
-    context = multiprocessing.get_context("spawn")
-    workers: list[Any] = []
-    receivers = []
-    try:
+    with ExitStack() as stack:
+        results = []
         for rank in range(processes):
-            receiver, sender = context.Pipe(duplex=False)
-            receivers.append(receiver)
-            workers.append(context.Process(target=answer_share, daemon=True,
-                                           args=(solver.folder, beam, chunks[rank::processes], sender)))
-            workers[-1].start()
-            sender.close()  # of the worker alone, so that its end is seen
-        yield (receivers[number % processes].recv() for number in range(len(chunks)))
-    except EOFError:
-        raise InputError("a process that answered problems ended before its time (killed, or out of memory?); "
-                         "try fewer --processes") from None
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.join()
+            share = solver.folder, beam, CHUNK, rank, processes
+            worker = stack.enter_context(start_worker("calcformer.exhaustive", *share, stdout=subprocess.PIPE))
+            stack.callback(worker.kill)
+            assert worker.stdout is not None
+            results.append(worker.stdout)
+        try:
+            yield (pickle.load(results[number % processes]) for number in range(len(chunks)))
+        except (EOFError, pickle.UnpicklingError):
+            raise InputError("a process that answered problems ended before its time (killed, or out of memory?); "
+                             "try fewer --processes") from None
 
 
 def list_mistakes(solver: Solver, numbers: list[int], said: list[list[int]]) -> list[Mistake]:
@@ -103,6 +91,22 @@ def list_mistakes(solver: Solver, numbers: list[int], said: list[list[int]]) -> 
     examples = solver.task.encode(index)
     answers = torch.tensor(said, dtype=torch.long, device=solver.device).view_as(examples.labels)
     return list(find_mistakes(solver, solver.task.operands(index), examples, answers))
+
+
+def check_exhaustive(solver: Solver, processes: int | None) -> int:
+    """How many processes answer all problems; None stands for as many as the run was trained with.
+
+    Raises:
+        InputError: there are too many problems, or fewer cores or less memory than the processes want.
+    """
+    if solver.task.size > MOST_PROBLEMS:
+        raise InputError(f"--exhaustive answers up to {MOST_PROBLEMS:,} problems, this run has {solver.task.size:,}; "
+                         "leave it out")
+    if processes is None:
+        processes = min(max(1, solver.config.training.processes), count_cores())
+    check_cores(processes, "--processes")
+    check_memory(memory_to_answer(solver.config, processes), solver.device)
+    return processes
 
 
 def evaluate_all(solver: Solver, beam: int = 1, processes: int | None = None) -> dict[str, Any]:
@@ -116,15 +120,9 @@ def evaluate_all(solver: Solver, beam: int = 1, processes: int | None = None) ->
         n, wrong, exact_match, groups, and mistakes_file, which lists up to 10,000 mistakes or says that there are more.
 
     Raises:
-        InputError: there are too many problems, none that were not trained on, or fewer cores than processes.
+        InputError: see `check_exhaustive`; or there are no problems that were not trained on.
     """
-    task = solver.task
-    if processes is None:
-        processes = min(max(1, solver.config.training.processes), count_cores())
-    check_cores(processes, "--processes")
-    if task.size > MOST_PROBLEMS:
-        raise InputError(f"--exhaustive answers up to {MOST_PROBLEMS:,} problems, this run has {task.size:,}; "
-                         "leave it out")
+    task, processes = solver.task, check_exhaustive(solver, processes)
     tally = Tally()
     numbers: list[int] = []
     answers: list[list[int]] = []

@@ -63,16 +63,17 @@ def new_folder(out: Path | None, name: str) -> Iterator[Path]:
     for number in itertools.count(1):
         folder = Path("runs", f"{name}-{number}") if out is None else out
         made = not folder.exists()
+        folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            folder.mkdir(parents=True, exist_ok=out is not None)
-        except (FileExistsError, NotADirectoryError):
+            folder.mkdir(exist_ok=out is not None)
+        except FileExistsError:
             if out is not None:
                 break
             continue
         with ExitStack() as stack:
             try:
                 stack.enter_context(hold(folder))
-                is_free = not any(folder.iterdir())
+                is_free = all(is_temporary(path) for path in folder.iterdir())
             except FileNotFoundError:  # who held it wrote nothing and took it away
                 continue
             if is_free:
@@ -90,11 +91,18 @@ def remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether it is what a kill within `write_atomically` left."""
+    return path.name.startswith(".") and path.suffix == ".tmp"
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that its name stands for either the old content or all of the new, even after a power cut.
 
     The temporary name is the same each time: what a kill leaves behind, the next write to `path` takes away.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:

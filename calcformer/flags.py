@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from calcformer.config import PRESETS, SECTIONS
-from calcformer.errors import shown
+from calcformer.errors import shown, tell
 
 __all__ = ["Parser", "add_settings", "path", "whole"]
 
@@ -25,7 +24,7 @@ class Parser(argparse.ArgumentParser):
         text = " ".join(message.split())
         if len(text) > LONGEST:  # what is wrong stands at its beginning, what to do at its end
             text = f"{text[:LONGEST // 2]} ... {text[-LONGEST // 2:]}"
-        print(f"calcformer: error: {text}", file=sys.stderr)
+        tell(f"calcformer: error: {text}")
         raise SystemExit(2)
 
 

@@ -2,12 +2,13 @@
 
 import math
 import os
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from calcformer.build import build_model, build_task
-from calcformer.config import RunConfig
+from calcformer.config import DataConfig, ModelConfig, RunConfig
 from calcformer.errors import InputError
 
 __all__ = ["check_memory", "free_memory", "memory_to_answer", "memory_to_train"]
@@ -17,10 +18,15 @@ EVALUATED = 1_000  # problems at once in validation
 FLOAT = 4  # bytes
 
 
+@lru_cache  # runs of a sweep seldom differ in it
+def _count_parameters(model: ModelConfig, data: DataConfig) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_model(model, build_task(data)).parameters())
+
+
 def count_parameters(config: RunConfig) -> int:
     """Of the model, which is built without memory for its values."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build_model(config.model, build_task(config.data)).parameters())
+    return _count_parameters(config.model, config.data)
 
 
 def activations(config: RunConfig, problems: int) -> int:
@@ -35,25 +41,25 @@ def activations(config: RunConfig, problems: int) -> int:
 
 
 def memory_to_train(config: RunConfig, processes: int) -> int:
-    """Bytes that `processes` processes need together to train and validate a run, roughly.
+    """Bytes that `processes` processes need together to train a run, roughly.
 
-    Weights, their gradient in parts and as a vector, Adam's two moments, and what a checkpoint copies; the activations
-    of a batch; the problems, as numbers in Python first where they are a fixed list.
+    Weights, their gradient in parts and as a vector, Adam's two moments, and weights and moments twice more while they
+    are written; the activations of a batch; the problems, as numbers in Python first where they are a fixed list.
     """
     task = build_task(config.data)
     weights = FLOAT * count_parameters(config)
     problems = config.data.train_size + config.data.valid_size
     lists = 0 if config.data.fresh else 200 * problems
     data = 3 * 8 * (task.source_length + task.target_length) * problems + lists
-    batch = activations(config, math.ceil(config.training.batch_size / processes))
+    batch = activations(config, math.ceil(min(config.training.batch_size, config.data.train_size) / processes))
     shared = 2 * processes * weights if processes > 1 else 0
-    return processes * (PROCESS + 7 * weights + batch + data) + shared
+    return processes * (PROCESS + 11 * weights + batch + data) + shared
 
 
 def memory_to_answer(config: RunConfig, processes: int = 1) -> int:
     """Bytes that `processes` processes need together to load a run and answer problems, roughly."""
     layer = activations(config, EVALUATED) // (config.model.encoder_layers + config.model.decoder_layers)
-    return processes * (PROCESS + 3 * FLOAT * count_parameters(config) + layer)
+    return processes * (PROCESS + 2 * FLOAT * count_parameters(config) + layer)
 
 
 def free_memory(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +37,16 @@ def _figure(width: float, height: float) -> "Figure | None":
     return figure
 
 
+def _title(figure: "Figure", title: str) -> None:
+    """A title of any characters: what looks like a formula to matplotlib is none."""
+    figure.suptitle(title.encode("utf-8", "replace").decode(), parse_math=False)
+
+
 def _save(figure: "Figure", path: Path) -> None:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # its box is drawn
+        figure.savefig(buffer, format="png", dpi=120)
     write_atomically(path, buffer.getvalue())
 
 
@@ -65,7 +73,7 @@ def save_curve(entries: list[dict[str, Any]], title: str, path: Path) -> bool:
         return False
     from matplotlib.ticker import MaxNLocator
 
-    figure.suptitle(title)
+    _title(figure, title)
     panels = {"loss": ("loss", "valid_loss"),
               "accuracy": ("token_accuracy", "valid_token_accuracy", "exact_match")}
     for axes, (panel, names) in zip(figure.subplots(1, 2), panels.items()):
@@ -111,7 +119,7 @@ def save_panels(panels: dict[str, list[Line]], xlabel: str, title: str, path: Pa
         return False
     from matplotlib.ticker import MaxNLocator, NullLocator
 
-    figure.suptitle(title)
+    _title(figure, title)
     handles: dict[str, Any] = {}
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
     for axes, (name, lines) in zip(grid.flat, panels.items()):
@@ -163,7 +171,7 @@ def save_heads(weights: list[list[list[float]]], queries: Sequence[str], keys: S
     figure = _figure(panel_width * columns + 0.9, panel_height * rows + 0.7)
     if figure is None:
         return False
-    figure.suptitle(title)
+    _title(figure, title)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for number, (axes, head) in enumerate(zip(panels, weights), start=1):
         image = axes.imshow(head, vmin=0, vmax=1, cmap="Blues")

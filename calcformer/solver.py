@@ -1,6 +1,6 @@
 """A trained run that answers typed problems."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
@@ -92,8 +92,13 @@ class Solver:
         """
         return [answer.said for answer in self.answers(questions, batch_size, beam)]
 
-    def answers(self, questions: Sequence[str], batch_size: int = BATCH, beam: int = 1) -> list[Answer]:
-        """What `solve` says, with its probability and the right answer; arguments and errors as there."""
+    def answers(self, questions: Sequence[str], batch_size: int = BATCH, beam: int = 1,
+                advance: Callable[[int], object] = lambda count: None) -> list[Answer]:
+        """What `solve` says, with its probability and the right answer; arguments and errors as there.
+
+        Args:
+            advance: called with the number of problems answered, after each batch.
+        """
         if isinstance(questions, str):
             raise TypeError(f"questions must be a list of strings, got the string {questions!r}")
         check_beam(beam)
@@ -111,4 +116,5 @@ class Solver:
             found += [Answer(self.task.question(*problem), self.task.decode_answer(ids), probability,
                              self.task.right_answer(*problem))
                       for problem, ids, probability in zip(part, said.tolist(), log_p.exp().tolist())]
+            advance(len(part))
         return found

@@ -2,17 +2,20 @@
 
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
 from calcformer.config import DEFAULT, PRESETS, SECTIONS, RunConfig
-from calcformer.errors import InputError
+from calcformer.errors import InputError, shown
 
 __all__ = ["STUDIES", "Member", "Study", "Sweep", "parse_vary"]
 
 FORMAT = 1  # of sweep.json
+MOST_SEEDS, MOST_RUNS = 1000, 10_000
+LONGEST_NAME = 200  # characters of a folder
 KINDS: dict[str, Any] = {name: kind for section in SECTIONS.values() for name, kind in get_type_hints(section).items()}
 
 
@@ -80,8 +83,16 @@ class Sweep:
     study: str | None = None
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise InputError(f"seeds must be 1 or more, got {self.seeds}")
+        if type(self.seeds) is not int or not 1 <= self.seeds <= MOST_SEEDS:
+            raise InputError(f"seeds must be 1 to {MOST_SEEDS}, got {shown(self.seeds)}")
+        if self.study is not None and self.study not in STUDIES:
+            raise InputError(f"there is no study {shown(self.study)}")
+        for name, values in self.vary.items():
+            if name not in KINDS or type(values) is not list or not values:
+                raise InputError(f"{shown(name)} cannot be varied over {shown(values)}")
+        runs = self.seeds * math.prod(map(len, self.vary.values()))
+        if runs > MOST_RUNS:
+            raise InputError(f"a sweep has at most {MOST_RUNS} runs, this one {runs}")
         if "seed" in self.vary and self.seeds > 1:
             raise InputError("--seeds counts up from one seed; leave it out or --vary seed")
         for name, values in self.vary.items():
@@ -108,10 +119,15 @@ class Sweep:
         first = self.base.training.seed
         axes = {**self.vary, **({"seed": range(first, first + self.seeds)} if self.seeds > 1 else {})}
         members = []
+        given, usual = self.base.training.warmup_steps, PRESETS.get(self.base.preset, self.base).training.warmup_steps
+        warmup = {} if given == usual else {"warmup_steps": given}  # what a user wants is not cut to fit a shorter run
         for combination in itertools.product(*axes.values()):
             settings = dict(zip(axes, combination))
             name = ",".join(f"{name.replace('_', '-')}={value}" for name, value in settings.items()) or "run"
-            members.append(Member(name, {key: settings[key] for key in self.vary}, self.base.with_settings(settings)))
+            if len(name) > LONGEST_NAME or "/" in name:
+                raise InputError(f"{shown(name)} cannot be the name of a folder; vary fewer settings at once")
+            members.append(Member(name, {key: settings[key] for key in self.vary},
+                                  self.base.with_settings(warmup | settings)))
         return members
 
     def to_json(self) -> str:
@@ -147,7 +163,7 @@ def _value(name: str, text: str) -> Any:
     except ValueError:
         pass
     expected = "true or false" if kind is bool else f"of type {kind.__name__}"
-    raise InputError(f"{name} must be {expected}, got {text!r}")
+    raise InputError(f"{name} must be {expected}, got {shown(text)}")
 
 
 def parse_vary(words: Sequence[str]) -> dict[str, list[Any]]:
@@ -157,9 +173,10 @@ def parse_vary(words: Sequence[str]) -> dict[str, list[Any]]:
         flag, _, values = word.partition("=")
         name = flag.replace("-", "_")
         if not values:
-            raise InputError(f"--vary {word!r} is not of the form SETTING=VALUE,VALUE, such as learning-rate=1e-3,1e-4")
+            raise InputError(f"--vary {shown(word)} is not of the form SETTING=VALUE,VALUE, such as "
+                             "learning-rate=1e-3,1e-4")
         if name not in KINDS:
-            raise InputError(f"there is no setting {flag!r} to vary; calcformer train --help lists them")
+            raise InputError(f"there is no setting {shown(flag)} to vary; calcformer train --help lists them")
         if name in vary:
             raise InputError(f"--vary {flag} stands twice; give all its values to one")
         vary[name] = [_value(name, text) for text in values.split(",")]

@@ -29,10 +29,11 @@ from calcformer.files import hold, new_folder, write_atomically
 from calcformer.interrupt import Stopped
 from calcformer.memory import check_memory, memory_to_train
 from calcformer.studies import Member, Sweep
-from calcformer.training import finished_epochs, pick_device, resume, train
-from calcformer.training.checkpoint import METRICS, MODEL, RESUME
+from calcformer.training import pick_device, resume, train
+from calcformer.training.checkpoint import CONFIG, METRICS, MODEL, RESUME, saved_epoch
 from calcformer.training.device import check_cores, count_cores, count_processes
 from calcformer.training.run_log import RunLog
+from calcformer.training.trainer import MEASURED
 from calcformer.worker import start_worker
 
 __all__ = ["finished_runs", "read_sweep", "run_sweep"]
@@ -144,7 +145,12 @@ def work(names: "SimpleQueue[str]", folder: str) -> None:
 
 
 def is_finished(folder: Path, member: Member) -> bool:
-    return finished_epochs(folder / member.name) == member.config.training.epochs
+    """Whether nothing is left to do: not so where the log of a finished run was lost and can be made again."""
+    run, epochs = folder / member.name, member.config.training.epochs
+    if saved_epoch(run / MODEL) != epochs or not (run / CONFIG).is_file():
+        return False
+    last = next(iter(RunLog(run / METRICS).read()[-1:]), {})
+    return last.keys() >= MEASURED or saved_epoch(run / RESUME) is None
 
 
 def finished_runs(folder: Path, sweep: Sweep) -> int:

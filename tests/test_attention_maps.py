@@ -94,7 +94,8 @@ def test_pictures_of_every_layer(task: str, runs: dict[str, Path], capsys: pytes
 
 def test_several_problems_and_another_folder(runs: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    assert main(["attention", "1+1", " - 2 + 0003", "--run", str(runs["formula"]), "--out", "maps", "--device", "cpu"]) == 0
+    words = ["1+1", " - 2 + 0003", "--run", str(runs["formula"]), "--out", "maps", "--device", "cpu"]
+    assert main(["attention", *words]) == 0
     assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["-2+3", "1+1"]
 
 
@@ -109,7 +110,9 @@ def test_file_for_bertviz(runs: dict[str, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("words", "match"), [
-    (["1+x"], "'x' at place 3"), (["1+1", "2+x"], "'x' at place 3"), (["1+1", "2+2", "--bertviz", "f.json"], "--bertviz takes one problem, got 2"),
+    (["1+x"], "'x' at place 3"), (["1+1", "2+x"], "'x' at place 3"),
+    (["1+1", "2+2", "--bertviz", "f.json"], "--bertviz takes one problem, got 2"),
+    (["1+1", "--bertviz", "/"], "/: Is a directory"),
     ([], "required: PROBLEM"),
 ])
 def test_wrong_input_is_one_line_and_writes_nothing(words: list[str], match: str, runs: dict[str, Path], tmp_path: Path,

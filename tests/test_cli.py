@@ -120,7 +120,10 @@ def test_problems_from_standard_input_or_a_file(runs: dict[str, Path], monkeypat
     typed(text, monkeypatch)
     assert main(["solve", "--run", run]) == 0
     assert capsys.readouterr().out == expected
-    Path("problems.txt").write_bytes(b"1+1\n\n2+\xff\n")
+    Path("problems.txt").write_bytes(b"\xef\xbb\xbf" + text)  # as some editors begin a file
+    assert main(["solve", "--run", run, "--input", "problems.txt"]) == 0
+    assert capsys.readouterr().out == expected
+    Path("problems.txt").write_bytes(b"1+1\f\n\n2+\xff\n")
     assert "problems.txt, line 3: formula '2+" in fails(capsys, "solve", "--run", run, "--input", "problems.txt")
     typed(b"\n", monkeypatch)
     assert "no problem was given" in fails(capsys, "solve", "--run", run)
@@ -184,7 +187,7 @@ def test_the_run_that_is_asked_knows_the_problem_and_is_finished(runs: dict[str,
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize(("ending", "code", "said"), [
     ("| head -c 1", 141, ""), ("> /dev/full", 2, "calcformer: error: standard output: No space left on device"),
-    ("2>&-", 0, ""), (">&-", 0, ""), ("<&-", 0, ""), ("<&- >&- 2>&-", 0, ""),
+    ("2>/dev/full", 0, ""), ("2>&-", 0, ""), (">&-", 0, ""), ("<&-", 0, ""), ("<&- >&- 2>&-", 0, ""),
 ])
 def test_streams_that_break_are_no_traceback(ending: str, code: int, said: str, runs: dict[str, Path]) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(calcformer.__file__).parents[1])}
@@ -235,6 +238,7 @@ def test_package_door(runs: dict[str, Path]) -> None:
     (["train", "--out", ""], "must be the name of a file or folder, got ''"), (["train", "--resume", ""], "got ''"),
     (["train", "--out", "a\0b"], "got 'a\\x00b'"), (["evaluate", ""], "must be the name of a file or folder"),
     (["evaluate", "x", "--beam", "100000"], "must be a whole number, 1 to 100, got '100000'"),
+    (["evaluate", "x", "--processes", "2"], "--processes is for --exhaustive"),
     (["evaluate", "x", "--processes", "0"], "must be a whole number, 1 to 1024, got '0'"),
     (["train", "--" + "x" * 100_000], "unrecognized arguments: --xxx"),
     (["train", "--processes", "900"], "CPU cores busy"),

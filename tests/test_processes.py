@@ -136,10 +136,19 @@ def test_run_of_more_processes_than_cores_continues_with_those_there_are(
     config = PRESETS["formula"].with_settings({**TINY, "processes": 1})
     train(config, "run", bar=False)
     path = Path("run/config.json")
-    path.write_text(config.with_settings({"processes": 64}).to_json())
+    path.write_text(config.with_settings({"processes": 64, "threads": 8}).to_json())
     monkeypatch.setattr("calcformer.training.loop.count_cores", lambda: 1)
     assert resume("run", bar=False)["epoch"] == 2
-    assert "run: 64 processes trained it, 1 continue it" in capsys.readouterr().err
+    assert ("run: trained with 64 processes of 8 threads so far, continued with 1 of 1: there are 1 CPU cores"
+            in capsys.readouterr().err)
+
+
+def test_workers_import_what_this_process_imports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])
+    monkeypatch.syspath_prepend(str(Path(calcformer.__file__).parents[1]))
+    (tmp_path / "random.py").write_text("raise SystemExit('the wrong module')")
+    train(PRESETS["formula"].with_settings({**TINY, "processes": 2}), "run", bar=False)
+    assert finished_epochs(tmp_path / "run") == 2
 
 
 # Two at once
@@ -185,6 +194,14 @@ def test_two_trainings_without_a_folder_get_one_each(tmp_path: Path) -> None:
     folders = list((tmp_path / "runs").iterdir())
     assert {folder.name for folder in folders} == {f"formula-{number}" for number in range(1, 2 * TWICE + 1)}
     assert all(finished_epochs(folder) == 2 for folder in folders)
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_no_folder_can_be_made_in_a_file(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "runs").touch() if kind == "file" else (tmp_path / "runs").symlink_to("nowhere")
+    with pytest.raises(SystemExit):
+        main(["train", *FLAGS])
+    assert "calcformer: error: runs: File exists" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -53,6 +53,11 @@ def tiny_sweep(vary: dict[str, list[Any]]) -> Sweep:
     return Sweep.of({**settings, "complexity": 1}, vary, 2, "formula")
 
 
+def changed(**values: Any) -> str:
+    """A sweep's file with something else in it."""
+    return json.dumps({**json.loads(Sweep.of({}, {}).to_json()), **values})
+
+
 # Grids
 
 
@@ -94,6 +99,10 @@ def test_sweep_survives_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "match"), [
     (None, "not a sweep folder"), ("{", "cannot be used"), ("[]", "cannot be used"),
     ('{"format": 2}', "not of format 1"), ('{"format": 1, "base": {"format": 1}}', "section 'data'"),
+    ("[" * 100_000, "cannot be used"), (changed(seeds=1.5), "seeds must be 1 to 1000, got 1.5"),
+    (changed(seeds=10**9), "seeds must be 1 to 1000"), (changed(study="nope"), "there is no study 'nope'"),
+    (changed(study=5), "there is no study 5"), (changed(vary={"heads": 3}), "'heads' cannot be varied over 3"),
+    (changed(vary={"wings": [3]}), "'wings' cannot be varied"),
 ])
 def test_damaged_sweeps_are_one_line(text: str | None, match: str, tmp_path: Path) -> None:
     if text is not None:
@@ -133,6 +142,22 @@ def test_expressions_of_the_report_can_be_asked() -> None:
     assert task.read_question("BOS POSITIVE 04 add NEGATIVE 11 EOS") == (4, -11, True)
     ids = task.write(torch.tensor([4]), torch.tensor([-11]), torch.tensor([True])).source[0].tolist()
     assert " ".join(task.vocabulary.decode(ids)) == "BOS POSITIVE 0 4 add NEGATIVE 1 1 EOS"
+
+
+def test_sweeps_that_are_too_large_are_refused() -> None:
+    many = [f"0.{number:04}" for number in range(1, 102)]
+    with pytest.raises(InputError, match="at most 10000 runs, this one 10100"):
+        Sweep.of({}, parse_vary([f"learning-rate={','.join(many)}"]), 100)
+    names = ("width", "hidden", "encoder_layers", "decoder_layers", "epochs", "batch_size", "valid_every",
+             "exact_match_every", "warmup_steps", "train_size", "valid_size", "label_smoothing", "weight_decay")
+    with pytest.raises(InputError, match="cannot be the name of a folder; vary fewer settings at once"):
+        Sweep.of({}, {name: [getattr(PRESETS["formula"].model, name, 0) or 1] for name in names}).members()
+
+
+def test_warm_up_that_was_asked_for_is_not_cut() -> None:
+    assert Sweep.of({}, {"epochs": [1, 30]}, preset="formula").members()[0].config.training.warmup_steps == 8
+    with pytest.raises(InputError, match="warmup_steps must be at most the 80 steps of the whole run, got 90"):
+        Sweep.of({"warmup_steps": 90}, {"epochs": [1, 30]}, preset="formula").members()
 
 
 @pytest.mark.parametrize(("words", "match"), [
@@ -232,9 +257,26 @@ def test_member_that_cannot_be_continued_is_kept(tmp_path: Path) -> None:
     weights = tmp_path / "out" / "seed=0" / "model.safetensors"
     before = weights.read_bytes()
     weights.with_name("resume.safetensors").write_bytes(b"")
+    log = weights.with_name("metrics.jsonl")
+    figures, lines = json.loads((tmp_path / "out" / "results.json").read_text())["rows"][0]["mean"], log.read_bytes()
+    for content in lines, b"":  # finished, and so whatever else is lost it keeps what can be had
+        log.write_bytes(content)
+        row, = run_sweep(sweep, tmp_path / "out", bar=False)["rows"]
+        assert weights.read_bytes() == before and row["mean"].items() <= figures.items()
+    weights.unlink()
     results = run_sweep(sweep, tmp_path / "out", bar=False)
     assert "resume.safetensors is damaged" in results["rows"][0]["runs"][0]["failed"]
-    assert weights.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_member_whose_log_or_weights_are_lost_is_mended(tmp_path: Path) -> None:
+    sweep = tiny_sweep({})
+    run_sweep(sweep, tmp_path / "out", bar=False)
+    before = json.loads((tmp_path / "out" / "results.json").read_text())["rows"][0]["mean"]
+    (tmp_path / "out" / "seed=0" / "metrics.jsonl").write_bytes(b"")
+    (tmp_path / "out" / "seed=1" / "model.safetensors").write_bytes(b"")
+    row, = run_sweep(sweep, tmp_path / "out", bar=False)["rows"]
+    assert row["mean"]["exact_match"] == before["exact_match"] and row["mean"]["valid_loss"] == before["valid_loss"]
 
 
 def test_the_best_row_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

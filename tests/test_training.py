@@ -365,20 +365,22 @@ def test_weights_that_are_no_numbers_end_a_run_too(tmp_path: Path, monkeypatch: 
 
 def test_bar_shows_loss_accuracy_and_time_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(small(), tmp_path / "run", bar=True)
-    assert re.search(r"epoch 4/4 loss \d\.\d{4} accuracy 0\.\d{4}: 100% 00:00 left, held out 0\.\d{4}, "
-                     r"exact \d\.\d{4} .*ex/s", capsys.readouterr().err)
+    shown = capsys.readouterr().err
+    assert re.search(r"4/4 loss \d\.\d{4} exact \d\.\d{4}: 100% 00:00 left, accuracy 0\.\d{4} .*ex/s", shown)
+    assert re.search(r"2/4 loss \d\.\d{4} held out 0\.\d{4}: 50% ", shown) and "2/4 loss" in shown
+    assert "1/4 loss" in shown and " measuring: " in shown
 
 
 @pytest.mark.parametrize(("columns", "expected"), [
-    (44, r"epoch 4/4 loss \d\.\d{4} accuracy \d\.\d{4}"), (60, r"epoch 4/4 loss .* 100% 00:00 left"),
-    (80, r"epoch 4/4 loss .* left, held out 0\.\d{4}")])
-def test_narrow_terminals_show_the_loss_first(
+    (20, r"4/4 loss \d\.\d{4} "), (44, r"4/4 loss \d\.\d{4} exact \d\.\d{4}: 100% 00:00 l"),
+    (80, r"4/4 loss .* left, accuracy 0\.\d{4}.*ex/s")])
+def test_narrow_terminals_show_what_matters_first(
         columns: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda file: (columns, 20))
     train(small(), tmp_path / "run", bar=True)
     frames = re.split(r"[\r\n]", capsys.readouterr().err)
-    bars = [frame for frame in frames if frame.startswith("epoch")]
+    bars = [frame for frame in frames if re.match("[1-4]/4 ", frame)]
     assert bars and all(len(bar) <= columns for bar in bars) and any(re.match(expected, bar) for bar in bars)
 
 
@@ -394,6 +396,9 @@ LOGS = {
     "texts": lambda lines: [b'{"epoch": "one", "loss": "low"}', b'{"epoch": 3, "loss": "low"}', *lines],
     "binary": lambda lines: [b"\xff\xfe\x00", *lines], "nested": lambda lines: [b"[" * 100_000, *lines],
     "garbled": lambda lines: [lines[0], lines[1][:20], *lines[2:]],
+    "large": lambda lines: [b'{"epoch": 1' + b"0" * 301 + b"}", b'{"epoch": 2, "loss": 1e999, "seconds": NaN}', *lines],
+    "untrue": lambda lines: [b'{"epoch": 3, "loss": -1, "exact_match": 9, "valid_loss": 1e300}', *lines],
+    "another line of an epoch": lambda lines: [*lines, *([b'{"epoch": 4, "seconds": "5"}'] if len(lines) == 4 else [])],
 }
 
 

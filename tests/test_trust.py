@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 from safetensors.torch import load_file, save_file
 
 from calcformer.cli import main
@@ -214,6 +216,29 @@ def test_run_folder_that_is_deleted_is_named(tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == []
 
 
+def test_run_whose_first_checkpoint_was_never_written_begins_anew(
+        tmp_path: Path, whole: Callable[[str], tuple[Path, float]]) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(whole("one process")[0] / "config.json", folder)
+    resume(folder, bar=False)
+    assert_same_run(folder, whole("one process")[0])
+
+
+def test_folder_with_nothing_but_what_a_kill_left_is_free(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.json.tmp").write_text("{")
+    train(small(epochs=1), tmp_path / "run", bar=False)
+    assert finished_epochs(tmp_path / "run") == 1
+
+
+@pytest.mark.parametrize("name", ["d$a_{$", "\N{CJK UNIFIED IDEOGRAPH-8BAD}", "b\udcff"])
+def test_any_name_of_a_folder_can_be_drawn(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    train(small(epochs=1), tmp_path / name, bar=False)
+    assert (tmp_path / name / "curve.png").stat().st_size > 1_000
+
+
 def test_lost_weights_come_back(tmp_path: Path, whole: Callable[[str], tuple[Path, float]]) -> None:
     shutil.copytree(whole("one process")[0], tmp_path / "run")
     (tmp_path / "run" / "model.safetensors").unlink()
@@ -243,6 +268,17 @@ def changed(section: str, **values: Any) -> Callable[[bytes], bytes]:
     return change
 
 
+def tensors(epoch: str = "4", dtype: torch.dtype | None = None, change: tuple[str, float] | None = None
+            ) -> Callable[[bytes], bytes]:
+    """Changes what a file of tensors holds: its epoch, its dtype, or the first number of one of them."""
+    def write(content: bytes) -> bytes:
+        values = safetensors.torch.load(content)
+        if change is not None:
+            values[change[0]].view(-1)[0] = change[1]
+        return safetensors.torch.save({name: value.to(dtype) for name, value in values.items()}, {"epoch": epoch})
+    return write
+
+
 DAMAGES = [
     ("model.safetensors", "evaluate", lambda content: random.Random(0).randbytes(len(content)), "is damaged"),
     ("model.safetensors", "evaluate", lambda content: content[:len(content) // 2], "is damaged"),
@@ -251,6 +287,11 @@ DAMAGES = [
     ("resume.safetensors", "resume", lambda content: content[:-1], "is damaged"),
     ("resume.safetensors", "resume", lambda content: b"", "is damaged"),
     ("resume.safetensors", "resume", None, "is missing"),
+    ("resume.safetensors", "resume", tensors(epoch="-3"), "is damaged .epoch -3."),
+    ("resume.safetensors", "resume", tensors(dtype=torch.float16), "does not fit the model"),
+    ("resume.safetensors", "resume", tensors(change=("exp_avg.0", float("nan"))), "numbers that are infinite or NaN"),
+    ("model.safetensors", "evaluate", tensors(epoch="soon"), "is damaged"),
+    ("model.safetensors", "evaluate", tensors(dtype=torch.float8_e4m3fn), "does not fit the model"),
     ("config.json", "resume", lambda content: b"", "cannot be used"),
     ("config.json", "evaluate", lambda content: content[:-9], "cannot be used"),
     ("config.json", "evaluate", changed("", format=2), "not of format 1"),
@@ -279,7 +320,8 @@ def test_damaged_files_are_one_line_that_names_file_and_remedy(
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     error = fails(capsys, *(["train", "--resume", folder] if command == "resume" else [command, folder]))
     if "memory" not in match:
-        remedy = f"train --resume {folder}" if name == "model.safetensors" else "train the run again"
+        mended = name == "model.safetensors" and "fit" not in match
+        remedy = f"train --resume {folder}" if mended else "train the run again"
         assert name in error and remedy in error
     assert re.search(match, error) and len(error) < 700
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

@@ -7,6 +7,7 @@ metrics.jsonl        a line an epoch
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -66,32 +67,45 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], int]:
         raise RunError(f"{path} is missing; {_remedy(path)}")
     try:
         with safe_open(path, framework="pt") as file:
-            epoch = int((file.metadata() or {})["epoch"])
+            epoch = _epoch(file)
             return {name: file.get_tensor(name) for name in file.keys()}, epoch
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise RunError(f"{path} is damaged ({reason}); {_remedy(path)}") from None
 
 
+def _epoch(file: Any) -> int:
+    """The epoch that an open file of tensors is from; KeyError or ValueError where it does not say."""
+    epoch = int((file.metadata() or {})["epoch"])
+    if epoch < 0:
+        raise ValueError(f"epoch {epoch}")
+    return epoch
+
+
 def saved_epoch(path: Path) -> int | None:
     """The epoch that a file of tensors is from; None where it cannot be read. Reads the file's head only."""
     try:
         with safe_open(path, framework="pt") as file:
-            return int((file.metadata() or {})["epoch"])
+            return _epoch(file)
     except (SafetensorError, OSError, KeyError, ValueError):
         return None
 
 
+def _check_finite(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    if not all(bool(value.isfinite().all()) for value in tensors.values()):
+        raise RunError(f"{path} holds numbers that are infinite or NaN; {_remedy(path)}")
+
+
 def _fill(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
     """Copy weights into a model, all or none."""
-    if not all(bool(value.isfinite().all()) for value in weights.values()):
-        raise RunError(f"{path} holds numbers that are infinite or NaN; {_remedy(path)}")
     parameters = dict(model.named_parameters())
     wrong = sorted(parameters.keys() ^ weights.keys()) or sorted(
-        name for name, parameter in parameters.items() if parameter.shape != weights[name].shape)
+        name for name, parameter in parameters.items()
+        if (parameter.shape, parameter.dtype) != (weights[name].shape, weights[name].dtype))
     if wrong:
         raise RunError(f"{path} does not fit the model of its {CONFIG} (first difference: {wrong[0]}); "
                        "train the run again or give another one")
+    _check_finite(weights, path)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
@@ -100,8 +114,7 @@ def _fill(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> Non
 def read_config(folder: Path) -> RunConfig:
     """The settings of a run; RunError where the folder is not one."""
     if not folder.is_dir():
-        raise RunError(f"there is no run folder {folder}; make one with: "
-                       f"calcformer train --preset formula --out {folder}")
+        raise RunError(f"there is no run folder {folder}; make one with: calcformer train --out {folder}")
     path = folder / CONFIG
     if not path.is_file():
         raise RunError(f"{folder} is not a run folder: it has no {CONFIG}; give the folder that training wrote")
@@ -127,10 +140,7 @@ def load_run(folder: Path, device: torch.device | str = "cpu"
 
 def finished_epochs(folder: Path) -> int | None:
     """How many epochs of a run are saved, None where there is no run to continue."""
-    try:
-        return _read_tensors(folder / RESUME)[1]
-    except RunError:
-        return None
+    return saved_epoch(folder / RESUME)
 
 
 def load_resume_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -139,12 +149,14 @@ def load_resume_state(folder: Path, model: nn.Module, optimizer: torch.optim.Opt
     tensors, epoch = _read_tensors(path)
     prefix = "model."
     _fill(model, {name[len(prefix):]: value for name, value in tensors.items() if name.startswith(prefix)}, path)
+    _check_finite(tensors, path)
     if epoch == 0:  # Adam makes its state in its first step
         return 0
     for index, parameter in enumerate(trained_parameters(optimizer)):
         state = {key: tensors.get(f"{key}.{index}") for key in ADAM_STATE}
         for key, value in state.items():
-            if value is None or value.shape != (() if key == "step" else parameter.shape):
+            expected = torch.Size() if key == "step" else parameter.shape
+            if value is None or (value.shape, value.dtype) != (expected, torch.float32):
                 raise RunError(f"{path} does not fit the settings of its {CONFIG} (first difference: {key}.{index}); "
                                "train the run again or give another one")
         optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()

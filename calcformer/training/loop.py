@@ -1,6 +1,5 @@
 """Training: from a configuration to a run folder."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from calcformer.config import RunConfig
-from calcformer.errors import InputError
+from calcformer.errors import InputError, tell
 from calcformer.interrupt import Stopped
 from calcformer.memory import check_memory, memory_to_train
 from calcformer.training.board import require_tensorboard
@@ -85,8 +84,8 @@ def _run(config: RunConfig, claimed: AbstractContextManager[Path], bar: bool | N
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             trainer = Trainer(config, bar)
             with claimed as folder, _name_compiler(config.training.compile):
-                finished = trainer.load(folder) if continued else trainer.begin(folder)
                 try:
+                    finished = trainer.load(folder) if continued else trainer.begin(folder)
                     with trainer.start_team() as trainer.team:
                         return {"run": str(folder), **trainer.run(finished)}
                 except KeyboardInterrupt:
@@ -109,7 +108,7 @@ def train(config: RunConfig, out: Path | str | None = None, bar: bool | None = N
 
     Raises:
         InputError: a setting that cannot be used here, or a folder with something in it; nothing is written then.
-        Stopped: Ctrl-C, or SIGTERM where the command is run.
+        Stopped: Ctrl-C or SIGTERM came; what is finished is saved.
     """
     _follow_torchrun()
     return _run(config, new_folder(None if out is None else Path(out), config.preset), bar, continued=False)
@@ -123,10 +122,16 @@ def resume(folder: Path | str, bar: bool | None = None) -> dict[str, Any]:
     """
     _follow_torchrun()
     folder = Path(folder)
-    config = read_config(folder)
-    cores = max(1, count_cores() // (config.training.threads or 1))
-    if config.training.processes > cores and torchrun_place() is None:
-        print(f"{folder}: {config.training.processes} processes trained it, {cores} continue it: there are no more "
-              "CPU cores here", file=sys.stderr)
-        config = config.with_settings({"processes": cores})
-    return _run(config, hold(folder), bar, continued=True)
+    return _run(_fit_cores(read_config(folder), folder), hold(folder), bar, continued=True)
+
+
+def _fit_cores(config: RunConfig, folder: Path) -> RunConfig:
+    """The settings of a run that a larger machine began, with no more processes and threads than there are cores."""
+    before = max(1, config.training.processes), max(1, config.training.threads)
+    threads = min(before[1], count_cores())
+    processes = min(before[0], count_cores() // threads)
+    if before == (processes, threads) or torchrun_place() is not None:
+        return config
+    tell(f"{folder}: trained with {before[0]} processes of {before[1]} threads so far, continued with {processes} of "
+         f"{threads}: there are {count_cores()} CPU cores here")
+    return config.with_settings({"processes": processes, "threads": threads})

@@ -1,7 +1,6 @@
 """metrics.jsonl: one line of JSON an epoch."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +8,23 @@ from calcformer.files import write_atomically
 
 __all__ = ["RunLog"]
 
+LAST_EPOCH = 1_000_000
+SHARES = ("token_accuracy", "valid_token_accuracy", "exact_match")
+LARGEST = 1e12  # figure that is believed
+
 
 def parse(line: str) -> dict[str, Any] | None:
-    """The finite numbers of a line by their names; None where it is no entry, as when other hands were at the file."""
+    """The numbers of a line that can be true, by their names; None where it is no entry, as by other hands."""
     try:
         content = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(content, dict) or type(content.get("epoch")) is not int or content["epoch"] < 1:
+    if not isinstance(content, dict) or type(content.get("epoch")) is not int:
+        return None
+    if not 1 <= content["epoch"] <= LAST_EPOCH:
         return None
     return {name: value for name, value in content.items()
-            if type(value) in (int, float) and abs(value) <= 1e300 and not math.isnan(value)}
+            if type(value) in (int, float) and 0 <= value <= (1 if name in SHARES else LARGEST)}
 
 
 class RunLog:
@@ -40,8 +45,12 @@ class RunLog:
             file.write(json.dumps(entry, allow_nan=False) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """The entries by epoch, of several of one epoch the last. Lines that are none are passed over."""
-        entries = {entry["epoch"]: entry for entry in map(parse, self._lines()) if entry is not None}
+        """The entries by epoch, of several figures of one name and epoch the last. Lines that are none are passed over.
+        """
+        entries: dict[int, dict[str, Any]] = {}
+        for entry in map(parse, self._lines()):
+            if entry is not None:
+                entries.setdefault(entry["epoch"], {}).update(entry)
         return [entries[epoch] for epoch in sorted(entries)]
 
     def rewind(self, epoch: int) -> None:

@@ -2,7 +2,6 @@
 
 import errno
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -16,12 +15,12 @@ from tqdm import tqdm
 from calcformer.build import build_model, build_task
 from calcformer.config import RunConfig
 from calcformer.data import Examples
-from calcformer.errors import InputError
+from calcformer.errors import InputError, tell
 from calcformer.interrupt import interruptible
 from calcformer.plots import save_curve
 from calcformer.training.board import Board
-from calcformer.training.checkpoint import (CONFIG, METRICS, RESUME, RunError, load_resume_state, save_checkpoint,
-                                            save_weights)
+from calcformer.training.checkpoint import (CONFIG, METRICS, MODEL, RESUME, RunError, load_resume_state,
+                                            save_checkpoint, save_weights)
 from calcformer.training.cuda_graph import CudaRecorder, GraphedSteps
 from calcformer.training.device import pick_device
 from calcformer.files import write_atomically
@@ -37,7 +36,7 @@ MEASURED = {"valid_loss", "valid_token_accuracy", "exact_match"}
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk
 QUIET_SECONDS = 5.0  # between lines where there is no terminal to draw a bar on
 # What matters most stands first: a narrow terminal cuts the end off.
-BAR = "{desc}{percentage:3.0f}% {remaining} left{postfix} |{bar}| {rate_fmt}"
+BAR = "{desc}{percentage:.0f}% {remaining} left{postfix} |{bar}| {rate_fmt}"
 BAR_SECONDS = 0.2  # between updates of the bar, which wait for the device
 
 
@@ -84,7 +83,7 @@ class Trainer:
         self.want_bar = bar
         self.bar = tqdm(disable=True)
         self.last_shown = 0.0
-        self.measured: dict[str, str] = {}
+        self.measured = ""
         self.check_interrupt: Callable[[], None] = lambda: None
         self.board: Board | None = None
 
@@ -101,6 +100,8 @@ class Trainer:
 
     def load(self, folder: Path) -> int:
         """Go back to the last checkpoint in a run folder; returns the epochs finished."""
+        if not any((folder / name).exists() for name in (RESUME, MODEL, METRICS)):  # a kill came before the first one
+            return self.begin(folder)
         self.folder = folder
         finished = load_resume_state(folder, self.model, self.optimizer)
         if finished > self.config.training.epochs:
@@ -171,7 +172,7 @@ class Trainer:
         rates = [learning_rate(first + step, steps, training) for step in range(self.steps_per_epoch)]
         self.totals.sums.zero_()
         self.model.train()
-        self.epoch_name = f"epoch {epoch}/{training.epochs}"
+        self.epoch_name = f"{epoch}/{training.epochs}"
         for count in self.take_steps(self.train_examples.select(order), rates):
             self._show(count)
             self.check_interrupt()
@@ -180,7 +181,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         entry = {"epoch": epoch, "loss": loss, "token_accuracy": accuracy, "learning_rate": rates[-1]}
         last = epoch == training.epochs
-        self.bar.set_postfix_str("measuring")
+        self.bar.set_description(f"{self.epoch_name} loss {loss:.4f} measuring")
         entry |= self.measure(
             self.team, validation=last or epoch % training.valid_every == 0,
             answers=last or (training.exact_match_every > 0 and epoch % training.exact_match_every == 0))
@@ -217,14 +218,18 @@ class Trainer:
         self.bar.update(count)
 
     def _describe(self, loss: float, accuracy: float) -> None:
-        self.bar.set_description(f"{self.epoch_name} loss {loss:.4f} accuracy {accuracy:.4f}", refresh=False)
+        """Loss and the newest figure of the held-out problems first: exact match where it was ever measured."""
+        self.bar.set_description(f"{self.epoch_name} loss {loss:.4f}{self.measured}", refresh=False)
+        self.bar.set_postfix_str(f"accuracy {accuracy:.4f}", refresh=False)
 
     def _show_measured(self, entry: dict[str, Any]) -> None:
-        """Show a finished epoch in the bar, and the newest figures of the held-out problems."""
+        """Show a finished epoch in the bar."""
+        if "exact_match" in entry:
+            self.measured = f" exact {entry['exact_match']:.4f}"
+        elif "valid_token_accuracy" in entry and "exact" not in self.measured:
+            self.measured = f" held out {entry['valid_token_accuracy']:.4f}"
         self._describe(entry["loss"], entry["token_accuracy"])
-        names = {"valid_token_accuracy": "held out", "exact_match": "exact"}
-        self.measured |= {name: f"{label} {entry[name]:.4f}" for name, label in names.items() if name in entry}
-        self.bar.set_postfix_str(", ".join(self.measured.values()))
+        self.bar.refresh()
 
     def _say(self, entry: dict[str, Any]) -> None:
         """A line to stderr now and then, where there is no bar."""
@@ -233,7 +238,7 @@ class Trainer:
             self.last_shown = time.perf_counter()
             numbers = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in entry.items()
                                 if isinstance(value, float) and name not in ("seconds", "learning_rate"))
-            print(f"epoch {entry['epoch']}/{self.config.training.epochs}: {numbers}", file=sys.stderr, flush=True)
+            tell(f"epoch {entry['epoch']}/{self.config.training.epochs}: {numbers}")
 
     def _write(self, entry: dict[str, Any]) -> None:
         """Save an epoch. The log first: on resume a line whose epoch was never saved is dropped, a missing one is lost.
@@ -289,7 +294,6 @@ class Trainer:
         """A line to stderr: what is trained, and where to."""
         data, training = self.config.data, self.config.training
         again = f", {finished} of {training.epochs} epochs done" if finished else ""
-        print(f"{self.folder}: {len(self.gradient.vector):,} parameters; {data.train_size:,} "
-              f"{'fresh ' if data.fresh else ''}{data.task}s an epoch, {len(self.valid_examples):,} held out; "
-              f"{self.device}, {self.team.size} process{'es' if self.team.size > 1 else ''}{again}",
-              file=sys.stderr, flush=True)
+        tell(f"{self.folder}: {len(self.gradient.vector):,} parameters; {data.train_size:,} "
+             f"{'fresh ' if data.fresh else ''}{data.task}s an epoch, {len(self.valid_examples):,} held out; "
+             f"{self.device}, {self.team.size} process{'es' if self.team.size > 1 else ''}{again}")
