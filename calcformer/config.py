@@ -204,8 +204,8 @@ PRESETS = {
     # Every formula, from half of them. In numbers of one length, zeros in front included, the places correspond. The
     # answer begins with its last digit, so that a carry comes from what is said already. What is learned last is which
     # of two numbers that begin alike is larger: hence the hard samples, and the sinusoid. (With learned positions the
-    # model could not compare numbers of ten digits after 700,000 problems.) Three seeds ended with 1, 1 and 3 wrong of
-    # 2,004,285.
+    # model could not compare numbers of ten digits after 700,000 problems.) In three splits, of data seeds 123456, 1
+    # and 2, nothing of what was held out was wrong in the end.
     "formula-best": RunConfig(
         "formula-best",
         DataConfig(fresh=True, zero_pad=True, reverse_answer=True, sampling="hard", train_size=50_000),

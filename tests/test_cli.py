@@ -20,6 +20,7 @@ from calcformer.cli import main
 from calcformer.config import PRESETS
 from calcformer.solver import Solver
 from calcformer.training import loop, train
+from tests.pictures import is_picture
 
 TINY = ["--preset", "formula", "--complexity", "1", "--train-size", "50", "--valid-size", "20", "--width", "8",
         "--heads", "2", "--hidden", "8", "--encoder-layers", "1", "--decoder-layers", "1", "--epochs", "2",
@@ -293,6 +294,7 @@ def test_interrupt_says_how_to_resume(monkeypatch: pytest.MonkeyPatch, capsys: p
         patch.setattr(loop.Trainer, "epoch", epoch)
         assert main(["train", "--out", "run", *TINY]) == 130
     assert "stopped after epoch 1; continue with: calcformer train --resume run" in capsys.readouterr().err
+    assert is_picture(Path("run/curve.png"))
     assert main(["train", "--resume", "run"]) == 0
     assert "run: exact match" in capsys.readouterr().out
 

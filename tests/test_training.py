@@ -7,7 +7,10 @@ import math
 import os
 import re
 import shutil
+import socket
 import sys
+import threading
+import time
 from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import Any
@@ -20,8 +23,8 @@ from calcformer.build import build_model, build_task
 from calcformer.config import PRESETS, DataConfig, RunConfig, TrainingConfig
 from calcformer.files import hold, write_atomically
 from calcformer.plots import save_curve
-from calcformer.training import (RunError, checkpoint, evaluate, exact_match, load_run, loop, optimizer, resume, train,
-                                 trainer)
+from calcformer.training import (RunError, checkpoint, evaluate, exact_match, load_run, loop, optimizer, resume, team,
+                                 train, trainer)
 from calcformer.training.metrics import Totals, token_loss
 from calcformer.training.run_log import RunLog
 
@@ -253,6 +256,17 @@ def test_killed_run_continues_to_the_same_numbers(moment: str, tmp_path: Path, m
 
 
 # Several processes
+
+
+def test_a_process_that_waits_sleeps() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        threading.Timer(0.5, lambda: theirs.send(b"+")).start()
+        used, started = time.process_time(), time.monotonic()
+        assert team.wait_for(ours) and time.monotonic() - started > 0.4
+        assert time.process_time() - used < 0.1
+        theirs.close()
+        assert not team.wait_for(ours)
 
 
 def test_parts_of_a_batch_are_the_batch() -> None:
@@ -520,6 +534,29 @@ def test_run_log_drops_an_unfinished_line(tmp_path: Path) -> None:
     log.rewind(2)
     log.append({"epoch": 3, "again": 1})
     assert log.read() == [{"epoch": 1}, {"epoch": 2}, {"epoch": 3, "again": 1}]
+
+
+def test_curve_is_drawn_each_epoch_unless_that_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[int, str]] = []
+    now = 0.0
+
+    def draw(entries: list[dict[str, Any]], title: str, path: Path) -> bool:
+        nonlocal now
+        now += cost
+        drawn.append((entries[-1]["epoch"], title))
+        return True
+
+    monkeypatch.setattr(trainer, "save_curve", draw)
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: now)
+    for cost, expected in (0.4, [1, 2, 3, 4, 5, 6]), (1.0, [1, 4]):  # seconds, of epochs of ten
+        drawn.clear()
+        (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
+        log, curve = RunLog(tmp_path / "metrics.jsonl"), trainer.Curve(tmp_path)
+        for epoch in range(1, 7):
+            now += 10
+            log.append({"epoch": epoch})
+            curve.draw()
+        assert drawn == [(epoch, str(tmp_path)) for epoch in expected]
 
 
 def test_curve_is_a_picture(tmp_path: Path) -> None:
