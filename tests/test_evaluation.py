@@ -250,6 +250,6 @@ def test_expressions_have_no_hard_sets(capsys: pytest.CaptureFixture[str]) -> No
     (FormulaTask(FormulaForm(0), 1_000, 1, leaky_split=True), "trained on every problem there is"),
 ])
 def test_what_cannot_be_exhausted_is_refused(task: FormulaTask, match: str) -> None:
-    solver: Any = SimpleNamespace(task=task, device=torch.device("cpu"))
+    solver: Any = SimpleNamespace(task=task, device=torch.device("cpu"), config=PRESETS["formula"])
     with pytest.raises(InputError, match=match):
         evaluate_all(solver, processes=1)

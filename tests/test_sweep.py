@@ -148,10 +148,11 @@ def test_sweeps_that_are_too_large_are_refused() -> None:
     many = [f"0.{number:04}" for number in range(1, 102)]
     with pytest.raises(InputError, match="at most 10000 runs, this one 10100"):
         Sweep.of({}, parse_vary([f"learning-rate={','.join(many)}"]), 100)
-    names = ("width", "hidden", "encoder_layers", "decoder_layers", "epochs", "batch_size", "valid_every",
-             "exact_match_every", "warmup_steps", "train_size", "valid_size", "label_smoothing", "weight_decay")
+    config = PRESETS["formula"]
+    vary = {name: [value] for section in (config.data, config.model, config.training)
+            for name, value in vars(section).items() if type(value) is int}
     with pytest.raises(InputError, match="cannot be the name of a folder; vary fewer settings at once"):
-        Sweep.of({}, {name: [getattr(PRESETS["formula"].model, name, 0) or 1] for name in names}).members()
+        Sweep.of({}, vary, preset="formula").members()
 
 
 def test_warm_up_that_was_asked_for_is_not_cut() -> None:
