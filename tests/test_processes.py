@@ -17,6 +17,7 @@ from calcformer.cli import main
 from calcformer.config import PRESETS
 from calcformer.training import device, finished_epochs, resume, train
 from calcformer.training.device import check_cores, count_cores
+from calcformer.training.trainer import Trainer
 
 TINY = {"complexity": 1, "train_size": 50, "valid_size": 20, "width": 8, "heads": 2, "hidden": 8, "encoder_layers": 1,
         "decoder_layers": 1, "batch_size": 25, "epochs": 2, "device": "cpu"}
@@ -180,7 +181,15 @@ TWICE = 5  # times
 
 
 @pytest.mark.slow
-def test_two_trainings_into_one_folder_are_one_training_and_one_error(tmp_path: Path) -> None:
+def test_two_trainings_into_one_folder_are_one_training_and_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                                      ) -> None:
+    whole_begin = Trainer.begin
+
+    def begin(trainer: Trainer, folder: Path) -> int:
+        time.sleep(0.3)  # both have looked into the folder before one writes
+        return whole_begin(trainer, folder)
+
+    monkeypatch.setattr(Trainer, "begin", begin)
     words = ["train", *FLAGS, "--processes", "1"]
     for number in range(TWICE):
         assert at_once(*words, "--out", f"run-{number}") == [0, 2]
