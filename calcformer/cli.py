@@ -79,10 +79,12 @@ def build_parser() -> Parser:
 
     solve = commands.add_parser("solve", help="answer problems", allow_abbrev=False, description=(
         "Answer problems, say how probable the answers are, and whether they are right. Without any problem they come "
-        "from standard input, one a line; on a terminal they are asked for."))
+        "from standard input, one a line; on a terminal they are asked for. Where one cannot be read none is "
+        "answered."))
     solve.add_argument("questions", nargs="*", metavar="PROBLEM",
                        help="such as 649+864, or 'NEGATIVE 30 subtract NEGATIVE 34' for a run on expressions")
-    solve.add_argument("--input", type=path, metavar="FILE", help="a file of problems, one a line")
+    solve.add_argument("--input", type=path, metavar="FILE",
+                       help="a file of problems, one a line, - for standard input")
     solve.add_argument("--run", type=path, metavar="RUN",
                        help="run folder (of those in runs/ that know such problems the newest finished one)")
     solve.add_argument("--json", action="store_true", help="print one JSON object")
@@ -186,7 +188,7 @@ def read_problems(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     """The problems given, in a file or else at standard input, each with where it stands; empty lines are none."""
     if arguments.questions:
         return [(question, "") for question in arguments.questions]
-    if arguments.input is not None:
+    if arguments.input is not None and str(arguments.input) != "-":
         source, content = str(arguments.input), arguments.input.read_bytes()
     else:
         if sys.stdin.isatty():
@@ -224,7 +226,8 @@ def run_solve(arguments: argparse.Namespace) -> int:
     if arguments.json:
         say(json.dumps({"run": str(solver.folder), "preset": solver.config.preset, "epoch": solver.epoch,
                         "epochs": solver.config.training.epochs, "beam": arguments.beam, "answers": [
-                            {**vars(answer), "right": answer.is_right} for answer in answers]}))
+                            {"asked": question, **vars(answer), "right": answer.is_right}
+                            for question, answer in zip(questions, answers)]}))
     else:
         say("\n".join(map(str, answers)))
     return 0
@@ -235,10 +238,12 @@ def converse(solver: "Solver", beam: int) -> int:
     with suppress(ImportError):
         import readline  # noqa: F401  # lets input() edit a line and recall those before
 
-    tell("Type a problem, or Ctrl-D to end.")
+    tell("Type a problem, or quit.")
     while True:
         try:
             question = input("> ")
+            if question.strip() in ("quit", "exit"):
+                return 0
             if question.strip():
                 say(str(solver.answers([question], beam=beam)[0]))
         except InputError as error:
@@ -246,6 +251,9 @@ def converse(solver: "Solver", beam: int) -> int:
         except EOFError:
             tell("")
             return 0
+        except KeyboardInterrupt:
+            tell("")  # what comes next begins a line
+            raise
 
 
 def run_attention(arguments: argparse.Namespace) -> int:
@@ -306,10 +314,11 @@ def open_standard_streams() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest descriptor that is free
-    for name in "stdin", "stdout", "stderr":
+            # Takes the lowest descriptor that is free. What is printed to standard output was wanted: it fails there.
+            os.open(os.devnull, os.O_WRONLY if descriptor == 2 else os.O_RDONLY)
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+            setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))
     for stream in sys.stdout, sys.stderr:
         if isinstance(stream, io.TextIOWrapper):  # of a file's name not all can be written in every encoding
             stream.reconfigure(errors="backslashreplace")

@@ -74,13 +74,14 @@ def save_curve(entries: list[dict[str, Any]], title: str, path: Path) -> bool:
     from matplotlib.ticker import MaxNLocator
 
     _title(figure, title)
-    panels = {"loss": ("loss", "valid_loss"),
-              "accuracy": ("token_accuracy", "valid_token_accuracy", "exact_match")}
+    panels = {"loss": {"loss": "training", "valid_loss": "held out"},
+              "accuracy": {"token_accuracy": "tokens, training", "valid_token_accuracy": "tokens, held out",
+                           "exact_match": "whole answers, held out"}}
     for axes, (panel, names) in zip(figure.subplots(1, 2), panels.items()):
-        for name in names:
+        for name, label in names.items():
             points = [(entry["epoch"], entry[name]) for entry in entries if name in entry]
             if points:
-                axes.plot(*zip(*points), label=name.replace("_", " "), marker="." if len(points) < 20 else None)
+                axes.plot(*zip(*points), label=label, marker="." if len(points) < 20 else None)
         axes.set(title=panel, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)

@@ -118,9 +118,10 @@ def test_problems_from_standard_input_or_a_file(runs: dict[str, Path], monkeypat
     Path("problems.txt").write_bytes(text)
     assert main(["solve", "--run", run, "--input", "problems.txt"]) == 0
     assert capsys.readouterr().out == expected
-    typed(text, monkeypatch)
-    assert main(["solve", "--run", run]) == 0
-    assert capsys.readouterr().out == expected
+    for words in [], ["--input", "-"]:
+        typed(text, monkeypatch)
+        assert main(["solve", "--run", run, *words]) == 0
+        assert capsys.readouterr().out == expected
     Path("problems.txt").write_bytes(b"\xef\xbb\xbf" + text)  # as some editors begin a file
     assert main(["solve", "--run", run, "--input", "problems.txt"]) == 0
     assert capsys.readouterr().out == expected
@@ -139,11 +140,12 @@ def test_weights_too_large_for_numbers_are_one_line(runs: dict[str, Path], tmp_p
     assert "its weights are so large that its loss is no number" in fails(capsys, "evaluate", "large", "--json")
 
 
-def test_prompt_answers_until_the_input_ends(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("quits", [True, False])
+def test_prompt_answers_until_the_input_ends(quits: bool, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
                                              capsys: pytest.CaptureFixture[str]) -> None:
     typed(b"", monkeypatch)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    lines = iter(["12+7", "", "12+x", "1+1"])
+    lines = iter(["12+7", "", "12+x", "1+1", *([" quit ", "2+2"] if quits else [])])
 
     def ask(prompt: str) -> str:
         try:
@@ -188,7 +190,8 @@ def test_the_run_that_is_asked_knows_the_problem_and_is_finished(runs: dict[str,
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize(("ending", "code", "said"), [
     ("| head -c 1", 141, ""), ("> /dev/full", 2, "calcformer: error: standard output: No space left on device"),
-    ("2>/dev/full", 0, ""), ("2>&-", 0, ""), (">&-", 0, ""), ("<&-", 0, ""), ("<&- >&- 2>&-", 0, ""),
+    ("2>/dev/full", 0, ""), ("2>&-", 0, ""), ("<&-", 0, ""), ("<&- 2>&-", 0, ""),
+    (">&-", 2, "calcformer: error: standard output: Bad file descriptor"), ("<&- >&- 2>&-", 2, ""),
 ])
 def test_streams_that_break_are_no_traceback(ending: str, code: int, said: str, runs: dict[str, Path]) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(calcformer.__file__).parents[1])}
