@@ -14,11 +14,11 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from calcformer import __version__
-from calcformer.config import DEFAULT, PRESETS, RunConfig
+from calcformer.config import DEFAULT, LARGEST_SET, PRESETS, RunConfig
 from calcformer.errors import InputError, tell
 from calcformer.flags import Parser, add_settings, path, whole
 from calcformer.interrupt import Stopped, handle_signals
-from calcformer.studies import STUDIES, Sweep, parse_vary
+from calcformer.studies import MOST_SEEDS, STUDIES, Sweep, parse_vary
 
 if TYPE_CHECKING:
     from calcformer.solver import Solver
@@ -60,7 +60,8 @@ def build_parser() -> Parser:
                        help=f"named settings ({DEFAULT})")
     sweep.add_argument("--vary", action="append", default=[], metavar="SETTING=VALUE,VALUE",
                        help="values to compare, such as learning-rate=1e-3,1e-4; several --vary for all combinations")
-    sweep.add_argument("--seeds", type=whole(1, 1000), metavar="N", help="train each with N seeds, from --seed on (1)")
+    sweep.add_argument("--seeds", type=whole(1, MOST_SEEDS), metavar="N",
+                       help="train each with N seeds, from --seed on (1)")
     sweep.add_argument("--jobs", type=whole(0, 1024), default=0, metavar="N",
                        help="runs at a time, 0 for one a CPU core (0)")
     sweep.add_argument("--out", type=path, help="sweep folder to write (runs/STUDY-N or runs/sweep-N)")
@@ -70,7 +71,7 @@ def build_parser() -> Parser:
     evaluate = commands.add_parser("evaluate", help="measure a run on its held-out problems", allow_abbrev=False)
     evaluate.add_argument("run", type=path, metavar="RUN", help="run folder")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
-    evaluate.add_argument("--problems", type=whole(1, 10_000_000), metavar="N",
+    evaluate.add_argument("--problems", type=whole(1, LARGEST_SET), metavar="N",
                           help="held-out problems to draw (as many as the run was validated with)")
     evaluate.add_argument("--exhaustive", action="store_true",
                           help="also answer all problems that were not trained on; mistakes go to RUN/mistakes.txt")

@@ -10,6 +10,8 @@ from calcformer.errors import InputError, shown
 __all__ = ["DEFAULT", "PRESETS", "DataConfig", "ModelConfig", "RunConfig", "TrainingConfig"]
 
 DEFAULT = "formula-best"  # the preset where none is named
+MOST_EPOCHS = 1_000_000
+LARGEST_SET = 10_000_000  # problems to train on or to measure
 FORMAT = 1  # of config.json; raised when an old file can no longer be read
 
 
@@ -48,8 +50,8 @@ class DataConfig:
     held_out: float = setting(0.5, "fresh problems: share of all problems never trained on", 0.001, 0.999)
     sampling: Literal["uniform", "digits", "hard"] = setting(
         "uniform", "fresh formulas: any numbers alike; any counts of digits alike; half of those with long carries")
-    train_size: int = setting(10_000, "problems to train on, fresh or not, an epoch", 1, 10_000_000)
-    valid_size: int = setting(5_000, "problems held out", 1, 10_000_000)
+    train_size: int = setting(10_000, "problems to train on, fresh or not, an epoch", 1, LARGEST_SET)
+    valid_size: int = setting(5_000, "problems held out", 1, LARGEST_SET)
     data_seed: int = setting(123_456, "seed of the data and its split", 0, 2**62)
     leaky_split: bool = setting(False, "let problems stand on both sides, as the reports did")
 
@@ -93,7 +95,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    epochs: int = setting(100, "passes over the training problems", 1, 1_000_000)
+    epochs: int = setting(100, "passes over the training problems", 1, MOST_EPOCHS)
     batch_size: int = setting(125, "problems in a step", 1, 1_000_000)
     learning_rate: float = setting(1e-3, "peak learning rate of Adam", 0, 1000)
     schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after the warm-up")
@@ -103,9 +105,9 @@ class TrainingConfig:
     clip_norm: float = setting(0.0, "largest norm of the gradient, 0 for no limit", 0, 1_000_000)
     label_smoothing: float = setting(0.0, "share of the target spread over all tokens", 0, 0.99)
     seed: int = setting(0, "seed of initial weights, order and dropout", 0, 2**62)
-    valid_every: int = setting(1, "epochs between validations (the last epoch always has one)", 1, 1_000_000)
+    valid_every: int = setting(1, "epochs between validations (the last epoch always has one)", 1, MOST_EPOCHS)
     exact_match_every: int = setting(
-        0, "epochs between exact-match measurements, 0 for the last epoch only", 0, 1_000_000)
+        0, "epochs between exact-match measurements, 0 for the last epoch only", 0, MOST_EPOCHS)
     device: str = setting("auto", "auto, cpu, cuda or cuda:N; auto takes the GPU where there is one")
     processes: int = setting(
         0, "CPU processes that share each batch, 0 for two where there are two cores (a GPU has one)", 0, 1024)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from calcformer.build import build_task
+from calcformer.config import RunConfig
 from calcformer.data import Task
 from calcformer.decoding import BATCH, check_beam, decode, log_probability
 from calcformer.errors import InputError
@@ -26,16 +27,17 @@ def newest_run(questions: Sequence[str] = (), folder: Path = RUNS) -> Path:
     Raises:
         InputError: there is no run.
     """
-    found: list[tuple[bool, bool, float, Path]] = []
+    found: list[tuple[bool, float, Path, RunConfig]] = []
     for path in folder.glob(f"*/{MODEL}"):
         with suppress(InputError, OSError):  # damaged, or deleted meanwhile
             config = read_config(path.parent)
             is_finished = saved_epoch(path) == config.training.epochs
-            found.append((can_read(build_task(config.data), questions), is_finished, path.stat().st_mtime, path.parent))
+            found.append((is_finished, path.stat().st_mtime, path.parent, config))
     if not found:
         raise InputError(f"there is no trained run in {folder}/; make one with: calcformer train, or name one with "
                          "--run")
-    return max(found)[-1]
+    found.sort(key=lambda each: each[:2], reverse=True)
+    return next((run for *_, run, config in found if can_read(build_task(config.data), questions)), found[0][2])
 
 
 def can_read(task: Task, questions: Sequence[str]) -> bool:

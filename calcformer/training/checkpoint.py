@@ -18,9 +18,9 @@ from calcformer.build import build_model, build_task
 from calcformer.config import RunConfig
 from calcformer.data import Task
 from calcformer.errors import InputError
+from calcformer.files import write_atomically
 from calcformer.memory import check_memory, memory_to_answer
 from calcformer.model import EncoderDecoder
-from calcformer.files import write_atomically
 from calcformer.training.optimizer import trained_parameters
 
 __all__ = ["RunError", "finished_epochs", "load_resume_state", "load_run", "read_config", "save_checkpoint",

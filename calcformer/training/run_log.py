@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from calcformer.config import MOST_EPOCHS
 from calcformer.files import write_atomically
 
 __all__ = ["RunLog"]
 
-LAST_EPOCH = 1_000_000
 SHARES = ("token_accuracy", "valid_token_accuracy", "exact_match")
 LARGEST = 1e12  # figure that is believed
 
@@ -21,7 +21,7 @@ def parse(line: str) -> dict[str, Any] | None:
         return None
     if not isinstance(content, dict) or type(content.get("epoch")) is not int:
         return None
-    if not 1 <= content["epoch"] <= LAST_EPOCH:
+    if not 1 <= content["epoch"] <= MOST_EPOCHS:
         return None
     return {name: value for name, value in content.items()
             if type(value) in (int, float) and 0 <= value <= (1 if name in SHARES else LARGEST)}

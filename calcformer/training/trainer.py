@@ -16,6 +16,7 @@ from calcformer.build import build_model, build_task
 from calcformer.config import RunConfig
 from calcformer.data import Examples
 from calcformer.errors import InputError, tell
+from calcformer.files import write_atomically
 from calcformer.interrupt import interruptible
 from calcformer.plots import save_curve
 from calcformer.training.board import Board
@@ -23,7 +24,6 @@ from calcformer.training.checkpoint import (CONFIG, METRICS, MODEL, RESUME, RunE
                                             save_checkpoint, save_weights)
 from calcformer.training.cuda_graph import CudaRecorder, GraphedSteps
 from calcformer.training.device import pick_device
-from calcformer.files import write_atomically
 from calcformer.training.metrics import Totals, count_labels, evaluate, exact_match, token_loss
 from calcformer.training.optimizer import build_optimizer, learning_rate, trained_parameters
 from calcformer.training.run_log import RunLog
