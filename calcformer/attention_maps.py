@@ -11,9 +11,9 @@ import torch
 
 from calcformer.decoding import greedy_decode
 from calcformer.errors import InputError
-from calcformer.files import write_atomically
 from calcformer.model import attention_weights
 from calcformer.plots import can_draw, save_heads
+from calcformer.runs.files import write_atomically
 from calcformer.solver import Answer, Solver
 
 __all__ = ["AttentionMaps", "attention_maps", "folder_name", "head_view", "save_head_view", "save_maps"]

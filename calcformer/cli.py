@@ -170,7 +170,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     from calcformer.evaluation import evaluate_run, report
     from calcformer.exhaustive import check_exhaustive, evaluate_all
     from calcformer.solver import Solver
-    from calcformer.training.device import count_cores
+    from calcformer.runs.device import count_cores
 
     if arguments.processes is not None and not arguments.exhaustive:
         raise InputError("--processes is for --exhaustive; leave it out")
@@ -203,7 +203,8 @@ def run_solve(arguments: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from calcformer.solver import Solver, newest_run
+    from calcformer.runs import newest_run
+    from calcformer.solver import Solver
 
     if arguments.questions and arguments.input is not None:
         raise InputError("problems are given and in a file; leave out --input or the problems")
@@ -261,7 +262,8 @@ def run_attention(arguments: argparse.Namespace) -> int:
     import torch
 
     from calcformer import attention_maps
-    from calcformer.solver import Solver, newest_run
+    from calcformer.runs import newest_run
+    from calcformer.solver import Solver
 
     if arguments.bertviz is not None and len(arguments.questions) > 1:
         raise InputError(f"--bertviz takes one problem, got {len(arguments.questions)}")

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from calcformer.plots import Line, save_panels
+from calcformer.runs.checkpoint import METRICS
+from calcformer.runs.run_log import RunLog
 from calcformer.solver import Solver
 from calcformer.studies import STUDIES, Member, Sweep
 from calcformer.training import evaluate, exact_match
-from calcformer.training.checkpoint import METRICS
-from calcformer.training.run_log import RunLog
 
 __all__ = ["draw", "make_table", "summarize"]
 

@@ -17,9 +17,9 @@ from calcformer.data import Examples, FormulaForm, FormulaTask, Task
 from calcformer.decoding import BATCH, decode, log_probability
 from calcformer.errors import InputError
 from calcformer.hard_problems import hard_problems
+from calcformer.runs.checkpoint import MODEL
 from calcformer.solver import Solver
 from calcformer.training import evaluate
-from calcformer.training.checkpoint import MODEL
 
 __all__ = ["Mistake", "Tally", "answer", "evaluate_run", "find_mistakes", "held_out_operands", "is_right", "report",
            "share", "wilson_interval"]

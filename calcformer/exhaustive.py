@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from calcformer.errors import InputError
 from calcformer.evaluation import Mistake, Tally, answer, find_mistakes, is_right, share
-from calcformer.files import write_atomically
 from calcformer.memory import check_memory, memory_to_answer
+from calcformer.runs.device import check_cores, count_cores
+from calcformer.runs.files import write_atomically
 from calcformer.solver import Solver
-from calcformer.training.device import check_cores, count_cores
 from calcformer.worker import start_worker
 
 __all__ = ["MISTAKES", "check_exhaustive", "evaluate_all"]

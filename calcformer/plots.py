@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calcformer.files import write_atomically
+from calcformer.runs.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

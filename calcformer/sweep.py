@@ -25,15 +25,14 @@ from tqdm import tqdm
 
 from calcformer.comparison import draw, make_table, summarize
 from calcformer.errors import InputError
-from calcformer.files import hold, new_folder, write_atomically
 from calcformer.interrupt import Stopped
 from calcformer.memory import check_memory, memory_to_train
+from calcformer.runs.checkpoint import CONFIG, METRICS, MODEL, RESUME, saved_epoch
+from calcformer.runs.device import check_cores, count_cores, count_processes, pick_device
+from calcformer.runs.files import hold, new_folder, write_atomically
+from calcformer.runs.run_log import MEASURED, RunLog
 from calcformer.studies import Member, Sweep
-from calcformer.training import pick_device, resume, train
-from calcformer.training.checkpoint import CONFIG, METRICS, MODEL, RESUME, saved_epoch
-from calcformer.training.device import check_cores, count_cores, count_processes
-from calcformer.training.run_log import RunLog
-from calcformer.training.trainer import MEASURED
+from calcformer.training import resume, train
 from calcformer.worker import start_worker
 
 __all__ = ["finished_runs", "read_sweep", "run_sweep"]

@@ -14,9 +14,9 @@ from torch import distributed
 
 import calcformer
 from calcformer.config import PRESETS
-from calcformer.training import finished_epochs, load_run, resume, train
-from calcformer.training.device import pick_device
-from calcformer.training.run_log import RunLog
+from calcformer.runs import finished_epochs, load_run, pick_device
+from calcformer.runs.run_log import RunLog
+from calcformer.training import resume, train
 
 pytestmark = pytest.mark.usefixtures("as_on_a_cpu")
 

@@ -1,7 +1,9 @@
 """The distribution: names, versions, and the Hugging Face package whose import name is the same."""
 
+import ast
 import importlib.metadata
 import re
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +19,16 @@ def test_public_names_exist() -> None:
     for package in (kernels, calcformer):
         for name in package.__all__:
             assert hasattr(package, name), f"{package.__name__}.{name}"
+
+
+def test_what_runs_stand_on_imports_nothing_that_stands_on_them() -> None:
+    paths = list((Path(calcformer.__file__).parent / "runs").glob("*.py"))
+    imported = {f"{getattr(node, 'module', '')}.{alias.name}".lstrip(".") for path in paths
+                for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))
+                for alias in node.names}
+    above = "training", "solver", "sweep", "evaluation", "exhaustive", "comparison", "cli"
+    assert "calcformer.runs.files.write_atomically" in imported
+    assert not [name for name in imported if name.startswith(tuple(f"calcformer.{module}" for module in above))]
 
 
 def test_transformers_does_not_take_this_package_for_the_other_kernels() -> None:

@@ -15,8 +15,9 @@ import pytest
 import calcformer
 from calcformer.cli import main
 from calcformer.config import PRESETS
-from calcformer.training import device, finished_epochs, resume, train
-from calcformer.training.device import check_cores, count_cores
+from calcformer.runs import device, finished_epochs
+from calcformer.runs.device import check_cores, count_cores
+from calcformer.training import resume, train
 from calcformer.training.trainer import Trainer
 
 TINY = {"complexity": 1, "train_size": 50, "valid_size": 20, "width": 8, "heads": 2, "hidden": 8, "encoder_layers": 1,

@@ -20,9 +20,9 @@ from calcformer.comparison import draw, make_table
 from calcformer.config import PRESETS
 from calcformer.errors import InputError
 from calcformer.plots import save_panels
+from calcformer.runs import load_run
 from calcformer.studies import STUDIES, Sweep, parse_vary
 from calcformer.sweep import Worker, read_sweep, run_sweep
-from calcformer.training import load_run
 from tests.pictures import is_picture
 
 TINY: dict[str, Any] = {"train_size": 50, "valid_size": 20, "width": 8, "heads": 2, "hidden": 8, "encoder_layers": 1,

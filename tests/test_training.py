@@ -21,12 +21,12 @@ import torch
 from calcformer import config, worker
 from calcformer.build import build_model, build_task
 from calcformer.config import PRESETS, DataConfig, RunConfig, TrainingConfig
-from calcformer.files import hold, write_atomically
 from calcformer.plots import save_curve
-from calcformer.training import (RunError, checkpoint, evaluate, exact_match, load_run, loop, optimizer, resume, team,
-                                 train, trainer)
+from calcformer.runs import RunError, finished_epochs, load_run
+from calcformer.runs.files import hold, write_atomically
+from calcformer.runs.run_log import RunLog
+from calcformer.training import evaluate, exact_match, loop, optimizer, resume, team, train, trainer
 from calcformer.training.metrics import Totals, token_loss
-from calcformer.training.run_log import RunLog
 
 SMALL = {"complexity": 1, "train_size": 61, "valid_size": 29, "width": 12, "heads": 3, "hidden": 11, "dropout": 0.05,
          "encoder_layers": 1, "decoder_layers": 1, "batch_size": 17, "epochs": 4, "device": "cpu", "processes": 1}
@@ -248,7 +248,7 @@ def test_killed_run_continues_to_the_same_numbers(moment: str, tmp_path: Path, m
             patch.setattr(loop.Trainer, "step", step)
         train(config, tmp_path / "killed", bar=False)
     finished = 0 if moment == "before the first epoch" else 2
-    assert checkpoint.finished_epochs(tmp_path / "killed") == finished
+    assert finished_epochs(tmp_path / "killed") == finished
     resume(tmp_path / "killed", bar=False)
     assert log_without_times(tmp_path / "killed") == log_without_times(tmp_path / "whole")
     for name in "model.safetensors", "resume.safetensors":
@@ -311,7 +311,7 @@ def test_lost_process_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(loop.Trainer, "epoch", epoch)
     with pytest.raises(ValueError, match="a training process ended before its time.*--resume .*run"):
         train(small(processes=2), tmp_path / "run", bar=False)
-    assert checkpoint.finished_epochs(tmp_path / "run") == 1 and started[0].poll() is not None
+    assert finished_epochs(tmp_path / "run") == 1 and started[0].poll() is not None
 
 
 def test_finished_run_resumes_to_itself(tmp_path: Path) -> None:
@@ -448,7 +448,7 @@ def test_log_by_other_hands_harms_nothing(damage: str, finished: bool, tmp_path:
 
 @pytest.mark.skipif(os.name != "posix", reason="folders are held as POSIX has it")
 def test_one_process_writes_a_run_at_a_time(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("calcformer.files.PATIENCE", 0.1)
+    monkeypatch.setattr("calcformer.runs.files.PATIENCE", 0.1)
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -456,7 +456,7 @@ def test_one_process_writes_a_run_at_a_time(trained: Path, tmp_path: Path, monke
         resume(folder, bar=False)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     resume(folder, bar=False)
-    holder = Popen([sys.executable, "-c", "import sys; from calcformer.files import hold\n"
+    holder = Popen([sys.executable, "-c", "import sys; from calcformer.runs.files import hold\n"
                     "with hold(sys.argv[1]): print('held', flush=True); sys.stdin.read()", str(folder)],
                    stdin=PIPE, stdout=PIPE)
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"

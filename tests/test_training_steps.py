@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from calcformer.config import PRESETS, RunConfig
+from calcformer.runs.run_log import RunLog
 from calcformer.training import resume, train, trainer
 from calcformer.training.cuda_graph import CudaRecorder, GraphedSteps, Recorder
-from calcformer.training.run_log import RunLog
 from calcformer.training.trainer import Trainer
 
 # 59 problems in batches of 5: eleven whole batches and one of four. The rate is a float32 number, as a GPU takes it.

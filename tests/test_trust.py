@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from calcformer.cli import main
 from calcformer.config import PRESETS, RunConfig
-from calcformer.training import finished_epochs, load_run, resume, train, trainer
-from calcformer.training.run_log import RunLog
+from calcformer.runs import finished_epochs, load_run
+from calcformer.runs.run_log import RunLog
+from calcformer.training import resume, train, trainer
 
 pytestmark = [pytest.mark.usefixtures("as_on_a_cpu"),
               pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes as POSIX has them"),

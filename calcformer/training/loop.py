@@ -10,14 +10,14 @@ import torch
 
 from calcformer.config import RunConfig
 from calcformer.errors import InputError, tell
-from calcformer.files import hold, new_folder
 from calcformer.interrupt import Stopped
 from calcformer.memory import check_memory, memory_to_train
+from calcformer.runs.checkpoint import finished_epochs, load_resume_state, read_config
+from calcformer.runs.device import count_cores, count_processes, pick_device, torchrun_place
+from calcformer.runs.files import hold, new_folder
 from calcformer.training.board import require_tensorboard
-from calcformer.training.checkpoint import finished_epochs, load_resume_state, read_config
-from calcformer.training.device import count_cores, count_processes, pick_device
 from calcformer.training.team import Team, TeamLost, join_team
-from calcformer.training.torchrun import find_folder, join_torchrun, torchrun_place
+from calcformer.training.torchrun import find_folder, join_torchrun
 from calcformer.training.trainer import Trainer
 
 __all__ = ["follow", "resume", "train"]

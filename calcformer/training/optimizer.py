@@ -8,7 +8,7 @@ from torch import nn
 
 from calcformer.config import TrainingConfig
 
-__all__ = ["Gradient", "build_optimizer", "flatten", "learning_rate", "trained_parameters"]
+__all__ = ["Gradient", "build_optimizer", "flatten", "learning_rate"]
 
 
 def learning_rate(step: int, steps: int, config: TrainingConfig) -> float:
@@ -68,8 +68,3 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> tuple[torch.opt
     groups = [{"params": [parameter], "weight_decay": decay}
               for parameter, decay in zip(flat, (config.weight_decay, 0.0))]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True), gradient
-
-
-def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """The parameters as the optimiser has them, in its order."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

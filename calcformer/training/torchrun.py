@@ -6,12 +6,10 @@ parts of the same batches. On several machines the folder must be one that all o
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import distributed
@@ -19,25 +17,9 @@ from torch import distributed
 from calcformer.errors import InputError
 from calcformer.training.team import Team, TeamLost, name_lost
 
-__all__ = ["Place", "find_folder", "join_torchrun", "lead_torchrun", "torchrun_place"]
+__all__ = ["find_folder", "join_torchrun", "lead_torchrun"]
 
 PATIENCE = timedelta(minutes=10)  # longer than rank 0 may take to validate, to save, or to compile
-
-
-class Place(NamedTuple):
-    """rank: of this process among `size`; local_rank: among those of its machine."""
-
-    rank: int
-    size: int
-    local_rank: int
-
-
-def torchrun_place() -> Place | None:
-    """This process's place among those that torchrun, or what sets the same variables, has started; None without it."""
-    try:
-        return Place(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
-    except KeyError:
-        return None
 
 
 class DistributedTeam(Team):

@@ -16,23 +16,22 @@ from calcformer.build import build_model, build_task
 from calcformer.config import RunConfig
 from calcformer.data import Examples
 from calcformer.errors import InputError, tell
-from calcformer.files import write_atomically
 from calcformer.interrupt import interruptible
 from calcformer.plots import save_curve
+from calcformer.runs.checkpoint import (CONFIG, METRICS, MODEL, RESUME, RunError, load_resume_state,
+                                        save_checkpoint, save_weights, trained_parameters)
+from calcformer.runs.device import pick_device, torchrun_place
+from calcformer.runs.files import write_atomically
+from calcformer.runs.run_log import MEASURED, RunLog
 from calcformer.training.board import Board
-from calcformer.training.checkpoint import (CONFIG, METRICS, MODEL, RESUME, RunError, load_resume_state,
-                                            save_checkpoint, save_weights)
 from calcformer.training.cuda_graph import CudaRecorder, GraphedSteps
-from calcformer.training.device import pick_device
 from calcformer.training.metrics import Totals, count_labels, evaluate, exact_match, token_loss
-from calcformer.training.optimizer import build_optimizer, learning_rate, trained_parameters
-from calcformer.training.run_log import RunLog
+from calcformer.training.optimizer import build_optimizer, learning_rate
 from calcformer.training.team import Team, start_team
-from calcformer.training.torchrun import lead_torchrun, torchrun_place
+from calcformer.training.torchrun import lead_torchrun
 
 __all__ = ["Trainer", "epoch_seed"]
 
-MEASURED = {"valid_loss", "valid_token_accuracy", "exact_match"}
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk
 QUIET_SECONDS = 5.0  # between lines where there is no terminal to draw a bar on
 # What matters most stands first: a narrow terminal cuts the end off.

@@ -18,13 +18,12 @@ from calcformer.build import build_model, build_task
 from calcformer.config import RunConfig
 from calcformer.data import Task
 from calcformer.errors import InputError
-from calcformer.files import write_atomically
 from calcformer.memory import check_memory, memory_to_answer
 from calcformer.model import EncoderDecoder
-from calcformer.training.optimizer import trained_parameters
+from calcformer.runs.files import write_atomically
 
 __all__ = ["RunError", "finished_epochs", "load_resume_state", "load_run", "read_config", "save_checkpoint",
-           "save_weights", "saved_epoch"]
+           "save_weights", "saved_epoch", "trained_parameters"]
 
 CONFIG, MODEL, RESUME, METRICS = "config.json", "model.safetensors", "resume.safetensors", "metrics.jsonl"
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -37,6 +36,11 @@ class RunError(InputError):
 def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters by name, each once even where layers share it, on the CPU."""
     return {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+
+
+def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters as the optimiser has them, in its order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:

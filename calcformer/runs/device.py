@@ -1,14 +1,30 @@
-"""Which device a process trains on, and how many processes train."""
+"""Which device a process computes on, and how many processes there are and may be."""
 
 import os
+from typing import NamedTuple
 
 import torch
 
 from calcformer.config import TrainingConfig
 from calcformer.errors import InputError
-from calcformer.training.torchrun import torchrun_place
 
-__all__ = ["check_cores", "count_cores", "count_processes", "pick_device"]
+__all__ = ["check_cores", "count_cores", "count_processes", "pick_device", "torchrun_place"]
+
+
+class Place(NamedTuple):
+    """rank: of this process among `size`; local_rank: among those of its machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+
+def torchrun_place() -> Place | None:
+    """This process's place among those that torchrun, or what sets the same variables, has started; None without it."""
+    try:
+        return Place(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    except KeyError:
+        return None
 
 
 def pick_device(name: str) -> torch.device:

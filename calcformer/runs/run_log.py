@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from calcformer.config import MOST_EPOCHS
-from calcformer.files import write_atomically
+from calcformer.runs.files import write_atomically
 
-__all__ = ["RunLog"]
+__all__ = ["MEASURED", "RunLog"]
 
+MEASURED = {"valid_loss", "valid_token_accuracy", "exact_match"}  # what the last line of a finished run has
 SHARES = ("token_accuracy", "valid_token_accuracy", "exact_match")
 LARGEST = 1e12  # figure that is believed
 

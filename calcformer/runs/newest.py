@@ -1,0 +1,44 @@
+"""Which run is asked where none is named."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from calcformer.build import build_task
+from calcformer.config import RunConfig
+from calcformer.data import Task
+from calcformer.errors import InputError
+from calcformer.runs.checkpoint import MODEL, read_config, saved_epoch
+
+__all__ = ["newest_run"]
+
+RUNS = Path("runs")
+
+
+def newest_run(questions: Sequence[str] = (), folder: Path = RUNS) -> Path:
+    """The run in `folder` to ask: of those that can read the `questions` the newest finished one, else the newest.
+
+    Raises:
+        InputError: there is no run.
+    """
+    found: list[tuple[bool, float, Path, RunConfig]] = []
+    for path in folder.glob(f"*/{MODEL}"):
+        with suppress(InputError, OSError):  # damaged, or deleted meanwhile
+            config = read_config(path.parent)
+            is_finished = saved_epoch(path) == config.training.epochs
+            found.append((is_finished, path.stat().st_mtime, path.parent, config))
+    if not found:
+        raise InputError(f"there is no trained run in {folder}/; make one with: calcformer train, or name one with "
+                         "--run")
+    found.sort(key=lambda each: each[:2], reverse=True)
+    return next((run for *_, run, config in found if can_read(build_task(config.data), questions)), found[0][2])
+
+
+def can_read(task: Task, questions: Sequence[str]) -> bool:
+    """Whether all questions are ones that runs on this task know."""
+    try:
+        for question in questions:
+            task.read_question(question)
+    except InputError:
+        return False
+    return True
