@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import subprocess
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from queue import SimpleQueue
+from collections.abc import Generator
+from contextlib import closing
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,10 +13,10 @@ from tqdm import tqdm
 from calcformer.errors import InputError
 from calcformer.evaluation import Mistake, Tally, answer, find_mistakes, is_right, share
 from calcformer.memory import check_memory, memory_to_answer
+from calcformer.pool import run_jobs
 from calcformer.runs.device import check_cores, count_cores
 from calcformer.runs.files import write_atomically
 from calcformer.solver import Solver
-from calcformer.worker import start_worker
 
 __all__ = ["MISTAKES", "check_exhaustive", "evaluate_all"]
 
@@ -46,49 +43,39 @@ def answer_chunk(solver: Solver, numbers: range, beam: int) -> Chunk:
     return tally, index[wrong].tolist(), said[wrong].tolist()
 
 
-def chunks_of(solver: Solver, size: int) -> list[range]:
-    """The numbers of all problems there are, in pieces."""
-    return [range(start, min(start + size, solver.task.size)) for start in range(0, solver.task.size, size)]
-
-
-def work(_: SimpleQueue[str], run: str, beam: str, size: str, rank: str, processes: str) -> None:
-    """Answer a share of the chunks in a worker, which sends each when it is finished."""
-    results = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no result
+@lru_cache(1)
+def load_solver(run: str) -> Solver:
+    """The solver of a worker, which does many jobs with it."""
     torch.set_num_threads(1)
-    solver = Solver(run, "cpu")
-    for numbers in chunks_of(solver, int(size))[int(rank)::int(processes)]:
-        pickle.dump(answer_chunk(solver, numbers, int(beam)), results)
-        results.flush()
+    return Solver(run, "cpu")
 
 
-@contextmanager
-def answered_chunks(solver: Solver, beam: int, processes: int) -> Iterator[Iterator[Chunk]]:
-    """The chunks in order, as they are finished."""
-    chunks = chunks_of(solver, CHUNK)
-    processes = min(processes, len(chunks))
-    if processes == 1 or solver.device.type != "cpu":
-        yield (answer_chunk(solver, numbers, beam) for numbers in chunks)
+def do_job(numbers: str, run: str, beam: str) -> Chunk:
+    """`answer_chunk` in a worker."""
+    return answer_chunk(load_solver(run), range(*map(int, numbers.split())), int(beam))
+
+
+def answered_chunks(solver: Solver, beam: int, processes: int) -> Generator[Chunk, None, None]:
+    """All problems there are, a chunk at a time, as they are finished."""
+    size = solver.task.size
+    chunks = [range(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK)]
+    if processes == 1 or len(chunks) == 1 or solver.device.type != "cpu":
+        yield from (answer_chunk(solver, numbers, beam) for numbers in chunks)
         return
-    with ExitStack() as stack:
-        results = []
-        for rank in range(processes):
-            share = solver.folder, beam, CHUNK, rank, processes
-            worker = stack.enter_context(start_worker("calcformer.exhaustive", *share, stdout=subprocess.PIPE))
-            stack.callback(worker.kill)
-            assert worker.stdout is not None
-            results.append(worker.stdout)
-        try:
-            yield (pickle.load(results[number % processes]) for number in range(len(chunks)))
-        except (EOFError, pickle.UnpicklingError):
-            raise InputError("a process that answered problems ended before its time (killed, or out of memory?); "
-                             "try fewer --processes") from None
+    jobs = [f"{numbers.start} {numbers.stop}" for numbers in chunks]
+    with closing(run_jobs("calcformer.exhaustive", [solver.folder, beam], jobs, processes)) as replies:
+        for _, reply in replies:
+            if isinstance(reply, InputError):
+                raise InputError(f"a process that answered problems ended before its time ({reply}); "
+                                 "try fewer --processes")
+            yield reply
 
 
-def list_mistakes(solver: Solver, numbers: list[int], said: list[list[int]]) -> list[Mistake]:
-    """The mistakes `said` in answer to the problems with those numbers."""
-    index = torch.tensor(numbers, dtype=torch.long, device=solver.device)
+def list_mistakes(solver: Solver, mistakes: list[tuple[int, list[int]]]) -> list[Mistake]:
+    """The mistakes, each the number of a problem and what was said to it, in words."""
+    index = torch.tensor([number for number, _ in mistakes], dtype=torch.long, device=solver.device)
     examples = solver.task.encode(index)
+    said = [words for _, words in mistakes]
     answers = torch.tensor(said, dtype=torch.long, device=solver.device).view_as(examples.labels)
     return list(find_mistakes(solver, solver.task.operands(index), examples, answers))
 
@@ -124,20 +111,18 @@ def evaluate_all(solver: Solver, beam: int = 1, processes: int | None = None) ->
     """
     task, processes = solver.task, check_exhaustive(solver, processes)
     tally = Tally()
-    numbers: list[int] = []
-    answers: list[list[int]] = []
-    with (answered_chunks(solver, beam, processes) as chunks,
+    mistakes: list[tuple[int, list[int]]] = []
+    with (closing(answered_chunks(solver, beam, processes)) as chunks,
           tqdm(total=task.size, unit="ex", unit_scale=True, dynamic_ncols=True, disable=None) as bar):
         for counts, wrong, said in chunks:
             tally.merge(counts)
-            if len(numbers) <= MOST_LISTED:
-                numbers += wrong
-                answers += said
+            if len(mistakes) <= MOST_LISTED:
+                mistakes += zip(wrong, said)
             bar.update(min(CHUNK, task.size - bar.n))
     if tally.n == 0:
         raise InputError("this run was trained on every problem there is; leave out --exhaustive")
-    if len(numbers) <= MOST_LISTED:
-        lines = [str(mistake) for mistake in list_mistakes(solver, numbers, answers)]
+    if len(mistakes) <= MOST_LISTED:
+        lines = [str(mistake) for mistake in list_mistakes(solver, sorted(mistakes))]
     else:
         lines = [f"{tally.n - tally.right} of {tally.n} answers are wrong, too many to list"]
     path = solver.folder / MISTAKES

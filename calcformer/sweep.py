@@ -10,15 +10,10 @@ sweep.png      the same, to be seen: by a setting that is a number, else by epoc
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import closing, contextmanager, redirect_stderr
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 from tqdm import tqdm
@@ -27,18 +22,17 @@ from calcformer.comparison import draw, make_table, summarize
 from calcformer.errors import InputError
 from calcformer.interrupt import Stopped
 from calcformer.memory import check_memory, memory_to_train
+from calcformer.pool import run_jobs
 from calcformer.runs.checkpoint import CONFIG, METRICS, MODEL, RESUME, saved_epoch
 from calcformer.runs.device import check_cores, count_cores, count_processes, pick_device
 from calcformer.runs.files import hold, new_folder, write_atomically
 from calcformer.runs.run_log import MEASURED, RunLog
 from calcformer.studies import Member, Sweep
 from calcformer.training import resume, train
-from calcformer.worker import start_worker
 
 __all__ = ["finished_runs", "read_sweep", "run_sweep"]
 
 SWEEP, RESULTS, TABLE, PICTURE = "sweep.json", "results.json", "table.md", "sweep.png"
-POLL_SECONDS = 0.1
 
 
 def read_sweep(folder: Path) -> Sweep:
@@ -46,101 +40,42 @@ def read_sweep(folder: Path) -> Sweep:
     return Sweep.read(folder / SWEEP)
 
 
-class Worker:
-    """A process that trains members, one after the other: to import PyTorch takes longer than a small run."""
-
-    def __init__(self, folder: Path) -> None:
-        self.errors = tempfile.TemporaryFile()
-        self.process = start_worker("calcformer.sweep", folder, stdout=subprocess.PIPE, stderr=self.errors)
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.input, self.output = self.process.stdin.fileno(), self.process.stdout.fileno()
-        os.set_blocking(self.output, False)
-
-    def give(self, member: Member) -> None:
-        self.member = member
-        os.write(self.input, f"{member.name}\n".encode())
-
-    def outcome(self) -> str | None:
-        """None while the member is trained, then "" or, in one line, why it failed."""
-        try:
-            reply = os.read(self.output, 1 << 16)
-        except BlockingIOError:
-            return None
-        if reply:
-            return str(json.loads(reply))
-        code = self.process.wait()
-        if code < 0:
-            return f"its process was ended by {signal.Signals(-code).name} (killed, or out of memory?)"
-        self.errors.seek(0)
-        lines = self.errors.read().decode(errors="replace").splitlines()
-        return next(filter(None, reversed(lines)), f"its process ended with exit code {code}")
-
-    def close(self) -> None:
-        self.process.kill()
-        with self.process, self.errors:
-            pass
-
-
 def train_members(folder: Path, members: list[Member], jobs: int, bar: bool | None) -> dict[str, str]:
     """Train what is not finished, `jobs` at a time; returns, for each member that failed, why."""
     failed: dict[str, str] = {}
-    waiting = [member for member in members if not is_finished(folder, member)]
-    epochs = {member.name: 0 if member in waiting else member.config.training.epochs for member in members}
-    working: list[Worker] = []
-    free: list[Worker] = []
-    with tqdm(total=sum(member.config.training.epochs for member in members), unit="epoch", dynamic_ncols=True,
+    epochs = {member.name: member.config.training.epochs for member in members}
+    waiting = [member.name for member in members if not is_finished(folder, member)]
+    left, done = set(waiting), epochs | dict.fromkeys(waiting, 0)
+    with tqdm(total=sum(epochs.values()), unit="epoch", dynamic_ncols=True,
               disable=None if bar is None else not bar) as progress:
-        try:
-            while waiting or working:
-                while waiting and len(working) < jobs:
-                    working.append(free.pop() if free else Worker(folder))
-                    working[-1].give(waiting.pop(0))
-                time.sleep(POLL_SECONDS)
-                for worker in list(working):
-                    name, outcome = worker.member.name, worker.outcome()
-                    if outcome is None:
-                        if not progress.disable:
-                            epochs[name] = len(RunLog(folder / name / METRICS).read())
-                        continue
-                    working.remove(worker)
-                    if worker.process.poll() is None:
-                        free.append(worker)
-                    else:
-                        worker.close()
-                    epochs[name] = worker.member.config.training.epochs
-                    if outcome:
-                        failed[name] = outcome
-                    if outcome or progress.disable:
-                        progress.write(f"{name}: {outcome or 'finished'}", file=sys.stderr)
-                progress.set_description(f"{len(members) - len(waiting) - len(working)}/{len(members)} runs", False)
-                progress.update(sum(epochs.values()) - progress.n)
-        finally:
-            for worker in working + free:
-                worker.close()
+        def show(at_work: list[str]) -> None:
+            if not progress.disable:
+                done.update((name, len(RunLog(folder / name / METRICS).read())) for name in at_work)
+                progress.set_description(f"{len(members) - len(left)}/{len(members)} runs", False)
+                progress.update(sum(done.values()) - progress.n)
+
+        with closing(run_jobs("calcformer.sweep", [folder], waiting, jobs, show)) as outcomes:
+            for name, outcome in outcomes:
+                left.remove(name)
+                done[name] = epochs[name]
+                if isinstance(outcome, InputError):
+                    failed[name] = str(outcome)
+                if name in failed or progress.disable:
+                    progress.write(f"{name}: {failed.get(name, 'finished')}", file=sys.stderr)
+                show([])
     return failed
 
 
-def train_member(folder: Path, name: str) -> str:
-    """Start or continue one member of the sweep in `folder`, in a worker; returns what `Worker.outcome` does."""
-    member = next(member for member in read_sweep(folder).members() if member.name == name)
-    try:
-        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # what is printed there is why a worker ended
-            if not any((folder / name / file).exists() for file in (RESUME, MODEL)):
-                shutil.rmtree(folder / name, ignore_errors=True)  # a kill came before the first checkpoint
-                train(member.config, folder / name, bar=False)
-            else:
-                resume(folder / name, bar=False)
-    except InputError as error:
-        return str(error)
-    return ""
-
-
-def work(names: "SimpleQueue[str]", folder: str) -> None:
-    """Train the members whose names come in, in a worker."""
-    replies = os.dup(1)
-    os.dup2(2, 1)  # what a library prints is no reply
-    while True:
-        os.write(replies, json.dumps(train_member(Path(folder), names.get())).encode())
+def do_job(name: str, folder: str) -> None:
+    """Start or continue one member of the sweep in `folder`, in a worker."""
+    member = next(member for member in read_sweep(Path(folder)).members() if member.name == name)
+    run = Path(folder, name)
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # what is printed there is why a worker ended
+        if any((run / file).exists() for file in (RESUME, MODEL)):
+            resume(run, bar=False)
+        else:
+            shutil.rmtree(run, ignore_errors=True)  # a kill came before the first checkpoint
+            train(member.config, run, bar=False)
 
 
 def is_finished(folder: Path, member: Member) -> bool:

@@ -20,9 +20,10 @@ from calcformer.comparison import draw, make_table
 from calcformer.config import PRESETS
 from calcformer.errors import InputError
 from calcformer.plots import save_panels
+from calcformer.pool import Worker, run_jobs
 from calcformer.runs import load_run
 from calcformer.studies import STUDIES, Sweep, parse_vary
-from calcformer.sweep import Worker, read_sweep, run_sweep
+from calcformer.sweep import read_sweep, run_sweep
 from tests.pictures import is_picture
 
 TINY: dict[str, Any] = {"train_size": 50, "valid_size": 20, "width": 8, "heads": 2, "hidden": 8, "encoder_layers": 1,
@@ -323,25 +324,33 @@ def test_killed_sweep_continues_to_the_same_results(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_worker_ends_with_its_input_and_its_end_is_noticed(tmp_path: Path) -> None:
-    sweep = Sweep.of(TINY | {"epochs": 100_000}, {"seed": [1, 2]})
+def test_worker_that_ends_fails_its_member_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose input closes, one that is killed; then another does what is left."""
+    workers: list[Worker] = []
+
+    def give(worker: Worker, job: str) -> None:
+        workers.append(worker)
+        whole_give(worker, job)
+
+    def end(jobs: list[str]) -> None:
+        number = len(workers) - 1
+        if number < 2 and (tmp_path / f"epochs={100_000 + number}" / "metrics.jsonl").exists():
+            process = workers[number].process
+            assert process.stdin is not None
+            process.kill() if number else process.stdin.close()
+
+    whole_give = Worker.give
+    monkeypatch.setattr(Worker, "give", give)
+    settings = {name: value for name, value in TINY.items() if name != "epochs"}
+    sweep = Sweep.of({**settings, "warmup_steps": 0}, {"epochs": [100_000, 100_001, 1, 2]})
     (tmp_path / "sweep.json").write_text(sweep.to_json())
-    for member, end in zip(sweep.members(), ("input", "kill")):
-        worker = Worker(tmp_path)
-        worker.give(member)
-        while not (tmp_path / member.name / "metrics.jsonl").exists():
-            assert worker.outcome() is None
-            time.sleep(0.01)
-        if end == "input":
-            assert worker.process.stdin is not None
-            worker.process.stdin.close()
-        else:
-            worker.process.kill()
-        worker.process.wait(30)
-        expected = "its process ended with exit code 1" if end == "input" else "its process was ended by SIGKILL"
-        outcome = worker.outcome()
-        assert outcome is not None and expected in outcome
-        worker.close()
+    names = [member.name for member in sweep.members()]
+    first, second, *others = run_jobs("calcformer.sweep", [tmp_path], names, 1, end)
+    assert first[0] == names[0] and "its process ended with exit code 1" in str(first[1])
+    assert second[0] == names[1] and "its process was ended by SIGKILL (killed, or out of memory?)" in str(second[1])
+    assert others == [(names[2], None), (names[3], None)]
+    assert len({worker.process.pid for worker in workers}) == 3 and workers[2] is workers[3]
+    assert all(worker.process.poll() is not None for worker in workers)
 
 
 @pytest.mark.slow
@@ -349,16 +358,16 @@ def test_control_c_says_how_to_continue(tmp_path: Path, monkeypatch: pytest.Monk
                                         capsys: pytest.CaptureFixture[str]) -> None:
     first = tmp_path / "out" / "seed=0" / "model.safetensors"
 
-    class Time:
-        @staticmethod
-        def sleep(seconds: float) -> None:
-            time.sleep(seconds)
+    def interrupted(*arguments: Any) -> Iterator[tuple[str, Any]]:
+        def watch(jobs: list[str]) -> None:
             if (tmp_path / "out" / "seed=1").exists():
                 raise KeyboardInterrupt
 
+        return run_jobs(*arguments[:-1], watch)
+
     words = ["sweep", *flags(**TINY), "--seeds", "2", "--jobs", "1", "--out", "out"]
     with monkeypatch.context() as patch:
-        patch.setattr(sweeps, "time", Time)
+        patch.setattr(sweeps, "run_jobs", interrupted)
         assert main(words) == 130
     assert first.exists() and not (tmp_path / "out" / "results.json").exists()
     assert "of 2 runs finished; continue with: calcformer sweep --resume out" in capsys.readouterr().err

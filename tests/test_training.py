@@ -261,12 +261,14 @@ def test_killed_run_continues_to_the_same_numbers(moment: str, tmp_path: Path, m
 def test_a_process_that_waits_sleeps() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
+        alone = team.SharedMemoryTeam(0, torch.zeros(2, 2, 1), [ours])
         threading.Timer(0.5, lambda: theirs.send(b"+")).start()
         used, started = time.process_time(), time.monotonic()
-        assert team.wait_for(ours) and time.monotonic() - started > 0.4
-        assert time.process_time() - used < 0.1
+        alone.meet()
+        assert time.monotonic() - started > 0.4 and time.process_time() - used < 0.1
         theirs.close()
-        assert not team.wait_for(ours)
+        with pytest.raises(team.TeamLost):
+            alone.meet()
 
 
 def test_parts_of_a_batch_are_the_batch() -> None:

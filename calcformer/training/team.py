@@ -10,7 +10,6 @@ import mmap
 import os
 import socket
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,8 +20,6 @@ from calcformer.errors import InputError
 from calcformer.worker import start_worker
 
 __all__ = ["Team", "TeamLost", "join_team", "name_lost", "start_team"]
-
-PATIENCE = 0.005  # seconds
 
 
 class TeamLost(Exception):
@@ -53,23 +50,6 @@ def name_lost(folder: Path) -> Iterator[None]:
                          f"continue with: calcformer train --resume {folder}") from None
 
 
-def wait_for(other: socket.socket) -> bool:
-    """Wait for a sign of life; False where the other process has ended.
-
-    Asks for a while before it sleeps: a step lasts milliseconds, and to be woken can take one of them.
-    """
-    end = time.perf_counter() + PATIENCE
-    try:
-        while time.perf_counter() < end:
-            try:
-                return bool(other.recv(1, socket.MSG_DONTWAIT))
-            except BlockingIOError:
-                os.sched_yield()
-        return bool(other.recv(1))
-    except OSError:
-        return False
-
-
 class SharedMemoryTeam(Team):
     """Processes that put their vectors side by side in memory they share.
 
@@ -88,15 +68,19 @@ class SharedMemoryTeam(Team):
         self._turn = 0
 
     def meet(self) -> None:
-        """Wait until every process is here; TeamLost where one has ended."""
-        if self.rank == 0 and not all(map(wait_for, self._sockets)):
-            raise TeamLost
+        """Wait, asleep, until every process is here; TeamLost where one has ended."""
         try:
+            if self.rank == 0:
+                self._hear()
             for other in self._sockets:
                 other.send(b"+")
+            if self.rank > 0:
+                self._hear()
         except OSError:
             raise TeamLost from None
-        if self.rank > 0 and not all(map(wait_for, self._sockets)):
+
+    def _hear(self) -> None:
+        if not all(other.recv(1) for other in self._sockets):  # nothing comes from one that has ended
             raise TeamLost
 
     def sum_(self, tensor: torch.Tensor) -> None:
