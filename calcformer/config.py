@@ -12,7 +12,9 @@ __all__ = ["DEFAULT", "PRESETS", "DataConfig", "ModelConfig", "RunConfig", "Trai
 DEFAULT = "formula-best"  # the preset where none is named
 MOST_EPOCHS = 1_000_000
 LARGEST_SET = 10_000_000  # problems to train on or to measure
-FORMAT = 1  # of config.json; raised when an old file can no longer be read
+# Of config.json; raised when an old file can no longer be read. A setting that is newer than a file takes its default,
+# which must therefore be what runs did without it.
+FORMAT = 1
 
 
 def setting(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
@@ -166,25 +168,29 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "RunConfig":
-        """Read what `to_json` wrote; InputError where the text is something else."""
+        """Read what `to_json` wrote, of an older version too: a missing key takes its default.
+
+        Raises:
+            InputError: the text is something else, or has a key that is not known.
+        """
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise InputError(f"not JSON: {error}") from None
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-            raise InputError(f"not of format {FORMAT}, the one this version of calcformer reads; train the run again")
-        sections: dict[str, Any] = {}
+            raise InputError(f"not of format {FORMAT}, the one this version of calcformer reads")
+        parts: dict[str, dict[str, Any]] = {name: content.pop(name, {}) for name in SECTIONS}
+        preset, unknown = content.pop("preset", cls.preset), list(content)
         for name, section in SECTIONS.items():
-            values = content.pop(name, None)
-            expected = {item.name for item in fields(section)}
-            if not isinstance(values, dict) or values.keys() != expected:
-                found = values.keys() if isinstance(values, dict) else set()
-                raise InputError(f"section {name!r} is from another version of calcformer (missing or unknown: "
-                                 f"{', '.join(sorted(expected ^ found))}); train the run again")
-            sections[name] = section(**values)
-        if content.keys() != {"preset"} or not isinstance(content["preset"], str):
-            raise InputError(f"expected a preset beside {', '.join(SECTIONS)}, found {', '.join(content) or 'nothing'}")
-        return cls(preset=content["preset"], **sections)
+            if not isinstance(parts[name], dict):
+                raise InputError(f"{name} must hold settings by name, got {shown(parts[name])}")
+            known = {item.name for item in fields(section)}
+            unknown += [f"{name}.{key}" for key in parts[name] if key not in known]
+        if unknown:
+            raise InputError(f"there is no setting {shown(unknown[0])} in this version of calcformer")
+        if not isinstance(preset, str):
+            raise InputError(f"preset must be of type str, got {shown(preset)}")
+        return cls(preset, **{name: section(**parts[name]) for name, section in SECTIONS.items()})
 
 
 SECTIONS: dict[str, Any] = {"data": DataConfig, "model": ModelConfig, "training": TrainingConfig}

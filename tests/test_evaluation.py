@@ -17,6 +17,7 @@ from calcformer.errors import InputError
 from calcformer.evaluation import GROUPS, Tally, group_codes, held_out_operands, wilson_interval
 from calcformer.exhaustive import MISTAKES, evaluate_all
 from calcformer.hard_problems import hard_problems
+from calcformer.pool import run_jobs
 from calcformer.solver import Solver
 from calcformer.training import train
 
@@ -207,6 +208,8 @@ def test_processes_agree_with_one_another(run: Path, monkeypatch: pytest.MonkeyP
     alone = evaluate_all(solver)
     lines = (run / MISTAKES).read_text()
     (run / MISTAKES).unlink()
+    # As if the last were finished first: the order of the mistakes stays that of the problems.
+    monkeypatch.setattr(exhaustive, "run_jobs", lambda *arguments: (job for job in reversed([*run_jobs(*arguments)])))
     assert evaluate_all(solver, processes=2) == alone and (run / MISTAKES).read_text() == lines
 
 
@@ -253,3 +256,8 @@ def test_what_cannot_be_exhausted_is_refused(task: FormulaTask, match: str) -> N
     solver: Any = SimpleNamespace(task=task, device=torch.device("cpu"), config=PRESETS["formula"])
     with pytest.raises(InputError, match=match):
         evaluate_all(solver, processes=1)
+
+
+def test_no_more_processes_than_cores_answer_all_problems(run: Path) -> None:
+    with pytest.raises(InputError, match="would keep 1000 CPU cores busy and there are [0-9]+; lower --processes"):
+        evaluate_all(Solver(run, "cpu"), processes=1000)

@@ -99,7 +99,7 @@ def test_sweep_survives_its_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "match"), [
     (None, "not a sweep folder"), ("{", "cannot be used"), ("[]", "cannot be used"),
-    ('{"format": 2}', "not of format 1"), ('{"format": 1, "base": {"format": 1}}', "section 'data'"),
+    ('{"format": 2}', "not of format 1"), ('{"format": 1, "base": {"format": 1, "data": 3}}', "data must hold"),
     ("[" * 100_000, "cannot be used"), (changed(seeds=1.5), "seeds must be 1 to 1000, got 1.5"),
     (changed(seeds=10**9), "seeds must be 1 to 1000"), (changed(study="nope"), "there is no study 'nope'"),
     (changed(study=5), "there is no study 5"), (changed(vary={"heads": 3}), "'heads' cannot be varied over 3"),

@@ -25,6 +25,7 @@ from calcformer.plots import save_curve
 from calcformer.runs import RunError, finished_epochs, load_run
 from calcformer.runs.files import hold, write_atomically
 from calcformer.runs.run_log import RunLog
+from calcformer.solver import Solver
 from calcformer.training import evaluate, exact_match, loop, optimizer, resume, team, train, trainer
 from calcformer.training.metrics import Totals, token_loss
 
@@ -98,18 +99,46 @@ def test_warm_up_of_a_preset_fits_a_shorter_run() -> None:
 @pytest.mark.parametrize(("text", "match"), [
     ("{", "not JSON"), ("[]", "not of format 1"), ("[1]", "not of format 1"), ("[" * 100_000, "not JSON"),
     ('{"format": ' + "9" * 5_000 + "}", "not JSON"), ('{"format": 2}', "not of format 1"),
-    ('{"format": 1}', "section 'data' is from another version"),
+    ('{"format": 1, "data": 3}', "data must hold settings by name, got 3"),
+    ('{"format": 1, "preset": null}', "preset must be of type str, got None"),
+    ('{"format": 1, "colour": "red"}', "there is no setting 'colour' in this version of calcformer"),
+    ('{"format": 1, "model": {"flux": 1}}', "there is no setting 'model.flux' in this version of calcformer"),
 ])
 def test_other_json_is_refused(text: str, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         RunConfig.from_json(text)
 
 
-def test_config_of_another_version_names_the_field() -> None:
-    content = json.loads(small().to_json())
-    content["model"]["rope"] = True
-    with pytest.raises(ValueError, match="section 'model' is from another version.*rope"):
-        RunConfig.from_json(json.dumps(content))
+@pytest.mark.parametrize("section", config.SECTIONS)
+def test_a_key_that_an_older_version_did_not_write_takes_its_default(section: str) -> None:
+    written = small(valid_size=7, heads=2, label_smoothing=0.25)
+    content = json.loads(written.to_json())
+    for name in list(content[section]):
+        without = json.loads(json.dumps(content))
+        del without[section][name]
+        default = getattr(config.SECTIONS[section], name)
+        assert RunConfig.from_json(json.dumps(without)) == written.with_settings({name: default}), name
+    del content[section], content["preset"]
+    found = RunConfig.from_json(json.dumps(content))
+    assert found == dataclasses.replace(written, preset="formula", **{section: config.SECTIONS[section]()})
+
+
+def test_a_run_written_long_ago_is_read_and_continued(tmp_path: Path) -> None:
+    """tests/golden/run as version 0.1.0 wrote it, then without what a still older version did not write."""
+    shutil.copytree(Path(__file__).parent / "golden" / "run", tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    answer, = Solver(tmp_path / "run", "cpu").answers(["1+1"])
+    assert answer.said == "227" and answer.probability == pytest.approx(0.00439156998156494)
+    content = json.loads(path.read_text())
+    del content["training"]["label_smoothing"], content["model"]["embeddings"], content["data"]["sampling"]
+    content["training"]["epochs"] = 3
+    path.write_text(json.dumps(content))
+    assert load_run(tmp_path / "run")[3] == 2
+    last = resume(tmp_path / "run", bar=False)
+    assert last["epoch"] == 3 and last["valid_loss"] == pytest.approx(2.9341485500335693, rel=1e-5)
+    path.write_text(json.dumps({**content, "data": {**content["data"], "colour": "red"}}))
+    with pytest.raises(RunError, match="config.json cannot be used .there is no setting 'data.colour' in this version"):
+        load_run(tmp_path / "run")
 
 
 def test_presets_are_the_seeds() -> None:

@@ -296,7 +296,7 @@ DAMAGES = [
     ("config.json", "resume", lambda content: b"", "cannot be used"),
     ("config.json", "evaluate", lambda content: content[:-9], "cannot be used"),
     ("config.json", "evaluate", changed("", format=2), "not of format 1"),
-    ("config.json", "resume", changed("model", flux=1), "from another version of calcformer"),
+    ("config.json", "resume", changed("model", flux=1), "no setting 'model.flux' in this version of calc"),
     ("config.json", "resume", changed("training", weight_decay=0.5), "does not fit the settings of its config.json"),
     ("config.json", "resume", changed("training", epochs=3), "is of epoch 4 and .*config.json tells of 3"),
     ("config.json", "evaluate", lambda content: b"[" * 100_000, "cannot be used .not JSON"),

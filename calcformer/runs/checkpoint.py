@@ -125,8 +125,7 @@ def read_config(folder: Path) -> RunConfig:
     try:
         return RunConfig.from_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        reason = str(error).removesuffix("; train the run again")
-        raise RunError(f"{path} cannot be used ({reason}); train the run again or give another one") from None
+        raise RunError(f"{path} cannot be used ({error}); train the run again or give another one") from None
 
 
 def load_run(folder: Path, device: torch.device | str = "cpu"
