@@ -2,6 +2,8 @@
 
 Rank 0 is the process that was started and writes the run folder; it starts the others (calcformer/worker.py).
 They read the folder, repeat its steps on their own parts of the same batches, and end when rank 0 does.
+
+Processes and a barrier of torch.multiprocessing sum as fast, but when one process is killed the other waits for ever.
 """
 
 from __future__ import annotations
