@@ -11,10 +11,10 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from calcformer import __version__
-from calcformer.config import DEFAULT, LARGEST_SET, PRESETS, RunConfig
+from calcformer.config import DEFAULT, LARGEST_SET, PRESETS
 from calcformer.errors import InputError, tell
 from calcformer.flags import Parser, add_settings, path, whole
 from calcformer.interrupt import Stopped, handle_signals
@@ -107,11 +107,6 @@ def build_parser() -> Parser:
     return parser
 
 
-def configure(settings: dict[str, Any]) -> RunConfig:
-    """The configuration that a preset and the flags given beside it describe."""
-    return PRESETS[settings.pop("preset", DEFAULT)].with_settings(settings)
-
-
 def run_train(arguments: argparse.Namespace) -> int:
     settings = vars(arguments)
     del settings["command"]
@@ -121,7 +116,7 @@ def run_train(arguments: argparse.Namespace) -> int:
             given = "out" if out is not None else next(iter(settings))
             raise InputError(f"--resume continues a run with its own settings; leave out --{given.replace('_', '-')}")
     else:
-        config = configure(settings)
+        config = PRESETS[settings.pop("preset", DEFAULT)].with_settings(settings)
 
     from calcformer import training
 

@@ -43,16 +43,13 @@ def answer_chunk(solver: Solver, numbers: range, beam: int) -> Chunk:
     return tally, index[wrong].tolist(), said[wrong].tolist()
 
 
-@lru_cache(1)
-def load_solver(run: str) -> Solver:
-    """The solver of a worker, which does many jobs with it."""
-    torch.set_num_threads(1)
-    return Solver(run, "cpu")
+load_solver = lru_cache(1)(Solver)  # a worker does many jobs with it
 
 
 def do_job(numbers: str, run: str, beam: str) -> Chunk:
     """`answer_chunk` in a worker."""
-    return answer_chunk(load_solver(run), range(*map(int, numbers.split())), int(beam))
+    torch.set_num_threads(1)
+    return answer_chunk(load_solver(run, "cpu"), range(*map(int, numbers.split())), int(beam))
 
 
 def answered_chunks(solver: Solver, beam: int, processes: int) -> Generator[Chunk, None, None]:

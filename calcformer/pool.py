@@ -49,7 +49,7 @@ class Worker:
                 replies.put((self, pickle.load(self.process.stdout)))
         code = self.process.wait()
         self.errors.seek(0)
-        lines = self.errors.read().decode(errors="replace").split("\n")
+        lines = self.errors.read().decode(errors="replace").splitlines()
         reason = next(filter(None, reversed(lines)), f"its process ended with exit code {code}")
         if code < 0:
             reason = f"its process was ended by {signal.Signals(-code).name} (killed, or out of memory?)"

@@ -30,7 +30,7 @@ from calcformer.runs.run_log import MEASURED, RunLog
 from calcformer.studies import Member, Sweep
 from calcformer.training import resume, train
 
-__all__ = ["finished_runs", "read_sweep", "run_sweep"]
+__all__ = ["read_sweep", "run_sweep"]
 
 SWEEP, RESULTS, TABLE, PICTURE = "sweep.json", "results.json", "table.md", "sweep.png"
 
@@ -87,11 +87,6 @@ def is_finished(folder: Path, member: Member) -> bool:
     return last.keys() >= MEASURED or saved_epoch(run / RESUME) is None
 
 
-def finished_runs(folder: Path, sweep: Sweep) -> int:
-    """How many runs of the sweep in `folder` are finished."""
-    return sum(is_finished(folder, member) for member in sweep.members())
-
-
 @contextmanager
 def claim(out: Path | None, sweep: Sweep) -> Iterator[Path]:
     """Hold the folder of this sweep, which is made if need be; InputError where it holds something else."""
@@ -145,7 +140,7 @@ def run_sweep(sweep: Sweep, out: Path | str | None = None, jobs: int = 0, bar: b
         try:
             failed = train_members(folder, members, jobs, bar)
         except KeyboardInterrupt:
-            raise Stopped(folder, finished_runs(folder, sweep)) from None
+            raise Stopped(folder, sum(is_finished(folder, member) for member in members)) from None
         results = summarize(folder, sweep, failed)
         write_atomically(folder / RESULTS, (json.dumps(results, indent=2) + "\n").encode())
         write_atomically(folder / TABLE, make_table(results).encode())

@@ -25,8 +25,7 @@ def newest_run(questions: Sequence[str] = (), folder: Path = RUNS) -> Path:
     for path in folder.glob(f"*/{MODEL}"):
         with suppress(InputError, OSError):  # damaged, or deleted meanwhile
             config = read_config(path.parent)
-            is_finished = saved_epoch(path) == config.training.epochs
-            found.append((is_finished, path.stat().st_mtime, path.parent, config))
+            found.append((saved_epoch(path) == config.training.epochs, path.stat().st_mtime, path.parent, config))
     if not found:
         raise InputError(f"there is no trained run in {folder}/; make one with: calcformer train, or name one with "
                          "--run")

@@ -17,7 +17,7 @@ from calcformer.runs.device import count_cores, count_processes, pick_device, to
 from calcformer.runs.files import hold, new_folder
 from calcformer.training.board import require_tensorboard
 from calcformer.training.team import Team, TeamLost, join_team
-from calcformer.training.torchrun import find_folder, join_torchrun
+from calcformer.training.torchrun import join_torchrun
 from calcformer.training.trainer import Trainer
 
 __all__ = ["follow", "resume", "train"]
@@ -48,7 +48,7 @@ def _follow_torchrun() -> None:
         return
     try:
         with join_torchrun() as team:
-            follow(find_folder(team), team)
+            follow(Path(team.share("")), team)  # the folder that rank 0 writes
     except (InputError, TeamLost, KeyboardInterrupt):
         raise SystemExit(1) from None  # rank 0 says it, or is gone
     raise SystemExit

@@ -17,7 +17,7 @@ from torch import distributed
 from calcformer.errors import InputError
 from calcformer.training.team import Team, TeamLost, name_lost
 
-__all__ = ["find_folder", "join_torchrun", "lead_torchrun"]
+__all__ = ["join_torchrun", "lead_torchrun"]
 
 PATIENCE = timedelta(minutes=10)  # longer than rank 0 may take to validate, to save, or to compile
 
@@ -72,8 +72,3 @@ def lead_torchrun(folder: Path) -> Iterator[Team]:
         team.share(str(folder))
         team.meet()  # all have read the checkpoint
         yield team
-
-
-def find_folder(team: DistributedTeam) -> Path:
-    """The folder that rank 0 writes, for the others."""
-    return Path(team.share(""))
