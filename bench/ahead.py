@@ -19,7 +19,6 @@ from bench.accounting import AttentionCase, NormCase
 from bench.compile_check import Chip, compiling
 from bench.gpu_plan import ATTENTION, NORMS, SHORT, Context, brief
 from bench.stages import cores, worker_pool
-from kernels.attention import choice
 from kernels.launch import capability, l2_bytes, multiprocessors
 
 COMPILED = [*correctness.PROBLEMS, "attention", "short-sequences", "norms-timed", "host-time"]  # in the order of need
@@ -39,8 +38,8 @@ def launches(work: str, context: Context) -> list[tuple[str, Callable[[str], Non
 
 def launch_attention(case: AttentionCase, device: str) -> None:
     """Every kernel that ours may be timed with, forward and backward."""
-    for asked in frozenset(), choice.hopper_calls("1"):
-        choice.HOPPER_ASKED_FOR = asked
+    for asked in "0", "1":
+        os.environ["KERNELS_HOPPER"] = asked
         for provider in "kernels", attention.GENERAL:
             with attention.running(provider):
                 x = attention.make_inputs(case, torch.device(device), requires_grad=True)

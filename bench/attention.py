@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,10 +18,8 @@ from bench.accounting import SEED, AttentionCase, Direction
 from bench.check import WrongResult, require_right
 from bench.record import Job, Refused, attempt
 from bench.timing import Call, input_sets
-from kernels.attention import ops
-from kernels.attention.explanation import HOPPER, SHORT, TRITON, Explanation
-from kernels.attention.rules import Extras, Rules
-from kernels.launch import capability
+from kernels.attention import call, plan
+from kernels.attention.explanation import NAMES, Explanation
 
 BACKENDS = {
     "torch flash": SDPBackend.FLASH_ATTENTION,
@@ -85,16 +82,14 @@ def label(provider: str, case: AttentionCase, inputs: Inputs, direction: Directi
     ))  # fmt: skip
     if direction == "forward" or forward not in ("kernels (general)", "kernels (hopper)"):
         return forward
-    rules = Rules(1.0, case.dropout, right=0 if case.is_causal else None)
-    chip = capability(x.query.device)
-    reason = ops.why_not_hopper(x.query, x.key, x.value, Extras(x.mask), rules, chip, is_backward=True)
-    return "kernels (general)" if reason else "kernels (hopper)"
+    asked = call.Call(x.mask, dropout_p=case.dropout, right=0 if case.is_causal else None)
+    return f"kernels ({plan.plan(x.query, x.key, x.value, asked, 'backward', 'the forward').kernel})"
 
 
 def name_of(explanation: Explanation) -> str:
     """Ours, by the kernel that runs."""
-    names = {TRITON: "general", SHORT: "short", HOPPER: "hopper"}
-    return f"kernels ({names.get(explanation.kernel, 'torch path')})"
+    kernel = next((kernel for kernel, name in NAMES.items() if name == explanation.kernel), "torch path")
+    return f"kernels ({kernel})"
 
 
 @functools.lru_cache(maxsize=2)  # the check and the timing share what is compiled
@@ -119,18 +114,9 @@ def _general(case: AttentionCase, x: Inputs) -> torch.Tensor:
         return build("kernels", case)(x)
 
 
-@contextmanager
-def running(provider: str) -> Iterator[None]:
+def running(provider: str) -> AbstractContextManager[None]:
     """Around a call of the provider, or its backward pass: GENERAL leaves the kernels for special shapes out."""
-    if provider != GENERAL:
-        yield
-        return
-
-    def asked(*_: object, **__: object) -> str:
-        return "the kernel for any shape was asked for"
-
-    with mock.patch.object(ops, "why_not_short", asked), mock.patch.object(ops, "why_not_hopper", asked):
-        yield
+    return plan.forced(kernel="general") if provider == GENERAL else nullcontext()
 
 
 def _torch(case: AttentionCase, backend: SDPBackend, x: Inputs) -> torch.Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import statistics
 import sys
 import time
@@ -27,7 +28,6 @@ import kernels
 from bench.compile_check import Chip, pretending
 from bench.record import name_row
 from bench.timing import play_samples
-from kernels.attention import choice
 
 if TYPE_CHECKING:  # where there is no pytest-benchmark, bench/gpu_work.py measures
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -151,7 +151,7 @@ def ways() -> Iterator[Way]:
 @contextlib.contextmanager
 def as_on_a_chip(way: Way, run: Callable[..., Any]) -> Iterator[None]:
     """Within it a way leads to its kernel, and `run` stands in for JITFunction.run."""
-    with mock.patch.object(choice, "HOPPER_ASKED_FOR", choice.hopper_calls(way.hopper)), pretending(Chip(), run):
+    with mock.patch.dict(os.environ, KERNELS_HOPPER=way.hopper), pretending(Chip(), run):
         yield
 
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels.attention.choice import why_not_short
-from kernels.attention.rules import Extras, Rules
+from kernels.attention.call import Call
+from kernels.attention.plan import Plan, why_not_short
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 HEAD_SIZES = (16, 32, 64, 128, 256)
@@ -162,7 +162,7 @@ def table_cases(archs: list[int]) -> Iterator[Case]:
 def may_be_short(arch: int, dtype: str, size: int, length: int) -> bool:
     """Whether the kernels for short sequences take such calls."""
     q = empty(1, 1, length, size, dtype=DTYPES[dtype])
-    return not why_not_short(q, q, q, Extras(), "", arch)
+    return not why_not_short(q, q, q, Call(), "", arch)
 
 
 def launch(case: Case) -> None:
@@ -190,38 +190,37 @@ def launch_attention(case: Case) -> None:
         "sinks": {"sinks": empty(1, 4)},
         "query_starts": {"starts": empty(9, dtype=torch.int32)},
         "key_starts": {"starts": empty(9, dtype=torch.int32)},
+        "seed": {"seed": empty(1, dtype=torch.int64)},
     }  # fmt: skip
-    extras = Extras(**{
+    given = {
         field: tensor for field, kinds in some.items() for kind, tensor in kinds.items() if kind in feature.tensors
-    })  # fmt: skip
-    seed = empty(1, dtype=torch.int64) if "seed" in feature.tensors else None
-    rules = Rules(0.125, **feature.rules)
+    }
+    call = Call(scale=0.125, **given, **feature.rules)  # type: ignore[arg-type]
     output, row_max = torch.empty_like(q), empty(*q.shape[:3])
+    plan = Plan(feature.kernel, {}, q, v, call, n_keys, case.arch)
     if feature.kernel == "short":
         from kernels.attention.short import launch_short_forward
         from kernels.attention.short_backward import launch_short_backward
 
-        launch_short_forward(q, k, v, seed, extras, rules, output)
-        launch_short_backward(output, q, k, v, seed, extras, rules, q, k, v)
+        launch_short_forward(q, k, v, call, plan.tile("forward"), output)
+        launch_short_backward(output, q, k, v, call, plan.tile("backward"), q, k, v)
         return
     if feature.kernel == "hopper":
         from kernels.attention.hopper_forward import launch_hopper_forward
 
-        launch_hopper_forward(q, k, v, extras, rules, output, row_max, row_max)
+        launch_hopper_forward(q, k, v, call, output, row_max, row_max)
         if case.size <= 128:
             from kernels.attention.hopper_backward import launch_hopper_backward
 
-            total = empty(*q.shape)
-            launch_hopper_backward(output, q, k, v, extras, rules, row_max, row_max, total, q, k, v)
+            launch_hopper_backward(output, q, k, v, call, empty(3, *row_max.shape), empty(*q.shape), q, k, v)
         return
     from kernels.attention.general import launch_forward
     from kernels.attention.general_backward import launch_backward, launch_delta
 
-    launch_forward(q, k, v, seed, extras, rules, output, row_max, row_max)
-    launch_delta(output, output, row_max, row_max, None, None, extras)
-    has_gradient = extras.attn_mask is not None and extras.attn_mask.is_floating_point()
-    dmask = extras.attn_mask if has_gradient else None
-    launch_backward(output, q, k, v, seed, extras, rules, row_max, row_max, row_max, q, k, v, dmask)
+    launch_forward(q, k, v, call, plan.tile("forward"), output, row_max, row_max)
+    statistics = launch_delta(output, output, row_max, row_max, None, None, call)
+    dmask = call.attn_mask if call.has_float_mask else None
+    launch_backward(output, q, k, v, call, plan, statistics, q, k, v, dmask)
 
 
 def launch_norm(case: Case) -> None:

@@ -32,6 +32,7 @@ import torch
 
 from bench.compile_cases import Case, all_cases, launch
 from bench.loop_cost import PRODUCTS, RATES, Cost, Traffic, loop_cost, recorded, traffic, why_dearer
+from kernels import launch as device
 
 # Bytes of shared memory a program can have (CUDA programming guide, table of compute capabilities). For 80 the smaller
 # limit of its consumer relatives 86 and 89 is kept to, which run the same tiles.
@@ -94,7 +95,7 @@ class PretendedDriver:
 class Chip(NamedTuple):
     """What launchers ask of a device: compute capability times ten, multiprocessors, bytes of L2."""
 
-    arch: int = 90
+    capability: int = 90
     multiprocessors: int = 132
     l2_bytes: int = 50 << 20
 
@@ -105,14 +106,11 @@ def pretending(chip: Chip, run: Callable[..., Any]) -> Iterator[None]:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    names = ["attention.general", "attention.ops", "attention.short", "layer_norm.backward", "layer_norm.ops"]
-    names += ["attention.hopper_forward", "attention.hopper_backward"] if chip.arch == 90 else []
-    modules = [importlib.import_module(f"kernels.{name}") for name in ("backend", *names)]
-    patches: list[tuple[Any, str, Any]] = [(JITFunction, "run", run), (driver, "_active", PretendedDriver(chip.arch))]
-    for module in modules:
-        patches += [(module, name, lambda _, value=value: value)
-                    for name, value in (("capability", chip.arch), *chip._asdict().items()) if hasattr(module, name)]
-        patches += [(module, "why_not_triton", lambda *_: "")] if hasattr(module, "why_not_triton") else []
+    patches: list[tuple[Any, str, Any]] = [(JITFunction, "run", run)]
+    patches += [(driver, "_active", PretendedDriver(chip.capability))]
+    patches += [(device, name, lambda _, value=value: value) for name, value in chip._asdict().items()]
+    modules = (importlib.import_module(f"kernels.{name}") for name in ("backend", "attention.ops", "layer_norm.ops"))
+    patches += [(module, "why_not_triton", lambda *_: "") for module in modules]
     with ExitStack() as stack:
         for target, name, value in patches:
             stack.enter_context(mock.patch.object(target, name, value))

@@ -8,6 +8,7 @@ a tile's sides.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from unittest import mock
 import torch
 
 import kernels
-from kernels.attention import choice
+from kernels.attention import plan
 from tests import norm_problem
 from tests.conformance.judge import Attention, Call, agree, compare, exact, make, solve
 from tests.tolerances import Comparison, error_ratios
@@ -103,7 +104,8 @@ class AttentionProblem(NamedTuple):
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if "tf32" in self.features else "highest")
         try:
-            with mock.patch.object(choice, "HOPPER_ASKED_FOR", frozenset(self.hopper)):
+            asked = " ".join(f"{direction}{size}" for direction, size in self.hopper) or "0"
+            with mock.patch.dict(os.environ, KERNELS_HOPPER=asked):
                 yield
         finally:
             torch.set_float32_matmul_precision(before)
@@ -314,7 +316,7 @@ def hopper(direction: str, size: int) -> list[Problem]:
 PROBLEMS: dict[str, Callable[[], list[Problem]]] = {
     "general": general, "short": short, "norms": norms,
     **{f"{direction}{size}": functools.partial(hopper, direction, size)
-       for direction, sizes in choice.HOPPER_HEAD_SIZES.items() for size in sizes},
+       for direction, sizes in plan.HOPPER_HEAD_SIZES.items() for size in sizes},
 }  # fmt: skip
 
 

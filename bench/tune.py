@@ -17,10 +17,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 
@@ -30,12 +29,13 @@ from bench.loop_cost import RATES, loop_cost
 from bench.rows import read_rows, write_row
 from bench.stages import cores, worker_pool
 from bench.timing import measure
+from kernels import launch as chip
 from kernels.attention import tiles
-from kernels.attention.rules import Extras, Rules
+from kernels.attention.call import Call
+from kernels.attention.plan import Plan, forced
 from kernels.attention.tiles import ShortTile, Tile
-from kernels.launch import capability
 
-RULES = {"full": Rules(0.125), "causal": Rules(0.125, right=0)}
+CALLS = {"full": Call(scale=0.125), "causal": Call(scale=0.125, right=0)}
 TIMED = {"plain": ("full",), "causal": ("causal",), "dropout": ("full", "causal")}  # what is asked: by which rules
 NAMES = {"plain": "", "causal": " causal", "dropout": " dropout"}
 SHORT_LENGTHS, SHORT_SIZES, SHORT_BATCH = (5, 9, 16, 32, 64), (16, 32, 64), 8_192
@@ -57,9 +57,9 @@ class Search(NamedTuple):
         return f"{self.kernel}{length} D{self.size}{NAMES[self.asked]}"
 
     @property
-    def rules(self) -> dict[str, Rules]:
-        """The rules that it is timed by."""
-        return RULES if self.is_short else {name: RULES[name] for name in TIMED[self.asked]}
+    def calls(self) -> dict[str, Call]:
+        """The calls that it is timed by."""
+        return CALLS if self.is_short else {name: CALLS[name] for name in TIMED[self.asked]}
 
     @property
     def is_short(self) -> bool:
@@ -120,19 +120,8 @@ def searches(words: list[str]) -> list[Search]:
     return list(dict.fromkeys(found))
 
 
-@contextmanager
-def forced(search: Search, tile: Tile | ShortTile) -> Iterator[None]:
-    """Within it the search's kernel takes this tile."""
-    from kernels.attention import general, general_backward, short
-
-    with ExitStack() as stack:
-        for module, name in (short, "choose_short_tile"), (general, "choose_tile"), (general_backward, "choose_tile"):
-            stack.enter_context(mock.patch.object(module, name, lambda *_: tile))
-        yield
-
-
-def prepare(search: Search, device: str) -> Callable[[Rules], list[torch.Tensor]]:
-    """The launch of a search's kernel on random inputs, as a function of the rules that gives what it wrote."""
+def prepare(search: Search, device: str) -> Callable[[Call], list[torch.Tensor]]:
+    """The launch of a search's kernel on random inputs, as a function of the call that gives what it wrote."""
     from kernels.attention import general, general_backward, short, short_backward
 
     batch = SHORT_BATCH if search.is_short else 16_384 // search.length
@@ -140,24 +129,26 @@ def prepare(search: Search, device: str) -> Callable[[Rules], list[torch.Tensor]
     shape = (batch, search.length, heads, search.size)
     q, k, v, grad = (torch.randn(shape, dtype=torch.bfloat16, device=device).transpose(1, 2) for _ in range(4))
     seed = torch.ones(1, dtype=torch.int64, device=device) if search.asked == "dropout" else None
-    row_max, row_sum, delta = (torch.ones(q.shape[:3], dtype=torch.float32, device=device) for _ in range(3))
+    row_max, row_sum = (torch.ones(q.shape[:3], dtype=torch.float32, device=device) for _ in range(2))
+    statistics = torch.ones(3, *q.shape[:3], dtype=torch.float32, device=device)
     outputs = [torch.empty_like(x) for x in (q, k, v)]
 
-    def launch(rules: Rules) -> list[torch.Tensor]:
-        rules = rules._replace(dropout_p=0.0 if seed is None else 0.1)
+    def launch(call: Call) -> list[torch.Tensor]:
+        if seed is not None:
+            call = call._replace(seed=seed, dropout_p=0.1)
+        kernel = "short" if search.is_short else "general"
+        plan = Plan(kernel, {}, q, v, call, search.length, chip.capability(q.device))
         if search.kernel == "forward":
-            general.launch_forward(q, k, v, seed, Extras(), rules, outputs[0], row_max, row_sum)
+            general.launch_forward(q, k, v, call, plan.tile("forward"), outputs[0], row_max, row_sum)
             return outputs[:1]
         if search.kernel == "short forward":
-            short.launch_short_forward(q, k, v, seed, Extras(), rules, outputs[0])
+            short.launch_short_forward(q, k, v, call, plan.tile("forward"), outputs[0])
             return outputs[:1]
         if search.kernel == "short backward":
-            short_backward.launch_short_backward(grad, q, k, v, seed, Extras(), rules, *outputs)
+            short_backward.launch_short_backward(grad, q, k, v, call, plan.tile("backward"), *outputs)
             return outputs
         dq, dk, dv = (outputs[0], None, None) if search.kernel == "query" else (None, *outputs[1:])
-        general_backward.launch_backward(
-            grad, q, k, v, seed, Extras(), rules, row_max, row_sum, delta, dq, dk, dv, None
-        )  # fmt: skip
+        general_backward.launch_backward(grad, q, k, v, call, plan, statistics, dq, dk, dv, None)
         return [x for x in (dq, dk, dv) if x is not None]
 
     return launch
@@ -187,9 +178,9 @@ def compile_candidate(search: Search, tile: Tile | ShortTile, arch: int) -> Try:
             predictions.append(cost.serial if cost and not cost.spilled else 0.0)
 
     launch = prepare(search, "meta")
-    with compiling(Chip(arch), add), forced(search, tile):
-        for rules in search.rules.values():
-            launch(rules)
+    with compiling(Chip(arch), add), forced(tile=tile):
+        for call in search.calls.values():
+            launch(call)
     predicted = min(predictions, default=0.0)
     return Try(str(search), tile, tile == search.own(arch), registers, spills, problem, predicted=predicted)
 
@@ -203,15 +194,15 @@ def time_candidates(search: Search, tries: list[Try], device: torch.device) -> I
             yield attempt
             continue
         seconds, problem = {}, ""
-        with forced(search, attempt.tile):
-            for name, rules in search.rules.items():
+        with forced(tile=attempt.tile):
+            for name, call in search.calls.items():
                 try:
-                    results = [x.clone() for x in launch(rules)]
+                    results = [x.clone() for x in launch(call)]
                     right = expected.setdefault(name, results)
                     if not all((a - b).float().norm() <= 0.02 * b.float().norm() for a, b in zip(results, right)):
                         problem = "wrong"
                         break
-                    seconds[name] = measure([lambda rules=rules: launch(rules)], device, 0.05).median  # type: ignore
+                    seconds[name] = measure([lambda call=call: launch(call)], device, 0.05).median  # type: ignore
                 except Exception as error:  # out of some resource
                     problem = type(error).__name__
                     break
@@ -252,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     device = machine.pick_device()
     on_gpu = device.type == "cuda" and options.arch is None
-    arch = capability(device) if on_gpu else options.arch or 90
+    arch = chip.capability(device) if on_gpu else options.arch or 90
     started = time.monotonic()
     rows = read_rows(options.rows) if options.rows else []  # of an earlier start, which a fault ended
     done = {(row["search"], tuple(row["tile"].values())) for row in rows if row["kind"] == "tile"}

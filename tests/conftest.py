@@ -108,10 +108,11 @@ def normal(device: str, request: pytest.FixtureRequest) -> Callable[..., torch.T
 
 
 @pytest.fixture
-def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+def chunked(request: pytest.FixtureRequest) -> Iterator[tuple[int, int]]:
     """Whether rows of a norm are walked in chunks of 16 columns, as those too long for registers; a shape to try."""
     if not request.param:
-        return 19, 37
+        yield 19, 37
+        return
     norm_problem = pytest.importorskip("tests.norm_problem", reason="needs triton")
-    norm_problem.tiles(monkeypatch, 1, 16, chunked=True)
-    return 5, 23
+    with norm_problem.tiles(1, 16, chunked=True):
+        yield 5, 23

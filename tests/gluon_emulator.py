@@ -32,9 +32,9 @@ from unittest import mock
 import torch
 
 import kernels
-from kernels.attention import general, pieces
+from kernels.attention import arguments, pieces, score
 
-assert general  # imported before anything is replaced
+assert arguments  # imported before anything is replaced
 MODULES = ("hopper_pieces", "hopper_forward", "hopper_backward")
 
 
@@ -158,6 +158,13 @@ class Pointer:
         return Pointer(self.memory, self.offset + offset)
 
 
+def as_argument(x: Any) -> Any:
+    """An argument of a launch as a kernel gets it."""
+    if isinstance(x, tuple):
+        return type(x)(*map(as_argument, x))
+    return Pointer(x.view(-1)) if isinstance(x, torch.Tensor) else tensor(x) if isinstance(x, int) else x
+
+
 class Descriptor:
     """What TMA knows of a tensor: boxes of it are copied by the place of their first element."""
 
@@ -246,8 +253,7 @@ class Chip:
 
     def launch(self, kernel: Callable[..., None], grid: tuple[int], args: tuple, options: dict[str, Any]) -> None:
         """Every program, one after the other."""
-        given = [Pointer(x.view(-1)) if isinstance(x, torch.Tensor) else tensor(x) if isinstance(x, int) else x
-                 for x in args]  # fmt: skip
+        given = [as_argument(x) for x in args]
         options = {name: x for name, x in options.items() if name != "num_warps"}
         self.n_programs = grid[0]
         for self.program in range(grid[0]):
@@ -433,6 +439,7 @@ def emulate(seed: int, change: Callable[[str], str] = lambda source: source) -> 
         "triton.experimental.gluon.language": gl,
         "triton.experimental.gluon.language.nvidia.hopper": hopper,
         "triton.experimental.gluon.nvidia.hopper": types.SimpleNamespace(TensorDescriptor=Descriptor),
+        "kernels.attention.score": types.SimpleNamespace(LOG2_E=score.LOG2_E.value),
         "kernels.attention.pieces": types.SimpleNamespace(**{**vars(pieces), "find_work": work["find_work"]}),
     }  # fmt: skip
     folder = Path(kernels.__file__).parent / "attention"

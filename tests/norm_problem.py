@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kernels
-from kernels.layer_norm import backward, forward
+from kernels.layer_norm.tiles import Tile, forced
 from tests.tolerances import FORWARD, GRADIENT, Comparison, size_of_terms
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -34,11 +34,10 @@ MIXED = {
 }
 
 
-def tiles(patch, rows, columns, chunked=False):
-    """Make both passes take so many rows and columns at once."""
-    patch.setattr(forward, "forward_tile", lambda *_: forward.Tile(rows, columns, 4, chunked))
-    patch.setattr(backward, "backward_tile", lambda *_: backward.Tile(rows, columns, 4, 1, chunked))
-    patch.setattr(backward, "COLUMNS", (2, columns, 1))
+def tiles(rows, columns, chunked=False):
+    """Within it both passes take so many rows and columns at once."""
+    tile = Tile(rows, columns, 4, chunked=chunked)
+    return forced(forward=tile, backward=tile, columns=Tile(2, columns, 4))
 
 
 def ours(centre, eps=EPS, **options):

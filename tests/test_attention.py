@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 
 import numpy
 import pytest
 import torch
 
 import kernels
-from kernels.attention import tiles
-from kernels.attention.rules import Extras, Rules
+from kernels.attention import plan
+from kernels.attention.call import Call
+from kernels.attention.plan import forced
+from kernels.attention.tiles import Tile
 from tests.attention_problem import Problem, check, no_loop, problem
 
 triton_attention = functools.partial(kernels.scaled_dot_product_attention, backend="triton")
@@ -20,28 +23,24 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.fixture(autouse=True, params=["general", "short"])
-def kernel(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, device: str) -> None:
+def kernel(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, device: str) -> Iterator[None]:
     """The kernel for any shape alone, or that for short sequences; a test that is not for the latter is skipped.
 
     The former in the interpreter with tiles so small that short sequences cross several; on a GPU with the real ones.
     """
+    real = device == "cuda" or request.node.get_closest_marker("real_tiles")
+    tile = None if real else Tile(block_q=32, block_k=32, num_warps=4, num_stages=1)
+    chip = 90 if device == "cpu" and request.param == "short" else None
     if request.param == "short":
-        from kernels.attention.ops import why_not_short
+        why_not_short = plan.why_not_short
 
         def skip_or_take(*call: object) -> str:
             reason = why_not_short(*call)
             return pytest.skip(f"not for the kernel for short sequences: {reason}") if reason else ""
 
-        monkeypatch.setattr("kernels.attention.ops.why_not_short", skip_or_take)
-        if device == "cpu":
-            monkeypatch.setattr("kernels.attention.ops.capability", lambda _: 90)
-        return
-    monkeypatch.setattr("kernels.attention.ops.why_not_short", lambda *_: "tested elsewhere")
-    if device == "cuda" or request.node.get_closest_marker("real_tiles"):
-        return
-    tile = tiles.Tile(block_q=32, block_k=32, num_warps=4, num_stages=1)
-    for module in ("general", "general_backward"):
-        monkeypatch.setattr(f"kernels.attention.{module}.choose_tile", lambda *_: tile)
+        monkeypatch.setattr(plan, "why_not_short", skip_or_take)
+    with forced(kernel="general" if request.param == "general" else None, tile=tile, capability=chip):
+        yield
 
 
 def bool_mask(*shape: int) -> object:
@@ -367,7 +366,7 @@ def test_one_gradient_alone(wanted: str, device: str) -> None:
 
 
 def test_float32_products_follow_the_matmul_precision(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kernels.attention.general import dot_precision
+    from kernels.attention.arguments import dot_precision
 
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     assert (dot_precision(torch.float32), dot_precision(torch.float16)) == ("tf32", "ieee")
@@ -382,7 +381,7 @@ def test_rows_far_apart_take_the_wide_offsets(device: str, monkeypatch: pytest.M
 
 
 def test_wide_is_decided_by_the_largest_stride() -> None:
-    from kernels.attention.choice import is_wide
+    from kernels.attention.layout import is_wide
 
     def strided(*strides: int) -> torch.Tensor:
         return torch.empty(1).as_strided((1, 1, 1, 1), (1, 1, *strides))
@@ -408,7 +407,8 @@ def test_more_heads_than_a_second_grid_axis_holds(heads: int) -> None:
     out, stats = torch.empty(1), torch.empty(1).expand(heads, 1, 16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(general, "forward_kernel", Recorder())
-        general.launch_forward(q, q, q, None, Extras(), Rules(1.0), out.expand(heads, 1, 16, 8), stats, stats)
+        tile = Tile(16, 16, 4, 1)
+        general.launch_forward(q, q, q, Call(), tile, out.expand(heads, 1, 16, 8), stats, stats)
     assert launched == [(heads,)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels.attention import tiles
+from kernels.attention.plan import forced
+from kernels.attention.tiles import Tile
 from tests.attention_problem import Problem, check, no_loop, problem
 from tests.tolerances import GRADIENT, assert_as_exact_as_torch
 
@@ -20,24 +22,15 @@ torch_attention = functools.partial(kernels.scaled_dot_product_attention, backen
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def set_tile(monkeypatch: pytest.MonkeyPatch, block_q: int, block_k: int) -> None:
-    """Make every kernel work in tiles of this size."""
-    tile = tiles.Tile(block_q, block_k, num_warps=4, num_stages=1)
-    for module in ("general", "general_backward"):
-        monkeypatch.setattr(f"kernels.attention.{module}.choose_tile", lambda *_: tile)
-
-
 @pytest.fixture(autouse=True, params=["general", "short"])
-def kernel(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, device: str) -> None:
+def kernel(request: pytest.FixtureRequest, device: str) -> Iterator[None]:
     """The kernel for any shape alone, or that for short sequences where it takes the call.
 
     The former in the interpreter with the smallest tiles, of two sides; on a GPU with those of the launcher.
     """
-    if device == "cpu":
-        set_tile(monkeypatch, 16, 32)
-        monkeypatch.setattr("kernels.attention.ops.capability", lambda _: 90)
-    if request.param == "general":
-        monkeypatch.setattr("kernels.attention.ops.why_not_short", lambda *_: "tested elsewhere")
+    tile, chip = (Tile(16, 32, 4, 1), 90) if device == "cpu" else (None, None)
+    with forced("general" if request.param == "general" else None, tile, chip):
+        yield
 
 
 def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
@@ -179,17 +172,15 @@ def test_an_expanded_upstream_gradient(masked: bool, device: str) -> None:
 
 
 @pytest.mark.parametrize("tile", [(16, 16), (64, 16), (16, 64)], ids=str)
-def test_dropout_draws_the_same_in_every_tile_size(
-    tile: tuple[int, int], device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dropout_draws_the_same_in_every_tile_size(tile: tuple[int, int], device: str) -> None:
     p = problem((1, 2, 1, 33, 47, 16, 8), device=device, mask=lambda _: torch.randn(2, 1, 47), is_causal=True)
     results = []
-    for _ in range(2):
+    for own in (None, Tile(*tile, 4, 1)):
         torch.manual_seed(7)
         inputs = p.inputs()
-        output = triton_attention(*inputs, dropout_p=0.4, is_causal=True, enable_gqa=True)
-        results.append((output, *torch.autograd.grad(output, inputs, p.grad)))
-        set_tile(monkeypatch, *tile)
+        with forced(tile=own):
+            output = triton_attention(*inputs, dropout_p=0.4, is_causal=True, enable_gqa=True)
+            results.append((output, *torch.autograd.grad(output, inputs, p.grad)))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b)
 

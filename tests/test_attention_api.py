@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import kernels
-from kernels.attention.rules import Extras, Rules
+from kernels.attention.call import Call
 from kernels.backend import choose, why_not_triton
 from tests.attention_problem import check, problem
 
@@ -284,29 +284,30 @@ LAYOUTS = {
 @pytest.mark.parametrize("features", ["plain", "all", "packed"])
 def test_registered_operations_keep_their_promises(layout: str, features: str) -> None:
     q, k, v = (LAYOUTS[layout](x) for x in inputs(2, 2, 5, 8))
-    rules, extras = Rules(0.3, right=0), Extras()
+    asked = Call(scale=0.3, right=0)
     if features == "all":
-        rules = Rules(0.3, softcap=2.0, left=3, right=1, bottom_right=True)
-        used = torch.tensor([3, 5], dtype=torch.int32)
-        extras = Extras(torch.randn(1, 2, 5, 5), used, alibi_slopes=torch.rand(2, 2), sinks=torch.rand(1, 2))
+        asked = Call(
+            torch.randn(1, 2, 5, 5), torch.tensor([3, 5], dtype=torch.int32), torch.rand(2, 2), torch.rand(1, 2),
+            scale=0.3, softcap=2.0, left=3, right=1, bottom_right=True,
+        )  # fmt: skip
     elif features == "packed":
         q, k, v = q[:1], k[:1], v[:1]
         starts = torch.tensor([0, 2, 5], dtype=torch.int32)
-        rules, extras = Rules(0.3, max_queries=3, max_keys=3), Extras(query_starts=starts, key_starts=starts)
-    forward = (q, k, v, None, *extras)
-    torch.library.opcheck(torch.ops.kernels.attention_forward, (*forward, *rules, True))
-    outputs = torch.ops.kernels.attention_forward(*forward, *rules, True)
+        asked = Call(query_starts=starts, key_starts=starts, scale=0.3, max_queries=3, max_keys=3)
+    forward = (q, k, v, *asked)
+    torch.library.opcheck(torch.ops.kernels.attention_forward, (*forward, True))
+    outputs = torch.ops.kernels.attention_forward(*forward, True)
     upstream = torch.randn_like(outputs[0]), torch.randn_like(outputs[1])
-    every = [True, True, True, extras.attn_mask is not None, extras.sinks is not None]
+    every = [True, True, True, asked.attn_mask is not None, asked.sinks is not None]
     for output_mask in (every, [False, True, False, False, False]):
-        backward = (*upstream, *forward, *outputs, *rules, output_mask)
+        backward = (*upstream, *outputs, *forward, output_mask)
         torch.library.opcheck(torch.ops.kernels.attention_backward, backward)
 
 
 def test_operations_without_triton_say_so(on_pytorch: None) -> None:
     q, k, v = inputs(1, 1, 5, 8)
     with pytest.raises(NotImplementedError, match="call the public function"):
-        torch.ops.kernels.attention_forward(q, k, v, None, *Extras(), *Rules(1.0), False)
+        torch.ops.kernels.attention_forward(q, k, v, *Call(), False)
 
 
 def test_flops_are_counted() -> None:
@@ -366,10 +367,10 @@ def test_a_mask_may_have_the_batch_that_keys_bring() -> None:
 
 
 def test_precision_set_the_new_way_is_followed() -> None:
-    from kernels.attention.general import dot_precision
+    from kernels.attention.arguments import dot_precision
 
     code = (
-        "import torch; from kernels.attention.general import dot_precision\n"
+        "import torch; from kernels.attention.arguments import dot_precision\n"
         "torch.backends.cuda.matmul.fp32_precision = 'tf32'; print(dot_precision(torch.float32))\n"
         "torch.backends.cuda.matmul.fp32_precision = 'ieee'; print(dot_precision(torch.float32))\n"
     )

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import kernels
-from kernels.attention.rules import Extras, Rules
+from kernels.attention.call import Call
 from tests.test_attention_features import formula
 
 PATHS = pytest.mark.parametrize("path", ["triton", "torch"])
@@ -78,20 +78,20 @@ def test_lengths_under_vmap(batch: int, dim: int | None, path: str) -> None:
 
 def test_registered_operations_take_any_strides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kernels.backend.INTERPRETED", True)
-    x, rules = torch.randn(3, 2, 70, 8), Rules(0.3)
+    x = torch.randn(3, 2, 70, 8)
     starts = torch.tensor([0, 9, 30, 9, 70], dtype=torch.int32)[::2]
-    extras = Extras(None, COLUMN.int()[:, 2], torch.rand(2, 3).T, torch.rand(2, 2)[:, :1].T)
-    packed = Extras(query_starts=starts, key_starts=starts.clone())
-    for given, own, own_rules in ((x, extras, rules), (x[:1], packed, rules._replace(max_queries=40, max_keys=40))):
-        plain = Extras(*(y if y is None else y.contiguous() for y in own))
+    asked = Call(None, COLUMN.int()[:, 2], torch.rand(2, 3).T, torch.rand(2, 2)[:, :1].T, scale=0.3)
+    packed = Call(query_starts=starts, key_starts=starts.clone(), scale=0.3, max_queries=40, max_keys=40)
+    for given, own in ((x, asked), (x[:1], packed)):
+        plain = Call(*(y.contiguous() if isinstance(y, torch.Tensor) else y for y in own))
         results = []
-        for e, loose in ((own, True), (plain, False)):
-            outputs = torch.ops.kernels.attention_forward(given, given, given, None, *e, *own_rules, True)
+        for call, loose in ((own, True), (plain, False)):
+            outputs = torch.ops.kernels.attention_forward(given, given, given, *call, True)
             upstream = torch.ones_like(outputs[0]), torch.ones_like(outputs[1])
             rows = [y.mT.contiguous().mT if loose else y for y in outputs[1:]]
-            mask = [True] * 3 + [False, e.sinks is not None]
+            mask = [True] * 3 + [False, call.sinks is not None]
             grads = torch.ops.kernels.attention_backward(
-                *upstream, given, given, given, None, *e, outputs[0], *rows, *own_rules, mask
+                *upstream, outputs[0], *rows, given, given, given, *call, mask
             )
             results.append([*outputs, *grads])
         assert all(torch.equal(a, b) for a, b in zip(*results))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels.attention import tiles
+from kernels.attention.plan import forced
+from kernels.attention.tiles import Tile
 from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch, size_of_terms
 
 attention = functools.partial(kernels.scaled_dot_product_attention, enable_gqa=True, backend="triton")
@@ -26,16 +28,13 @@ LEARNED = ("query", "key", "value", "attn_mask", "sinks", "alibi_slopes")
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+def small_tiles(device: str) -> Iterator[None]:
     """In the interpreter, tiles so small that short sequences already cross several; on a GPU, the real ones.
 
     The kernels for short sequences, which keep no log-sum-exp, are left out: tests/test_short.py.
     """
-    monkeypatch.setattr("kernels.attention.ops.why_not_short", lambda *_: "tested elsewhere")
-    if device == "cpu":
-        tile = tiles.Tile(block_q=16, block_k=16, num_warps=4, num_stages=1)
-        for module in ("general", "general_backward"):
-            monkeypatch.setattr(f"kernels.attention.{module}.choose_tile", lambda *_: tile)
+    with forced(kernel="general", tile=Tile(16, 16, 4, 1) if device == "cpu" else None):
+        yield
 
 
 @pytest.fixture
@@ -246,13 +245,12 @@ def test_a_window_wider_than_any_sequence_is_none(side: int, device: str) -> Non
 
 
 @pytest.mark.parametrize("is_short", [False, True], ids=["general", "short"])
-def test_a_soft_cap_does_not_overflow_float16(is_short: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_soft_cap_does_not_overflow_float16(is_short: bool, device: str) -> None:
     """Gradients as loss scaling makes them: dS is rounded to 16 bits, and must not be multiplied by the cap before."""
-    if is_short:
-        monkeypatch.setattr("kernels.attention.ops.why_not_short", lambda *_: "")
     leaves = [x.requires_grad_() for x in call((1, 2, 2, 11, 9, 16, 16), torch.float16, device).values()]
-    output = attention(*leaves, softcap=50.0)
-    gradients = torch.autograd.grad(output, leaves, torch.full_like(output, 500.0).mul_(torch.randn_like(output)))
+    with forced(kernel="short" if is_short else "general"):
+        output = attention(*leaves, softcap=50.0)
+        gradients = torch.autograd.grad(output, leaves, torch.full_like(output, 500.0).mul_(torch.randn_like(output)))
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
@@ -287,16 +285,16 @@ def test_keys_out_of_sight_are_never_read(device: str) -> None:
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_rows_without_keys_have_no_gradient_whatever_tiles_they_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_without_keys_have_no_gradient_whatever_tiles_they_share() -> None:
     """A sink of -inf, forward tiles without any key, and backward tiles that hold their queries beside others."""
-    monkeypatch.setattr("kernels.attention.general_backward.choose_tile", lambda *_: tiles.Tile(64, 16, 4, 1))
     q, k, v = (torch.randn(1, 1, n, 16, requires_grad=True) for n in (64, 16, 16))
     options = {"is_causal": True, "causal_alignment": "bottom_right", "sinks": torch.tensor([-math.inf])}
     output = attention(q, k, v, **options)
     alone = attention(q[:, :, 48:], k, v, is_causal=True)
     upstream = torch.randn_like(output)
-    found = torch.autograd.grad(output, (q, k, v), upstream)
-    expected = torch.autograd.grad(alone, (q, k, v), upstream[:, :, 48:])
+    with forced(tile=Tile(64, 16, 4, 1)):
+        found = torch.autograd.grad(output, (q, k, v), upstream)
+        expected = torch.autograd.grad(alone, (q, k, v), upstream[:, :, 48:])
     for ours, right in zip((output[:, :, 48:], *found), (alone, *expected)):
         torch.testing.assert_close(ours, right)
 

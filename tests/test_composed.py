@@ -16,61 +16,60 @@ import kernels
 from kernels.attention import eager
 from kernels.attention.composed import composed_attention
 from kernels.attention.eager import extended_attention
-from kernels.attention.rules import Extras, Rules
+from kernels.attention.call import Call
 from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch
 
 SIZES = (2, 4, 2, 5, 7, 3, 2)  # B, Hq, Hkv, L, S, E, Ev
 LEAST = torch.finfo(torch.float32).min
 
 
-class Call(NamedTuple):
+class Given(NamedTuple):
     """One call of attention; `kept` is (B, Hq, L, S) bool, the weights that dropout keeps."""
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    rules: Rules
-    extras: Extras
+    asked: Call
     kept: torch.Tensor | None = None
 
-    def leaves(self, dtype: torch.dtype = torch.float64) -> tuple[Call, list[torch.Tensor]]:
+    def leaves(self, dtype: torch.dtype = torch.float64) -> tuple[Given, list[torch.Tensor]]:
         """The call with every differentiable tensor a leaf in `dtype`, and those leaves."""
-        extras = {
+        asked = {
             name: x.detach().to(dtype).requires_grad_()
-            for name, x in self.extras._asdict().items()
-            if x is not None and x.is_floating_point()
+            for name, x in self.asked._asdict().items()
+            if isinstance(x, torch.Tensor) and x.is_floating_point()
         }
         tensors = [x.detach().to(dtype).requires_grad_() for x in self[:3]]
-        return Call(*tensors, self.rules, self.extras._replace(**extras), self.kept), [*tensors, *extras.values()]
+        return Given(*tensors, self.asked._replace(**asked), self.kept), [*tensors, *asked.values()]
 
 
 def make_call(
-    sizes: tuple[int, ...] = SIZES, extras: Extras = Extras(), dtype: torch.dtype = torch.float64, **rules: object
-) -> Call:
-    """Random query, key and value beside the rules given."""
+    sizes: tuple[int, ...] = SIZES, asked: Call = Call(), dtype: torch.dtype = torch.float64, **numbers: object
+) -> Given:
+    """Random query, key and value beside what is asked."""
     b, hq, hkv, n_queries, n_keys, e, ev = sizes
     shapes = (b, hq, n_queries, e), (b, hkv, n_keys, e), (b, hkv, n_keys, ev)
     tensors = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
-    return Call(*tensors, Rules(**{"scale": 0.7, **rules}), extras)
+    return Given(*tensors, asked._replace(**{"scale": 0.7, **numbers}))
 
 
-def visible(call: Call) -> Iterator[tuple[int, int, int, int, list[int]]]:
+def visible(call: Given) -> Iterator[tuple[int, int, int, int, list[int]]]:
     """Of each batch entry, head and query: these three, the query's place, and the keys it may see, one by one."""
     (b, hq, n_queries, _), n_keys = call.query.shape, call.key.shape[2]
-    rules, extras = call.rules, call.extras
-    mask = extras.attn_mask
+    asked = call.asked
+    mask = asked.attn_mask
     if mask is not None:
         mask = (mask if mask.dtype == torch.bool else mask != -math.inf).expand(b, hq, n_queries, n_keys)
     for batch, head, i in itertools.product(range(b), range(hq), range(n_queries)):
         in_use = n_keys
-        if extras.key_lengths is not None:
-            in_use = max(0, min(n_keys, int(extras.key_lengths[batch])))
-        place = i + in_use - n_queries if rules.bottom_right else i
+        if asked.key_lengths is not None:
+            in_use = max(0, min(n_keys, int(asked.key_lengths[batch])))
+        place = i + in_use - n_queries if asked.bottom_right else i
         keys = []
         for j in range(in_use):
-            if rules.right is not None and j > place + rules.right:
+            if asked.right is not None and j > place + asked.right:
                 continue
-            if rules.left is not None and j < place - rules.left:
+            if asked.left is not None and j < place - asked.left:
                 continue
             if mask is not None and not mask[batch, head, i, j]:
                 continue
@@ -78,9 +77,9 @@ def visible(call: Call) -> Iterator[tuple[int, int, int, int, list[int]]]:
         yield batch, head, i, place, keys
 
 
-def two_loops(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def two_loops(call: Given) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output, lse and weights: one query and one key at a time, in Python's floats."""
-    rules, extras = call.rules, call.extras
+    asked = call.asked
     (b, hq, n_queries, e), (hkv, n_keys), ev = call.query.shape, call.key.shape[1:3], call.value.shape[3]
     query, key, value = (x.tolist() for x in call[:3])
     output = torch.zeros(b, hq, n_queries, ev, dtype=torch.float64)
@@ -90,17 +89,17 @@ def two_loops(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         shared = head // (hq // hkv)
         scores = {}
         for j in keys:
-            x = rules.scale * sum(query[batch][head][i][c] * key[batch][shared][j][c] for c in range(e))
-            if rules.softcap:
-                x = rules.softcap * math.tanh(x / rules.softcap)
-            if extras.alibi_slopes is not None:
-                x -= float(extras.alibi_slopes.expand(b, hq)[batch, head]) * abs(place - j)
-            if extras.attn_mask is not None and extras.attn_mask.dtype != torch.bool:
-                x += float(extras.attn_mask.expand(weights.shape)[batch, head, i, j])
+            x = asked.scale * sum(query[batch][head][i][c] * key[batch][shared][j][c] for c in range(e))
+            if asked.softcap:
+                x = asked.softcap * math.tanh(x / asked.softcap)
+            if asked.alibi_slopes is not None:
+                x -= float(asked.alibi_slopes.expand(b, hq)[batch, head]) * abs(place - j)
+            if asked.attn_mask is not None and asked.attn_mask.dtype != torch.bool:
+                x += float(asked.attn_mask.expand(weights.shape)[batch, head, i, j])
             scores[j] = x
         terms = list(scores.values())
-        if extras.sinks is not None:
-            terms.append(float(extras.sinks.expand(b, hq)[batch, head]))
+        if asked.sinks is not None:
+            terms.append(float(asked.sinks.expand(b, hq)[batch, head]))
         if not terms:
             continue
         top = max(terms)
@@ -109,19 +108,19 @@ def two_loops(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         for j, x in scores.items():
             weights[batch, head, i, j] = weight = math.exp(x - top) / total
             if call.kept is not None:
-                weight *= float(call.kept[batch, head, i, j]) / (1 - rules.dropout_p)
+                weight *= float(call.kept[batch, head, i, j]) / (1 - asked.dropout_p)
             for c in range(ev):
                 output[batch, head, i, c] += weight * value[batch][shared][j][c]
     return output, lse, weights
 
 
-def assert_is_formula(call: Call, reference: Call | None = None) -> None:
+def assert_is_formula(call: Given, reference: Given | None = None) -> None:
     """Hold output, lse and weights of `call` to two loops over it, or over another call."""
     for found, expected in zip(composed_attention(*call), two_loops(reference or call)):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
-def features() -> dict[str, Call]:
+def features() -> dict[str, Given]:
     """Each feature alone, and some together."""
     torch.manual_seed(20_260_102)
     double = {"dtype": torch.float64}
@@ -139,24 +138,24 @@ def features() -> dict[str, Call]:
         "window to the left": make_call(left=2, bottom_right=True),
         "window of one": make_call(left=0, right=0),
         "softcap": make_call(softcap=0.8),
-        "one slope a head": make_call(extras=Extras(alibi_slopes=slopes)),
-        "slopes by batch entry": make_call(extras=Extras(alibi_slopes=torch.rand(2, 4, **double)), bottom_right=True),
-        "sinks": make_call(extras=Extras(sinks=sinks)),
-        "sinks by batch entry": make_call(extras=Extras(sinks=torch.randn(2, 4, **double))),
-        "lengths": make_call(extras=Extras(key_lengths=lengths)),
-        "lengths out of range": make_call(extras=Extras(key_lengths=torch.tensor([-2, 11])), bottom_right=True),
-        "lengths and last key": make_call(extras=Extras(key_lengths=lengths), right=0, bottom_right=True),
-        "bool mask": make_call(extras=Extras(attn_mask=torch.rand(1, 4, 5, 7) < 0.6)),
-        "mask of keys": make_call(extras=Extras(attn_mask=torch.rand(2, 1, 1, 7) < 0.6)),
-        "float mask": make_call(extras=Extras(attn_mask=bias)),
-        "mask of least numbers": make_call(extras=Extras(attn_mask=least[None, None])),
-        "rows without a key": make_call(extras=Extras(torch.tensor([1, 1, 0, 1, 0]).bool()[None, None, :, None])),
-        "sinks of rows without a key": make_call(extras=Extras(None, torch.tensor([0, 4]), None, sinks), right=0),
+        "one slope a head": make_call(asked=Call(alibi_slopes=slopes)),
+        "slopes by batch entry": make_call(asked=Call(alibi_slopes=torch.rand(2, 4, **double)), bottom_right=True),
+        "sinks": make_call(asked=Call(sinks=sinks)),
+        "sinks by batch entry": make_call(asked=Call(sinks=torch.randn(2, 4, **double))),
+        "lengths": make_call(asked=Call(key_lengths=lengths)),
+        "lengths out of range": make_call(asked=Call(key_lengths=torch.tensor([-2, 11])), bottom_right=True),
+        "lengths and last key": make_call(asked=Call(key_lengths=lengths), right=0, bottom_right=True),
+        "bool mask": make_call(asked=Call(attn_mask=torch.rand(1, 4, 5, 7) < 0.6)),
+        "mask of keys": make_call(asked=Call(attn_mask=torch.rand(2, 1, 1, 7) < 0.6)),
+        "float mask": make_call(asked=Call(attn_mask=bias)),
+        "mask of least numbers": make_call(asked=Call(attn_mask=least[None, None])),
+        "rows without a key": make_call(asked=Call(torch.tensor([1, 1, 0, 1, 0]).bool()[None, None, :, None])),
+        "sinks of rows without a key": make_call(asked=Call(None, torch.tensor([0, 4]), None, sinks), right=0),
         "everything": make_call(
-            extras=Extras(bias, lengths, slopes, sinks), softcap=1.5, left=2, right=1, bottom_right=True
+            asked=Call(bias, lengths, slopes, sinks), softcap=1.5, left=2, right=1, bottom_right=True
         ),
     }  # fmt: skip
-    dropped = make_call(dropout_p=0.25, right=1, extras=Extras(sinks=sinks))
+    dropped = make_call(dropout_p=0.25, right=1, asked=Call(sinks=sinks))
     calls["dropout"] = dropped._replace(kept=torch.rand(2, 4, 5, 7) < 0.75)
     return calls
 
@@ -171,7 +170,7 @@ def test_a_feature_is_what_two_loops_say(name: str) -> None:
 
 
 @st.composite
-def calls(draw: st.DrawFn) -> Call:
+def calls(draw: st.DrawFn) -> Given:
     """Any sizes, any rules, any tensors beside them."""
     torch.manual_seed(draw(st.integers(0, 10_000)))
     b, hkv, group, e, ev = (draw(st.integers(1, 3)) for _ in range(5))
@@ -185,26 +184,26 @@ def calls(draw: st.DrawFn) -> Call:
         mask = torch.rand(shape) < 0.7
         if kind != "bool":
             mask = torch.randn(shape).masked_fill(mask, -math.inf if kind == "float" else LEAST)
-    extras = Extras(
+    asked = Call(
         mask,
         torch.randint(-1, n_keys + 3, (b,), dtype=torch.int32) if draw(st.booleans()) else None,
         torch.rand(draw(st.sampled_from([1, b])), hq) if draw(st.booleans()) else None,
         torch.randn(draw(st.sampled_from([1, b])), hq) if draw(st.booleans()) else None,
     )
     call = make_call(
-        (b, hq, hkv, n_queries, n_keys, e, ev), extras,
+        (b, hq, hkv, n_queries, n_keys, e, ev), asked,
         scale=draw(st.sampled_from([0.0, -0.7, 3.0])), softcap=draw(st.sampled_from([0.0, 0.5, 30.0])),
         left=draw(sides), right=draw(sides), bottom_right=draw(st.booleans()),
     )  # fmt: skip
     if draw(st.booleans()):
         kept = torch.rand(b, hq, n_queries, n_keys) < 0.6
-        call = call._replace(rules=call.rules._replace(dropout_p=0.4), kept=kept)
+        call = call._replace(asked=call.asked._replace(dropout_p=0.4), kept=kept)
     return call
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(call=calls())
-def test_any_features_together_are_what_two_loops_say(call: Call) -> None:
+def test_any_features_together_are_what_two_loops_say(call: Given) -> None:
     assert_is_formula(call)
 
 
@@ -224,17 +223,16 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_the_comparison_rejects_a_wrong(what: str) -> None:
     call, change = FEATURES["everything"], WRONG[what]
-    part = "rules" if next(iter(change)) in Rules._fields else "extras"
-    wrong = call._replace(**{part: getattr(call, part)._replace(**change)})
+    wrong = call._replace(asked=call.asked._replace(**change))
     with pytest.raises(AssertionError, match="not close"):
         assert_is_formula(wrong, call)
 
 
-def results(call: Call, leaves: list[torch.Tensor], *changed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def results(call: Given, leaves: list[torch.Tensor], *changed: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Output, lse and weights as functions of the leaves, for gradcheck: an lse of -inf counts as 0."""
     number = {id(leaf): x for leaf, x in zip(leaves, changed)}
-    extras = Extras(*(number.get(id(x), x) for x in call.extras))
-    output, lse, weights = composed_attention(*changed[:3], call.rules, extras, call.kept)
+    asked = Call(*(number.get(id(x), x) for x in call.asked))
+    output, lse, weights = composed_attention(*changed[:3], asked, call.kept)
     return output, lse.masked_fill(lse == -math.inf, 0.0), weights
 
 
@@ -248,7 +246,7 @@ def test_a_mask_of_least_numbers_gets_the_gradient_of_weights() -> None:
     """Small differences vanish beside them. Where all keys are least they share the weight: none is forbidden."""
     call, leaves = FEATURES["mask of least numbers"].leaves()
     _, _, weights = composed_attention(*call)
-    grad, = torch.autograd.grad(composed_attention(*call)[1].sum(), call.extras.attn_mask)  # fmt: skip
+    grad, = torch.autograd.grad(composed_attention(*call)[1].sum(), call.asked.attn_mask)  # fmt: skip
     torch.testing.assert_close(grad, weights.sum((0, 1), keepdim=True))
     torch.testing.assert_close(weights[:, :, 2], torch.full((2, 4, 7), 1 / 7, dtype=torch.float64))
 
@@ -271,8 +269,8 @@ def test_a_row_without_a_key_has_its_sink_as_lse() -> None:
     call, _ = FEATURES["sinks of rows without a key"].leaves()
     output, lse, _ = composed_attention(*call)
     assert not output[0].any()
-    torch.testing.assert_close(lse[0], call.extras.sinks[0, :, None].expand(4, 5))
-    grad, = torch.autograd.grad(lse[0].sum(), call.extras.sinks)  # fmt: skip
+    torch.testing.assert_close(lse[0], call.asked.sinks[0, :, None].expand(4, 5))
+    grad, = torch.autograd.grad(lse[0].sum(), call.asked.sinks)  # fmt: skip
     torch.testing.assert_close(grad, torch.full((1, 4), 5.0, dtype=torch.float64))
 
 
@@ -280,29 +278,29 @@ def test_a_row_without_a_key_has_its_sink_as_lse() -> None:
 def test_empty_sizes_work(n_queries: int, n_keys: int, batch: int) -> None:
     call = make_call((batch, 4, 2, n_queries, n_keys, 3, 2), softcap=2.0, left=1, right=1, bottom_right=True)
     lengths = torch.full((batch,), 3)
-    extras = Extras(torch.randn(batch, 1, 1, n_keys), lengths, torch.rand(1, 4), torch.randn(1, 4))
-    for extra in (Extras(), extras):
-        some, leaves = call._replace(extras=extra).leaves()
+    asked = Call(torch.randn(batch, 1, 1, n_keys), lengths, torch.rand(1, 4), torch.randn(1, 4))
+    for extra in (Call(), asked):
+        some, leaves = call._replace(asked=extra).leaves()
         output, lse, weights = composed_attention(*some)
         assert output.shape == (batch, 4, n_queries, 2) and not output.any()
         assert lse.shape == (batch, 4, n_queries) and weights.shape == (batch, 4, n_queries, n_keys)
         assert not any(grad.any() for grad in torch.autograd.grad(output, leaves, torch.randn_like(output)))
 
 
-def outcome(call: Call, upstream: list[torch.Tensor], attention: str = "composed") -> list[torch.Tensor]:
+def outcome(call: Given, upstream: list[torch.Tensor], attention: str = "composed") -> list[torch.Tensor]:
     """Output, lse (where finite, else 0) and every gradient."""
     call, leaves = call.leaves(call.query.dtype)
     if attention == "composed":
         output, lse, _ = composed_attention(*call)
     else:
-        output, lse, _ = extended_attention(*call[:5], need_lse=False, need_weights=False)
+        output, lse, _ = extended_attention(*call[:4], need_lse=False, need_weights=False)
     if lse is None:
         return [output, *torch.autograd.grad(output, leaves, upstream[0])]
     lse = lse.masked_fill(lse == -math.inf, 0.0)
     return [output, lse, *torch.autograd.grad((output, lse), leaves, upstream)]
 
 
-def upstream_of(call: Call) -> list[torch.Tensor]:
+def upstream_of(call: Given) -> list[torch.Tensor]:
     """Random gradients of output and lse."""
     output, lse, _ = composed_attention(*call)
     return [torch.randn_like(output), torch.randn_like(lse)]
@@ -324,11 +322,10 @@ HIDDEN = {  # the last two keys, by each rule that can hide them from every quer
 def test_a_key_nobody_sees_reaches_nothing(rule: str, attention: str, fill: float) -> None:
     change = dict(HIDDEN[rule])
     n_queries = change.pop("n_queries", 5)
-    extras = Extras(**{name: x for name, x in change.items() if name in Extras._fields})
-    rules = {name: x for name, x in change.items() if name in Rules._fields}
-    clean = make_call((2, 4, 2, n_queries, 7, 3, 2), extras, torch.float32, **rules)
+    asked = Call(**{name: x for name, x in change.items() if name in Call._fields})
+    clean = make_call((2, 4, 2, n_queries, 7, 3, 2), asked, torch.float32)
     if attention == "composed":
-        clean = clean._replace(extras=extras._replace(alibi_slopes=torch.rand(1, 4), sinks=torch.randn(1, 4)))
+        clean = clean._replace(asked=asked._replace(alibi_slopes=torch.rand(1, 4), sinks=torch.randn(1, 4)))
     key, value = clean.key.clone(), clean.value.clone()
     key[:, :, 5:], value[:, :, 5:] = fill, fill
     upstream = upstream_of(clean)
@@ -341,10 +338,10 @@ def test_a_key_nobody_sees_reaches_nothing(rule: str, attention: str, fill: floa
 @pytest.mark.parametrize("what", ["key", "value"])
 @pytest.mark.parametrize("fill", [math.nan, -math.inf], ids=str)
 def test_a_bad_key_reaches_those_who_see_it_and_no_other(what: str, fill: float, attention: str) -> None:
-    extras = Extras(torch.randn(2, 1, 5, 7), torch.tensor([6, 7]))
+    asked = Call(torch.randn(2, 1, 5, 7), torch.tensor([6, 7]))
     if attention == "composed":
-        extras = extras._replace(alibi_slopes=torch.rand(1, 4), sinks=torch.randn(1, 4))
-    clean = make_call(extras=extras, dtype=torch.float32, right=0)
+        asked = asked._replace(alibi_slopes=torch.rand(1, 4), sinks=torch.randn(1, 4))
+    clean = make_call(asked=asked, dtype=torch.float32, right=0)
     bad = getattr(clean, what).clone()
     bad[:, 1, 3, 0] = fill  # seen by queries 3 and 4, of the last two heads
     dirty = clean._replace(**{what: bad})
@@ -353,7 +350,7 @@ def test_a_bad_key_reaches_those_who_see_it_and_no_other(what: str, fill: float,
     upstream = upstream_of(clean)
     found, expected = outcome(dirty, upstream, attention), outcome(clean, upstream, attention)
     assert torch.equal(found[0].isnan(), sees[..., None].expand(found[0].shape))
-    n_results = len(found) - 3 - sum(x is not None and x.is_floating_point() for x in extras)
+    n_results = len(found) - 3 - sum(isinstance(x, torch.Tensor) and x.is_floating_point() for x in asked)
     grad_query = n_results
     torch.testing.assert_close(found[grad_query][~sees], expected[grad_query][~sees])
     assert all(grad.isfinite().all() for grad in found[n_results:])
@@ -372,7 +369,7 @@ def test_a_bad_query_reaches_its_own_row_alone() -> None:
     """Not even that where the row sees no key, as a padded one does not."""
     mask = torch.ones(1, 1, 5, 7, dtype=torch.bool)
     mask[:, :, 4] = False
-    clean = make_call(extras=Extras(mask), right=1)
+    clean = make_call(asked=Call(mask), right=1)
     query = clean.query.clone()
     query[:, :, [2, 4]] = math.nan
     upstream = upstream_of(clean)
@@ -384,26 +381,26 @@ def test_a_bad_query_reaches_its_own_row_alone() -> None:
         torch.testing.assert_close(a, b)
 
 
-def plain(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+def plain(call: Given) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and lse as one writes them down in PyTorch, every step in the dtype of the inputs; no empty rows."""
-    rules, extras, dtype = call.rules, call.extras, call.query.dtype
+    asked, dtype = call.asked, call.query.dtype
     group = call.query.shape[1] // call.key.shape[1]
     key, value = (x.repeat_interleave(group, 1) for x in (call.key, call.value))
-    scores = rules.scale * call.query @ key.mT
-    if rules.softcap:
-        scores = rules.softcap * torch.tanh(scores / rules.softcap)
+    scores = asked.scale * call.query @ key.mT
+    if asked.softcap:
+        scores = asked.softcap * torch.tanh(scores / asked.softcap)
     forbidden = torch.ones(scores.shape, dtype=torch.bool)
     distances = torch.zeros(scores.shape, dtype=dtype)
     for batch, head, i, place, keys in visible(call):
         forbidden[batch, head, i, keys] = False
         distances[batch, head, i] = (place - torch.arange(scores.shape[-1])).abs().to(dtype)
-    if extras.alibi_slopes is not None:
-        scores = scores - extras.alibi_slopes.to(dtype)[..., None, None] * distances
-    if extras.attn_mask is not None and extras.attn_mask.is_floating_point():
-        scores = scores + extras.attn_mask.to(dtype)
+    if asked.alibi_slopes is not None:
+        scores = scores - asked.alibi_slopes.to(dtype)[..., None, None] * distances
+    if asked.attn_mask is not None and asked.attn_mask.is_floating_point():
+        scores = scores + asked.attn_mask.to(dtype)
     scores = scores.masked_fill(forbidden, -math.inf)
-    if extras.sinks is not None:
-        scores = torch.cat([scores, extras.sinks.to(dtype)[..., None, None].expand(*scores.shape[:-1], 1)], -1)
+    if asked.sinks is not None:
+        scores = torch.cat([scores, asked.sinks.to(dtype)[..., None, None].expand(*scores.shape[:-1], 1)], -1)
     weights = torch.softmax(scores, -1)[..., : key.shape[2]]
     return weights @ value, torch.logsumexp(scores, -1)
 
@@ -413,20 +410,20 @@ def plain(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_result_is_as_exact_as_the_formula_in_its_dtype(name: str, dtype: torch.dtype) -> None:
     """The lse, which is float32 for halves, is held to float32's."""
     every = {"softcap": 2.0, "left": 11, "right": 3}
-    extras = Extras(torch.randn(2, 1, 1, 31), torch.tensor([31, 23]), torch.rand(1, 4) / 4, torch.randn(1, 4))
+    asked = Call(torch.randn(2, 1, 1, 31), torch.tensor([31, 23]), torch.rand(1, 4) / 4, torch.randn(1, 4))
     rules, extra = {
-        "plain": ({}, Extras()),
-        "softcap": ({"softcap": 2.0}, Extras()),
-        "lengths": ({}, extras._replace(attn_mask=None, alibi_slopes=None, sinks=None)),
-        "sinks": ({"right": 0}, Extras(sinks=extras.sinks)),
-        "all": (every, extras),
+        "plain": ({}, Call()),
+        "softcap": ({"softcap": 2.0}, Call()),
+        "lengths": ({}, asked._replace(attn_mask=None, alibi_slopes=None, sinks=None)),
+        "sinks": ({"right": 0}, Call(sinks=asked.sinks)),
+        "all": (every, asked),
     }[name]
     call = make_call((2, 4, 2, 29, 31, 17, 13), extra, dtype, **rules)
     grad = torch.randn(2, 4, 29, 13).to(dtype)
     found = []
     for attention, precision in ((composed_attention, dtype), (plain, dtype), (plain, torch.float64)):
         some, leaves = call.leaves(precision)
-        some = some._replace(extras=call.extras)
+        some = some._replace(asked=call.asked)
         output, lse, *_ = attention(*some) if attention is composed_attention else attention(some)
         found.append([output, *torch.autograd.grad(output, leaves[:3], grad.to(precision)), lse])
     for ours, theirs, exact, what in zip(*found, ["output", "grad of query", "grad of key", "grad of value", "lse"]):
@@ -440,7 +437,7 @@ def test_a_result_is_as_exact_as_the_formula_in_its_dtype(name: str, dtype: torc
 def test_a_float32_mask_beside_halves_keeps_its_numbers() -> None:
     """finfo.min of float32 would be -inf as a float16."""
     mask = torch.full((1, 1, 1, 7), LEAST)
-    call = make_call(extras=Extras(mask), dtype=torch.float16)
+    call = make_call(asked=Call(mask), dtype=torch.float16)
     output, lse, weights = composed_attention(*call)
     assert output.dtype == weights.dtype == torch.float16 and lse.dtype == torch.float32
     torch.testing.assert_close(weights, torch.full_like(weights, 1 / 7))
@@ -448,7 +445,7 @@ def test_a_float32_mask_beside_halves_keeps_its_numbers() -> None:
 
 
 def test_autocast_does_not_reach_the_formula() -> None:
-    call = make_call(extras=Extras(sinks=torch.randn(1, 4)), dtype=torch.float32)
+    call = make_call(asked=Call(sinks=torch.randn(1, 4)), dtype=torch.float32)
     expected = composed_attention(*call)
     with torch.autocast("cpu", torch.bfloat16):
         for a, b in zip(composed_attention(*call), expected):
@@ -457,10 +454,10 @@ def test_autocast_does_not_reach_the_formula() -> None:
 
 @pytest.mark.parametrize("need_lse", [False, True], ids=["mask", "formula"])
 def test_under_autocast_least_of_all_is_still_not_never(need_lse: bool) -> None:
-    call = make_call(extras=Extras(torch.full((1, 1, 1, 7), LEAST), torch.tensor([4, 7])), dtype=torch.float32)
+    call = make_call(asked=Call(torch.full((1, 1, 1, 7), LEAST), torch.tensor([4, 7])), dtype=torch.float32)
     expected, *_ = composed_attention(*call)
     with torch.autocast("cpu", torch.bfloat16):
-        output, *_ = extended_attention(*call[:5], need_lse=need_lse, need_weights=False)
+        output, *_ = extended_attention(*call[:4], need_lse=need_lse, need_weights=False)
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(output.float(), expected, rtol=0.02, atol=0.02)
 
@@ -477,7 +474,7 @@ def test_dropout_is_drawn_from_the_generator_and_not_in_the_weights() -> None:
     torch.manual_seed(1)
     assert torch.equal(composed_attention(*call)[0], output)
     torch.testing.assert_close(composed_attention(*call._replace(kept=kept))[0], output)
-    assert not composed_attention(*call._replace(rules=call.rules._replace(dropout_p=1.0)))[0].any()
+    assert not composed_attention(*call._replace(asked=call.asked._replace(dropout_p=1.0)))[0].any()
 
 
 def test_vmap_is_a_loop() -> None:
@@ -487,7 +484,7 @@ def test_vmap_is_a_loop() -> None:
 
     def attend(query, key, value, lengths, sinks):  # type: ignore[no-untyped-def]
         return composed_attention(
-            query, key, value, call.rules, call.extras._replace(key_lengths=lengths, sinks=sinks)
+            query, key, value, call.asked._replace(key_lengths=lengths, sinks=sinks)
         )  # fmt: skip
 
     found = torch.func.vmap(attend)(*batches, lengths, sinks)
@@ -521,12 +518,12 @@ def test_forward_mode_agrees_with_backward() -> None:
 def test_compiles_to_one_graph(name: str) -> None:
     call, leaves = FEATURES[name].leaves()
 
-    def attend(query, key, value, extras):  # type: ignore[no-untyped-def]
-        formula = composed_attention(query, key, value, call.rules, extras)
-        return *formula, extended_attention(query, key, value, call.rules, extras, need_lse=False, need_weights=False)
+    def attend(query, key, value, asked):  # type: ignore[no-untyped-def]
+        formula = composed_attention(query, key, value, asked)
+        return *formula, extended_attention(query, key, value, asked, need_lse=False, need_weights=False)
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    found, expected = (f(*call[:3], call.extras) for f in (compiled, attend))
+    found, expected = (f(*call[:3], call.asked) for f in (compiled, attend))
     for a, b in zip((*found[:3], found[3][0]), (*expected[:3], expected[3][0])):
         torch.testing.assert_close(a, b)
     grads = (torch.autograd.grad(x[0].square().sum(), leaves) for x in (found, expected))
@@ -534,25 +531,25 @@ def test_compiles_to_one_graph(name: str) -> None:
         torch.testing.assert_close(a, b)
 
 
-def masks() -> dict[str, tuple[Extras, dict]]:
+def masks() -> dict[str, tuple[Call, dict]]:
     """Rules that a mask for PyTorch's kernels can say."""
     torch.manual_seed(20_260_103)
     lengths, slopes = torch.tensor([0, 6]), torch.rand(1, 4)
     some, bias = torch.rand(2, 4, 5, 7) < 0.6, torch.randn(1, 4, 1, 7)
     learned = torch.randn(2, 1, 5, 7).masked_fill(torch.rand(5, 7) < 0.3, -math.inf)
     return {
-        "window": (Extras(), {"left": 1, "right": 2}),
-        "causal from the last key": (Extras(), {"right": 0, "bottom_right": True}),
-        "lengths": (Extras(key_lengths=lengths), {}),
-        "lengths, from the last key": (Extras(key_lengths=lengths), {"right": 0, "left": 3, "bottom_right": True}),
-        "lengths and a mask of heads": (Extras(some, lengths), {}),
-        "mask and causal": (Extras(some), {"right": 0}),
-        "slopes": (Extras(alibi_slopes=slopes), {"right": 0}),
-        "slopes and masks": (Extras(some, lengths, slopes), {"bottom_right": True}),
-        "slopes and a float mask": (Extras(bias, lengths, torch.rand(2, 4)), {"left": 2}),
-        "float mask and window": (Extras(learned), {"left": 2, "right": 1}),
-        "float mask of keys": (Extras(bias, lengths), {}),
-        "least numbers": (Extras(torch.full((1, 1, 1, 7), LEAST), lengths), {"right": 0}),
+        "window": (Call(), {"left": 1, "right": 2}),
+        "causal from the last key": (Call(), {"right": 0, "bottom_right": True}),
+        "lengths": (Call(key_lengths=lengths), {}),
+        "lengths, from the last key": (Call(key_lengths=lengths), {"right": 0, "left": 3, "bottom_right": True}),
+        "lengths and a mask of heads": (Call(some, lengths), {}),
+        "mask and causal": (Call(some), {"right": 0}),
+        "slopes": (Call(alibi_slopes=slopes), {"right": 0}),
+        "slopes and masks": (Call(some, lengths, slopes), {"bottom_right": True}),
+        "slopes and a float mask": (Call(bias, lengths, torch.rand(2, 4)), {"left": 2}),
+        "float mask and window": (Call(learned), {"left": 2, "right": 1}),
+        "float mask of keys": (Call(bias, lengths), {}),
+        "least numbers": (Call(torch.full((1, 1, 1, 7), LEAST), lengths), {"right": 0}),
     }
 
 
@@ -565,21 +562,21 @@ MASKS = masks()
 def test_a_mask_for_pytorchs_kernels_says_what_the_formula_does(
     name: str, hkv: int, bad: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    extras, rules = MASKS[name]
-    call = make_call((2, 4, hkv, 5, 7, 3, 2), extras, torch.float32, **rules)
+    asked, rules = MASKS[name]
+    call = make_call((2, 4, hkv, 5, 7, 3, 2), asked, torch.float32, **rules)
     if bad:
         call.key[:, 1, 4], call.value[:, 0, 6] = math.nan, math.inf
     upstream = torch.randn(2, 4, 5, 2)
     found = []
     for attention in (composed_attention, extended_attention):
         some, leaves = call.leaves(torch.float32)
-        some = some._replace(extras=some.extras._replace(alibi_slopes=extras.alibi_slopes))
+        some = some._replace(asked=some.asked._replace(alibi_slopes=asked.alibi_slopes))
         leaves = [x for x in leaves if x.shape != (1, 4) and x.shape != (2, 4)]
         if attention is composed_attention:
             output, *_ = composed_attention(*some)
         else:
             monkeypatch.setattr(eager, "composed_attention", lambda *_: pytest.fail("ran the formula"))
-            output, lse, weights = extended_attention(*some[:5], need_lse=False, need_weights=False)
+            output, lse, weights = extended_attention(*some[:4], need_lse=False, need_weights=False)
             assert lse is None and weights is None
         found.append([output, *torch.autograd.grad(output, leaves, upstream)])
     for a, b in zip(*found):
@@ -589,25 +586,25 @@ def test_a_mask_for_pytorchs_kernels_says_what_the_formula_does(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", MASKS)
 def test_a_mask_is_right_in_other_dtypes(name: str, dtype: torch.dtype) -> None:
-    extras, rules = MASKS[name]
-    call = make_call(extras=extras, dtype=dtype, **rules)
-    output, *_ = extended_attention(*call[:5], need_lse=False, need_weights=False)
+    asked, rules = MASKS[name]
+    call = make_call(asked=asked, dtype=dtype, **rules)
+    output, *_ = extended_attention(*call[:4], need_lse=False, need_weights=False)
     tolerance = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(output, composed_attention(*call)[0], rtol=tolerance, atol=2 * tolerance)
 
 
 BEYOND_MASKS = {
-    "softcap": ({"softcap": 2.0}, Extras()),
-    "sinks": ({}, Extras(sinks=torch.zeros(1, 4))),
-    "slopes that learn": ({}, Extras(alibi_slopes=torch.ones(1, 4, requires_grad=True))),
+    "softcap": ({"softcap": 2.0}, Call()),
+    "sinks": ({}, Call(sinks=torch.zeros(1, 4))),
+    "slopes that learn": ({}, Call(alibi_slopes=torch.ones(1, 4, requires_grad=True))),
 }
 
 
 @pytest.mark.parametrize("name", [*BEYOND_MASKS, "lse", "weights"])
 def test_what_no_mask_can_say_runs_as_the_formula(name: str) -> None:
-    rules, extras = BEYOND_MASKS.get(name, ({}, Extras()))
-    call = make_call(extras=extras, dtype=torch.float32, **rules)
-    found = extended_attention(*call[:5], need_lse=name == "lse", need_weights=name == "weights")
+    rules, asked = BEYOND_MASKS.get(name, ({}, Call()))
+    call = make_call(asked=asked, dtype=torch.float32, **rules)
+    found = extended_attention(*call[:4], need_lse=name == "lse", need_weights=name == "weights")
     for a, b, wanted in zip(found, composed_attention(*call), (True, name == "lse", name == "weights")):
         assert torch.equal(a, b) if wanted else a is None
 
@@ -626,22 +623,22 @@ SMALL = {  # rules, lengths, shape of the mask or None, is_causal
 def test_a_mask_is_as_small_as_the_rules_allow(name: str) -> None:
     """None where `is_causal` or nothing says it; and heads never multiply it."""
     rules, lengths, shape, causal = SMALL[name]
-    call = make_call(extras=Extras(key_lengths=torch.tensor(lengths) if lengths else None), **rules)
-    mask, is_causal = eager._as_mask(call.rules, call.extras, call.query, 7)
+    call = make_call(asked=Call(key_lengths=torch.tensor(lengths) if lengths else None), **rules)
+    mask, is_causal = eager._as_mask(call.asked, call.query, 7)
     assert (None if mask is None else mask.shape) == shape and is_causal == causal
-    output, *_ = extended_attention(*call[:5], need_lse=False, need_weights=False)
+    output, *_ = extended_attention(*call[:4], need_lse=False, need_weights=False)
     torch.testing.assert_close(output, composed_attention(*call)[0])
 
 
 def test_decoding_from_the_last_key_needs_no_mask() -> None:
     call = make_call((2, 4, 2, 1, 7, 3, 2), left=6, right=0, bottom_right=True)
-    assert eager._as_mask(call.rules, call.extras, call.query, 7) == (None, False)
+    assert eager._as_mask(call.asked, call.query, 7) == (None, False)
 
 
 @pytest.mark.parametrize("query_dtype", [torch.float16, torch.float64], ids=str)
 def test_a_float32_mask_keeps_its_numbers_on_pytorchs_kernels(query_dtype: torch.dtype) -> None:
-    call = make_call(extras=Extras(torch.full((1, 1, 1, 7), LEAST), torch.tensor([4, 7])), dtype=query_dtype)
-    output, *_ = extended_attention(*call[:5], need_lse=False, need_weights=False)
+    call = make_call(asked=Call(torch.full((1, 1, 1, 7), LEAST), torch.tensor([4, 7])), dtype=query_dtype)
+    output, *_ = extended_attention(*call[:4], need_lse=False, need_weights=False)
     expected = call.value[0, :, :4].mean(1, keepdim=True).repeat_interleave(2, 0)
     torch.testing.assert_close(output[0], expected.expand(4, 5, 2), rtol=1e-3, atol=1e-3)
 

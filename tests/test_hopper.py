@@ -11,14 +11,16 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 import kernels
-from kernels.attention import choice
-from kernels.attention.rules import Extras, Rules
+from kernels.attention import measured, plan
+from kernels.attention.call import Call
+from kernels.attention.plan import forced
 from kernels.attention.tiles import choose_consumers
 from tests.attention_problem import check, problem
 from tests.test_attention_features import call, formula
@@ -37,32 +39,31 @@ ON_GPU = (
 
 @pytest.fixture
 def asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with KERNELS_HOPPER=1."""
-    monkeypatch.setattr(choice, "HOPPER_ASKED_FOR", choice.hopper_calls("1"))
+    """With KERNELS_HOPPER=1."""
+    monkeypatch.setenv("KERNELS_HOPPER", "1")
 
 
 @pytest.fixture(params=[pytest.param("cpu", id="emulated"), pytest.param("cuda", id="gpu", marks=ON_GPU)])
-def hopper(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, asked_for: None) -> str:
+def hopper(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, asked_for: None) -> Iterator[str]:
     """The device on which these kernels run: emulated, or a chip, where a test that hangs is ended."""
     if request.param == "cpu":
         use(emulate(seed=1), monkeypatch)
-    return request.param
+    with forced(capability=90):
+        yield request.param
 
 
 def use(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let emulated launchers take the calls, as on such a chip."""
-    monkeypatch.setattr("kernels.attention.ops.capability", lambda _: 90)
+    """Let emulated launchers take the calls."""
     for name in "forward", "backward":
         launcher = getattr(emulated, f"launch_hopper_{name}")
         monkeypatch.setattr(f"kernels.attention.hopper_{name}.launch_hopper_{name}", launcher)
 
 
 @pytest.fixture
-def hopper_only(hopper: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """And no call may quietly go to the kernels for any shape."""
-    for module in "general", "general_backward":
-        monkeypatch.setattr(f"kernels.attention.{module}.choose_tile", lambda *_: pytest.fail("the general kernel ran"))
-    return hopper
+def hopper_only(hopper: str) -> Iterator[str]:
+    """And no call may quietly go to another kernel."""
+    with forced(kernel="hopper"):
+        yield hopper
 
 
 def shaped(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -73,9 +74,9 @@ def shaped(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.bfloat16
 
 
 def why(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras = Extras(), chip: int = 90, **rules: Any
-) -> str:  # fmt: skip
-    return choice.why_not_hopper(q, k, v, extras, Rules(1.0, **rules), chip)
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chip: int = 90, direction: str = "forward", **asked: Any
+) -> str:
+    return plan.why_not_hopper(q, k, v, Call(**asked), chip, direction)
 
 
 @pytest.mark.usefixtures("asked_for")
@@ -83,15 +84,15 @@ def test_which_calls_it_takes() -> None:
     q, k = shaped((2, 8, 256, 64)), shaped((2, 2, 300, 64))
     assert why(q, k, k) == ""
     assert why(q, k, k, left=5, right=0, bottom_right=True, softcap=2.0) == ""
-    assert why(q, k, k, Extras(key_lengths=torch.zeros(2, dtype=torch.int32))) == ""
+    assert why(q, k, k, key_lengths=torch.zeros(2, dtype=torch.int32)) == ""
     assert "compute capability 9.0, found 10.0" in why(q, k, k, chip=100)
     assert "found float32" in why(q.float(), k.float(), k.float())
     assert "found 96 and 96" in why(*(shaped((2, 2, 256, 96)) for _ in range(3)))
     assert "found 64 and 128" in why(q, k, shaped((2, 2, 300, 128)))
     assert "128 queries or more, found 100" in why(q[:, :, :100], k, k)
-    assert "knows no sinks" in why(q, k, k, Extras(sinks=torch.zeros(1, 8)))
-    assert "knows no attn_mask" in why(q, k, k, Extras(attn_mask=torch.zeros(1, 1, 1, 1)))
-    assert "no dropout" in why(q, k, k, dropout_p=0.5)
+    assert "knows no sinks" in why(q, k, k, sinks=torch.zeros(1, 8))
+    assert "knows no attn_mask" in why(q, k, k, attn_mask=torch.zeros(1, 1, 1, 1))
+    assert "knows no dropout_p" in why(q, k, k, dropout_p=0.5)
     assert "TMA wants" in why(q, k[:1].expand(2, 2, 300, 64), k)
     assert "TMA wants" in why(q.mT.contiguous().mT, k, k)
     assert "found query" in why(torch.empty(2 * 8 * 256 * 64 + 1, dtype=q.dtype)[1:].view(q.shape), k, k)
@@ -99,20 +100,23 @@ def test_which_calls_it_takes() -> None:
 
 def test_it_must_be_asked_for_where_no_gpu_has_shown_it_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     q = shaped((1, 1, 256, 64))
-    monkeypatch.setattr(choice, "HOPPER_ASKED_FOR", choice.hopper_calls("0"))
+    monkeypatch.delenv("KERNELS_HOPPER", raising=False)
     assert "KERNELS_HOPPER=1" in why(q, q, q)
-    monkeypatch.setattr(choice, "HOPPER_ASKED_FOR", choice.hopper_calls("backward64 forward128"))
+    monkeypatch.setitem(measured.HOPPER, ("forward", 64), "a file")
+    assert why(q, q, q) == ""
+    monkeypatch.setenv("KERNELS_HOPPER", "0")  # asked at each call
     assert "KERNELS_HOPPER=1" in why(q, q, q)
-    assert choice.why_not_hopper(q, q, q, Extras(), Rules(1.0), 90, is_backward=True) == ""
+    monkeypatch.setenv("KERNELS_HOPPER", "backward64 forward128")
+    assert "KERNELS_HOPPER=1" in why(q, q, q)
+    assert why(q, q, q, direction="backward") == ""
     assert why(*(shaped((1, 1, 256, 128)) for _ in range(3))) == ""
 
 
-def test_what_may_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "HOPPER", {("forward", 256): "a file"})
-    assert choice.hopper_calls(None) == {("forward", 256)} and choice.hopper_calls("0") == frozenset()
-    assert len(choice.hopper_calls("1")) == 5 and choice.hopper_calls("forward64") == {("forward", 64)}
+def test_what_may_be_asked_for() -> None:
+    assert plan.hopper_calls("0") == frozenset()
+    assert len(plan.hopper_calls("1")) == 5 and plan.hopper_calls("forward64") == {("forward", 64)}
     with pytest.raises(ValueError, match="must be 0, 1 or some of forward64 .* found 'backward256'"):
-        choice.hopper_calls("forward64 backward256")
+        plan.hopper_calls("forward64 backward256")
 
 
 def test_three_consumers_where_rows_are_narrow_and_tiles_well_filled() -> None:
@@ -206,30 +210,30 @@ def check_feature(sizes: tuple[int, ...], options: dict[str, Any], device: str, 
     hold_to_formula(ours, arguments, upstream, options)
 
 
-@pytest.mark.parametrize("d", choice.HOPPER_HEAD_SIZES["forward"])
+@pytest.mark.parametrize("d", plan.HOPPER_HEAD_SIZES["forward"])
 @pytest.mark.parametrize("feature", FEATURES)
 def test_each_feature(feature: str, d: int, hopper_only: str) -> None:
     check_feature((3, 4, 2, 380, 500, d, d), FEATURES[feature], hopper_only, with_gradients=False)
 
 
-@pytest.mark.parametrize("d", choice.HOPPER_HEAD_SIZES["backward"])
+@pytest.mark.parametrize("d", plan.HOPPER_HEAD_SIZES["backward"])
 @pytest.mark.parametrize("feature", FEATURES)
 def test_gradients_with_each_feature(feature: str, d: int, hopper_only: str) -> None:
     check_feature((3, 4, 2, 200, 500, d, d), FEATURES[feature], hopper_only, with_gradients=True)
 
 
 WRONG = {  # what is replaced by what, and where that shows first
-    "scale off by 1 %": ("scale * LOG2_E.value", "scale * 1.01 * LOG2_E.value", "output"),
-    "scale off by 1 % in the backward": ("[product]), scale\n", "[product]), scale * 1.01\n", "grad of query"),
+    "scale off by 1 %": ("call.scale * LOG2_E", "call.scale * 1.01 * LOG2_E", "output"),
+    "scale off by 1 % in the backward": ("[product]), before\n", "[product]), before * 1.01\n", "grad of query"),
     "last key left out": ("(j < n_keys)", "(j < n_keys - 1)", "output"),
     "delta missing": ("dp - stats_s.index(2 * INDEX + 1).load(columns)[None, :]", "dp", "grad of query"),
-    "dK off by 1 %": ("dk = dk * score_scale", "dk = dk * score_scale * 1.01", "grad of key"),
+    "dK off by 1 %": ("dk = dk * call.scale", "dk = dk * call.scale * 1.01", "grad of key"),
     "dV of weights that do not sum to 1": ("weights.to(DTYPE)", "(weights * 1.01).to(DTYPE)", "grad of value"),
 }  # fmt: skip
 
 
 @pytest.mark.usefixtures("asked_for")
-@pytest.mark.parametrize("d", choice.HOPPER_HEAD_SIZES["backward"])
+@pytest.mark.parametrize("d", plan.HOPPER_HEAD_SIZES["backward"])
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_slightly_wrong_kernel_is_rejected(wrong: str, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new, where = WRONG[wrong]
@@ -241,7 +245,7 @@ def test_a_slightly_wrong_kernel_is_rejected(wrong: str, d: int, monkeypatch: py
 
     use(emulate(1, change), monkeypatch)
     assert any(old in source for source in sources)
-    with pytest.raises(AssertionError, match=f"{where}: error .* x PyTorch's by norm"):
+    with forced(capability=90), pytest.raises(AssertionError, match=f"{where}: error .* x PyTorch's by norm"):
         check_feature((1, 2, 1, 130, 200, d, d), {}, "cpu", with_gradients=True)
 
 

@@ -15,7 +15,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels.attention.rules import Extras, Rules
+from kernels.attention.call import Call
 from tests.test_attention_features import call
 
 pytest.importorskip("triton")
@@ -25,20 +25,21 @@ from tests.test_hopper import hold_to_formula  # noqa: E402
 
 
 def launch_both(
-    emulated: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor, extras: Extras, rules: Rules,
+    emulated: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor, asked: Call,
     forward: bool = True, backward: bool = True,
 ) -> list[torch.Tensor]:  # fmt: skip
     """Output, dQ, dK and dV by both launchers, or one of the two; the backward alone is given what is right."""
     output, (row_max, row_sum) = torch.full_like(q, math.nan), torch.full((2, *q.shape[:3]), math.nan)
     launcher = emulated if forward else emulate(0)
-    launcher.launch_hopper_forward(q, k, v, extras, rules, output, row_max, row_sum)
+    launcher.launch_hopper_forward(q, k, v, asked, output, row_max, row_sum)
     if not backward:
         return [output]
     gradients = [torch.full_like(x, math.nan) for x in (q, k, v)]
     delta = (grad.float() * output.float()).sum(-1)
     pivot = torch.where(row_sum == 0, math.inf, (row_max + row_sum.log()) / math.log(2))
     total = torch.zeros(q.shape)
-    emulated.launch_hopper_backward(grad, q, k, v, extras, rules, pivot, delta, total, *gradients)
+    statistics = torch.stack([pivot, delta, delta])
+    emulated.launch_hopper_backward(grad, q, k, v, asked, statistics, total, *gradients)
     return [output, *gradients]
 
 
@@ -46,7 +47,7 @@ class Launch(NamedTuple):
     """A call of both launchers. Sizes are B, H, Hkv, L, S, D; broken: a value and a key of NaN that some may see."""
 
     sizes: tuple[int, int, int, int, int, int]
-    rules: Rules
+    asked: Call
     lengths: tuple[int, ...] = ()
     broken: bool = False
 
@@ -59,8 +60,8 @@ class Launch(NamedTuple):
         if self.broken:
             v[:, :, n_keys // 2] = math.nan
             k[:, :, n_keys // 2 + 20] = math.nan
-        extras = Extras(key_lengths=torch.tensor(self.lengths) if self.lengths else None)
-        return launch_both(emulated, q, k, v, grad, extras, self.rules, forward, backward)
+        asked = self.asked._replace(key_lengths=torch.tensor(self.lengths) if self.lengths else None)
+        return launch_both(emulated, q, k, v, grad, asked, forward, backward)
 
 
 def agree(found: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
@@ -85,20 +86,21 @@ def test_any_combination_means_what_its_parts_mean(data: st.DataObject) -> None:
     b, kv_heads, n_queries, n_keys = some("b", 1, 2), some("hkv", 1, 2), some("l", *lengths), some("s", *lengths)
     shape = (b, kv_heads * some("group", 1, 3), kv_heads, n_queries, n_keys)
     window = some("window", (None, None), (0, 0), (100, None), (None, 70), (64, 63), (1000, 1000))
-    is_causal, bottom_right, softcap = some("causal", False, True), some("bottom", False, True), some("cap", 0.0, 0.7)
+    is_causal, bottom_right, softcap = some("causal", False, True), some("bottom", False, True), some("cap", None, 0.7)
     used = some("used", None, *([some("n", 0, 1, n_keys // 2, n_keys) for _ in range(b)] for _ in range(2)))
     key_lengths = None if used is None else torch.tensor(used)
     right = 0 if is_causal and window[1] is None else min(0, window[1]) if is_causal else window[1]
-    rules = Rules(1 / math.sqrt(d := some("d", 64, 128)), bottom_right=bottom_right, left=window[0], right=right,
-                  softcap=softcap)  # fmt: skip
+    asked = Call(
+        key_lengths=key_lengths, scale=1 / math.sqrt(d := some("d", 64, 128)), bottom_right=bottom_right,
+        left=window[0], right=right, softcap=softcap,
+    )  # fmt: skip
     torch.manual_seed(data.draw(st.integers(0, 999), "seed"))
     arguments = call((*shape, d, d), torch.bfloat16, "cpu")
     upstream = torch.randn(b, n_queries, shape[1], d).bfloat16().transpose(1, 2)
-    emulated, extras = emulate(some("order", 1, 2, 3)), Extras(key_lengths=key_lengths)
-    ours = launch_both(emulated, *arguments.values(), upstream, extras, rules)
+    ours = launch_both(emulate(some("order", 1, 2, 3)), *arguments.values(), upstream, asked)
     hold_to_formula(ours, arguments, [upstream], {
         "is_causal": is_causal, "causal_alignment": "bottom_right" if bottom_right else "top_left", "window": window,
-        "softcap": softcap or None, "key_lengths": key_lengths,
+        "softcap": softcap, "key_lengths": key_lengths,
     })  # fmt: skip
 
 
@@ -123,7 +125,7 @@ def test_only_cut_tiles_with_something_not_finite_are_rewritten(
         rewritten.clear()
         spoiled.clear()
         right, x[0, 0, row, column] = x[0, 0, row, column].item(), number
-        output = launch_both(emulate(row), q, k, v, q, Extras(), Rules(0.1, right=0), x is v, x is k)[0]
+        output = launch_both(emulate(row), q, k, v, q, Call(scale=0.1, right=0), x is v, x is k)[0]
         x[0, 0, row, column] = right
         return output
 
@@ -142,9 +144,9 @@ def test_only_cut_tiles_with_something_not_finite_are_rewritten(
 
 
 WRONG = {
-    "scale": ("    factor = scale\n", "    factor = scale * 1.02\n"),
-    "one key too many on the right": ("place[:, None] + right)", "place[:, None] + right + 1)"),
-    "one key too few on the left": ("place[:, None] - left)", "place[:, None] - left + 1)"),
+    "scale": ("    factor = before\n", "    factor = before * 1.02\n"),
+    "one key too many on the right": ("place[:, None] + call.right)", "place[:, None] + call.right + 1)"),
+    "one key too few on the left": ("place[:, None] - call.left)", "place[:, None] - call.left + 1)"),
     "open tiles begin too early": ("gl.minimum(gl.maximum(open_first, first), open_last)", "first"),
     "sum not shrunk": ("row_sum * shrink + gl.sum", "row_sum + gl.sum"),
     "the wrong statistic": ("gl.load(delta_ptr + row", "gl.load(lse_ptr + row"),
@@ -164,7 +166,7 @@ def test_wrong_kernels_are_found_out(name: str) -> None:
         changed += source.count(old)
         return source.replace(old, new)
 
-    launch = Launch((1, 2, 1, 200, 400, 128), Rules(0.1, left=120, right=30))
+    launch = Launch((1, 2, 1, 200, 400, 128), Call(scale=0.1, left=120, right=30))
     found = launch.run(emulate(0, change))
     assert changed == 1 and not agree(found, launch.run(emulate(0)))
 
@@ -176,8 +178,8 @@ def test_wrong_kernels_are_found_out(name: str) -> None:
 def test_every_order_gives_the_same(d: int) -> None:
     """One to nine tiles, several pieces of work to a program, whole and cut."""
     for n in range(1, 10):
-        rules = Rules(0.1, right=0, left=None if n % 2 else 200) if n % 3 else Rules(0.1)
-        launch = Launch((1, 3, 1, 192 if d == 64 else 130, 128 * n - 5, d), rules)
+        asked = Call(scale=0.1, right=0, left=None if n % 2 else 200) if n % 3 else Call(scale=0.1)
+        launch = Launch((1, 3, 1, 192 if d == 64 else 130, 128 * n - 5, d), asked)
         right = launch.run(emulate(0))
         assert not right[0].isnan().any()
         for seed in range(1, 3):
@@ -196,7 +198,7 @@ def test_keys_and_values_go_ahead_of_the_next_queries(monkeypatch: pytest.Monkey
         load_tile(self, desc, *args)
 
     monkeypatch.setattr(Chip, "load_tile", record)
-    launch_both(emulate(0), q, k, v, q, Extras(), Rules(0.1), backward=False)
+    launch_both(emulate(0), q, k, v, q, Call(scale=0.1), backward=False)
     assert "".join(copied) == 2 * ("KQQVKVKV" "KVKQQVKV")  # two programs, two heads each
 
 
@@ -204,9 +206,10 @@ ORDER = re.compile(
     r"( +)((?:mbarrier\.(?:wait|arrive)|named_barrier|warp_group_barrier|fence_async_shared|tma\.store_wait)\(.*)"
 )
 LAUNCHES = [
-    Launch((1, 3, 1, 130, 600, 128), Rules(0.1)), Launch((2, 3, 1, 192, 300, 64), Rules(0.1, right=0), (300, 100)),
-    Launch((1, 3, 3, 300, 300, 128), Rules(0.1, left=70, right=60)),
-    Launch((1, 3, 1, 192, 300, 64), Rules(0.1, right=0), broken=True),
+    Launch((1, 3, 1, 130, 600, 128), Call(scale=0.1)),
+    Launch((2, 3, 1, 192, 300, 64), Call(scale=0.1, right=0), (300, 100)),
+    Launch((1, 3, 3, 300, 300, 128), Call(scale=0.1, left=70, right=60)),
+    Launch((1, 3, 1, 192, 300, 64), Call(scale=0.1, right=0), broken=True),
 ]  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from bench import bench_host  # noqa: E402
 from bench.bench_host import Way  # noqa: E402
 from kernels import autograd  # noqa: E402
 from kernels.attention import tiles  # noqa: E402
-from kernels.layer_norm import backward, forward, ops  # noqa: E402
+from kernels.layer_norm import forward, ops  # noqa: E402
+from kernels.layer_norm import tiles as norm_tiles  # noqa: E402
 
 
 @pytest.fixture(params=bench_host.ways(), ids=lambda way: way.name)
@@ -64,7 +65,7 @@ def test_functorch_gets_setup_context(way: Way, applied: list[type]) -> None:
 
 def test_sizes_are_worked_out_once(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     remembered = [
-        tiles.choose_tile, tiles.choose_short_tile, tiles.column_blocks, forward.forward_tile, backward.backward_tile,
+        tiles.choose_tile, tiles.choose_short_tile, tiles.column_blocks, norm_tiles._choose,
         forward.triton_dtype, ops._row_layout, autograd.with_context,
     ]  # fmt: skip
     if way.hopper == "1":

@@ -19,7 +19,8 @@ from kernels.reference import layer_norm_no_loop, layer_norm_two_loop
 
 backward = pytest.importorskip("kernels.layer_norm.backward", reason="needs triton")
 forward = pytest.importorskip("kernels.layer_norm.forward", reason="needs triton")
-from tests.norm_problem import assert_no_worse, torchs  # noqa: E402 (it imports Triton)
+from kernels.layer_norm.tiles import choose_tile, n_programs  # noqa: E402
+from tests.norm_problem import assert_no_worse, tiles, torchs  # noqa: E402 (it imports Triton)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-5
@@ -31,11 +32,10 @@ def name_of(value):
 
 
 @pytest.fixture
-def chunks_of_16(monkeypatch):
+def chunks_of_16():
     """Make both passes walk every row in chunks of 16 columns, as they do rows too long for the registers."""
-    monkeypatch.setattr(forward, "forward_tile", lambda *_: forward.Tile(1, 16, 4, chunked=True))
-    monkeypatch.setattr(backward, "backward_tile", lambda *_: backward.Tile(1, 16, 4, 1, chunked=True))
-    monkeypatch.setattr(backward, "COLUMNS", (2, 16, 1))
+    with tiles(1, 16, chunked=True):
+        yield
 
 
 def on_triton(input, shape, weight=None, bias=None, eps=EPS):
@@ -91,7 +91,7 @@ def test_rows_walked_in_chunks(normal, chunks_of_16, n_cols, dtype):
 
 def test_row_too_long_for_the_registers(normal):
     """Widths at which the real tiles are chunked: backward from 8,193 columns, forward from 16,385 in float32."""
-    assert backward.backward_tile(8210, 4).chunked and forward.forward_tile(16411, 4).chunked
+    assert choose_tile("backward", 8210, 4).chunked and choose_tile("forward", 16411, 4).chunked
     assert_no_worse_than_pytorch(on_triton, (normal(3, 8210), normal(8210), normal(8210)), normal(3, 8210))
     x = normal(3, 16411)
     expected = torch.nn.functional.layer_norm(x.cpu().double(), (16411,))
@@ -288,16 +288,16 @@ def test_kernels_run_and_say_which_gradients_autograd_wants(normal, monkeypatch)
 
 def test_tiles_cover_every_width():
     for n_cols, element_size in itertools.product([*range(1, 1100), *range(4000, 70000, 997), 2**17], [2, 4]):
-        for tile in (forward.forward_tile(n_cols, element_size), backward.backward_tile(n_cols, element_size)):
+        for tile in (choose_tile(kernel, n_cols, element_size) for kernel in ("forward", "backward")):
             assert tile.chunked or tile.block_n >= n_cols
             assert all(side & (side - 1) == 0 for side in (tile.rows, tile.block_n, tile.num_warps))
             assert tile.rows * tile.block_n * element_size <= 2048 * tile.num_warps  # 64 bytes a thread
 
 
 def test_programs_never_outnumber_the_work():
-    assert backward.n_programs(n_tiles=3, n_column_blocks=1, num_warps=4, n_multiprocessors=132) == 3
-    assert backward.n_programs(n_tiles=10**6, n_column_blocks=1, num_warps=4, n_multiprocessors=132) == 528
-    assert backward.n_programs(n_tiles=10**6, n_column_blocks=1000, num_warps=4, n_multiprocessors=132) == 1
+    assert n_programs(n_tiles=3, n_column_blocks=1, num_warps=4, n_multiprocessors=132) == 3
+    assert n_programs(n_tiles=10**6, n_column_blocks=1, num_warps=4, n_multiprocessors=132) == 528
+    assert n_programs(n_tiles=10**6, n_column_blocks=1000, num_warps=4, n_multiprocessors=132) == 1
 
 
 # Backends and errors

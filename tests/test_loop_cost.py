@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 from bench import loop_cost
 from bench.compile_cases import TABLE_FEATURES, TABLE_SIZES
 from bench.compile_check import Result
 from bench.loop_cost import Cost, Loop, loops, recorded, traffic, why_dearer
+from kernels.attention.call import TENSORS, Call
 from kernels.attention.tiles import ASKED, choose_tile, what_is_asked
 
 # Two loops with products, one inside a loop over heads, and one that only loads; the first is the steady one.
@@ -136,12 +138,13 @@ def test_the_recorded_table_is_whole_and_reaches_its_goals() -> None:
 
 
 @pytest.mark.parametrize(("asked", "expected"), [
-    ((0, 0, 0, 0, 0, 0), "plain"), ((1, 0, 0, 0, 0, 0), "causal"), ((1, 1, 0, 0, 0, 0), "mask"),
-    ((0, 0, 1, 0, 0, 0), "mask"), ((1, 0, 0, 1, 0, 0), "mask"), ((0, 0, 0, 0, 1, 0), "mask"),
-    ((1, 1, 0, 0, 0, 1), "dropout"), ((0, 0, 1, 0, 0, 1), "every"), ((1, 0, 0, 1, 1, 0), "every"),
+    ("", "plain"), ("right", "causal"), ("right left", "mask"), ("left", "mask"),
+    ("attn_mask", "mask"), ("right softcap", "mask"), ("alibi_slopes", "mask"), ("key_lengths bottom_right", "plain"),
+    ("right left seed", "dropout"), ("attn_mask seed", "every"), ("right softcap alibi_slopes", "every"),
 ], ids=str)  # fmt: skip
-def test_what_a_call_asks_by_hand(asked: tuple[int, ...], expected: str) -> None:
-    assert what_is_asked(*map(bool, asked)) == expected
+def test_what_a_call_asks_by_hand(asked: str, expected: str) -> None:
+    given = {name: torch.ones(1) if name in TENSORS else 1 for name in asked.split()}
+    assert what_is_asked(Call(**given)) == expected
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 103, 120])

@@ -352,7 +352,7 @@ def test_probabilities_zero_and_one(normal, backend, centre):
     assert torch.equal(output, ours(centre, backend=backend)(0 * tensors[0], *tensors[1:])[0])
 
 
-def test_mask_is_the_same_for_every_tile_and_in_the_backward(normal, device, monkeypatch):
+def test_mask_is_the_same_for_every_tile_and_in_the_backward(normal, device):
     """The sum shows the mask of the forward, the input's gradient through the sum alone that of the backward."""
     x, upstream = torch.ones(5, 37, device=device), normal(5, 37)
     call = ours(True, dropout_p=0.5, prenorm=True)
@@ -361,9 +361,7 @@ def test_mask_is_the_same_for_every_tile_and_in_the_backward(normal, device, mon
         (None, None, False), (1, 64, False), (2, 64, False), (4, 64, False), (8, 128, False),
         (1, 4, True), (1, 16, True), (1, 64, True),
     ):
-        with monkeypatch.context() as patch:
-            if rows:
-                tiles(patch, rows, columns, chunks)
+        with tiles(rows, columns, chunks) if rows else contextlib.nullcontext():
             (_, total), (dinput, _) = results(lambda *t: call(*t), (x, 0 * x), [0 * upstream, upstream])
         assert torch.equal(total, expected) and torch.equal(dinput, upstream * expected), (rows, columns, chunks)
 
@@ -706,11 +704,11 @@ def test_more_rows_than_a_grid_axis_holds_without_weight(normal, centre):
 @pytest.mark.usefixtures("poisoned")
 @either_norm
 @pytest.mark.parametrize("n_rows", [1, 7, 8, 9, 15, 17, 23])
-def test_partial_sums_where_programs_do_not_divide_the_rows(normal, monkeypatch, centre, n_rows):
+def test_partial_sums_where_programs_do_not_divide_the_rows(normal, centre, n_rows):
     """One row a tile, eight programs in the interpreter: one partial sum too few would show."""
-    tiles(monkeypatch, 1, 64)
     tensors, upstreams = sample(normal, centre, (n_rows, 41))
-    assert_no_worse(ours(centre), torchs(centre), tensors, upstreams[:1])
+    with tiles(1, 64):
+        assert_no_worse(ours(centre), torchs(centre), tensors, upstreams[:1])
 
 
 @pytest.mark.gpu

@@ -33,7 +33,8 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 import kernels  # noqa: E402
-from kernels.attention import tiles  # noqa: E402
+from kernels.attention.plan import forced  # noqa: E402
+from kernels.attention.tiles import Tile  # noqa: E402
 from tests.interpreter import round_bfloat16_to_nearest  # noqa: E402
 from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch, size_of_terms  # noqa: E402
 
@@ -390,17 +391,12 @@ def formula(
 @contextlib.contextmanager
 def running_as(call: Call) -> Iterator[None]:
     """The Triton kernels with small tiles, or PyTorch as users on a CPU have it."""
-    with contextlib.ExitStack() as stack:
-        if call.path == "torch":
-            stack.enter_context(mock.patch("kernels.backend.INTERPRETED", False))
-        else:
-            tile = tiles.Tile(16, call.block_k, num_warps=4, num_stages=1)
-            for module in "general", "general_backward":
-                stack.enter_context(mock.patch(f"kernels.attention.{module}.choose_tile", lambda *_: tile))
-            stack.enter_context(mock.patch("kernels.attention.ops.capability", lambda _: 90))
-            if call.kernel == "general":
-                stack.enter_context(mock.patch("kernels.attention.ops.why_not_short", lambda *_: "it is not its turn"))
-        yield
+    if call.path == "torch":
+        with mock.patch("kernels.backend.INTERPRETED", False):
+            yield
+    else:
+        with forced("general" if call.kernel == "general" else None, Tile(16, call.block_k, 4, 1), capability=90):
+            yield
 
 
 Solve = Callable[[Tensors], tuple[torch.Tensor, ...]]  # gives output, log-sum-exp and weights, those asked for

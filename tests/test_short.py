@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,24 +16,24 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels.attention import choice, tiles
-from kernels.attention.rules import Extras
+from kernels.attention import plan, tiles
+from kernels.attention.call import Call
+from kernels.attention.explanation import NAMES
+from kernels.attention.plan import forced
 from tests.attention_problem import check, problem
 from tests.test_attention_features import FEATURES, call, formula, made
 
 by_place = functools.partial(kernels.scaled_dot_product_attention, backend="triton")
 attention = functools.partial(by_place, enable_gqa=True)
 pytestmark = pytest.mark.usefixtures("poisoned", "short_only")
+SHORT, HOPPER = (NAMES[name] for name in ("short", "hopper"))
 
 
 @pytest.fixture
-def short_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_only() -> Iterator[None]:
     """No call of this file may quietly go to the kernel for any shape. In the interpreter as on a Hopper chip."""
-    if not torch.cuda.is_available():
-        monkeypatch.setattr("kernels.attention.ops.capability", lambda _: 90)
-    for module in ("general", "general_backward"):
-        pytest.importorskip(f"kernels.attention.{module}", reason="needs triton")
-        monkeypatch.setattr(f"kernels.attention.{module}.choose_tile", lambda *_: pytest.fail("the general kernel ran"))
+    with forced(kernel="short", capability=None if torch.cuda.is_available() else 90):
+        yield
 
 
 def gradients(solve: Callable[..., torch.Tensor], arguments: dict[str, Any]) -> list[torch.Tensor]:
@@ -104,17 +104,13 @@ def test_any_combination_means_what_its_parts_mean(data: st.DataObject) -> None:
     })  # fmt: skip
 
 
-def test_dropout_drops_the_weights_that_the_general_kernel_drops(
-    device: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
+def test_dropout_drops_the_weights_that_the_general_kernel_drops(device: str) -> None:
     results = []
-    for is_short in (True, False):
-        if not is_short:
-            monkeypatch.undo()
-            monkeypatch.setattr("kernels.attention.ops.why_not_short", lambda *_: "the other one's turn")
+    for kernel in ("short", "general"):
         torch.manual_seed(3)
         arguments = call((3, 4, 2, 7, 6, 16, 8), torch.float32, device)
-        results.append(gradients(functools.partial(attention, dropout_p=0.4), arguments))
+        with forced(kernel=kernel):
+            results.append(gradients(functools.partial(attention, dropout_p=0.4), arguments))
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs)
     assert not torch.equal(results[0][0], gradients(attention, arguments)[0])
@@ -179,7 +175,7 @@ def test_a_kernel_that_mixes_packed_sequences_is_rejected(monkeypatch: pytest.Mo
     right = short.short_scores
 
     def mixed(*args: Any) -> Any:
-        return right(*args[:6], args[6] == args[6], *args[7:])
+        return right(*(x._replace(together=x.together == x.together) if hasattr(x, "together") else x for x in args))
 
     monkeypatch.setattr(short, "short_scores", mixed)
     with pytest.raises(AssertionError):
@@ -205,13 +201,13 @@ def shaped(*sizes: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tenso
     ((5, 5, 16, 16), {"query_starts": torch.zeros(2)}, "", "packed"),
 ])  # fmt: skip
 def test_which_calls_are_short(sizes: tuple[int, ...], extras: dict, statistics: str, reason: str) -> None:
-    found = choice.why_not_short(*shaped(*sizes, dtype=torch.float16), Extras(**extras), statistics, 90)
+    found = plan.why_not_short(*shaped(*sizes, dtype=torch.float16), Call(**extras), statistics, 90)
     assert reason in found and bool(found) == bool(reason)
 
 
 def test_which_calls_are_short_elsewhere_and_in_float32() -> None:
     def why(*sizes: int, dtype: torch.dtype = torch.bfloat16, chip: int = 80) -> str:
-        return choice.why_not_short(*shaped(*sizes, dtype=dtype), Extras(), "", chip)
+        return plan.why_not_short(*shaped(*sizes, dtype=dtype), Call(), "", chip)
 
     assert why(32, 32, 128, 128) == why(64, 64, 16, 16, dtype=torch.float32, chip=90) == ""
     assert why(64, 64, 16, 16) == why(64, 64, 128, 128, chip=100) == why(64, 64, 16, 16, chip=120) == ""
@@ -224,20 +220,25 @@ def test_which_calls_are_short_elsewhere_and_in_float32() -> None:
 def test_rows_far_apart_are_not_short() -> None:
     q, k, v = shaped(5, 5, 16, 16)
     far = torch.empty(1 << 25, device="meta").as_strided((1, 2, 5, 16), (0, 0, 1 << 22, 1))
-    assert "too far apart" in choice.why_not_short(q, far, v, Extras(), "", 90)
+    assert "too far apart" in plan.why_not_short(q, far, v, Call(), "", 90)
 
 
 def test_explain_says_which_and_why() -> None:
     q, k, v = shaped(9, 11, 16, 16)
     explain = functools.partial(kernels.explain, q, k, v, backend="triton")
-    assert str(explain()) == "The Triton kernel for short sequences runs this call."
     mask = torch.zeros(9, 11, requires_grad=True)
-    for options, reason in (({"return_lse": True}, "the log-sum-exp"), ({"sinks": torch.zeros(2)}, "a sink"),
-                            ({"attn_mask": mask}, "the gradient of a mask")):  # fmt: skip
-        why_not = list(explain(**options).why_not.values())
-        assert why_not[0] == f"{reason} needs statistics of the rows, which they do not keep"
-    with torch.no_grad():
-        assert explain(attn_mask=mask).why_not == {}
+    with forced(kernel=""):
+        assert str(explain()) == "The Triton kernel for short sequences runs this call."
+        for options, reason in (({"return_lse": True}, "the log-sum-exp"), ({"sinks": torch.zeros(2)}, "a sink"),
+                                ({"attn_mask": mask}, "the gradient of a mask")):  # fmt: skip
+            why_not = list(explain(**options).why_not.values())
+            assert why_not[0] == f"{reason} needs statistics of the rows, which they do not keep"
+        with torch.no_grad():
+            assert explain(attn_mask=mask).why_not == {}
+    with forced(kernel="general"):
+        assert explain().why_not == dict.fromkeys((SHORT, HOPPER), "the general kernel was asked for")
+    with pytest.raises(ValueError, match="short kernel was asked for and cannot run: a sink needs statistics"):
+        explain(sinks=torch.zeros(2))
 
 
 def test_nothing_is_kept_for_the_backward_but_the_inputs(device: str) -> None:
@@ -280,12 +281,10 @@ def test_double_backward_and_vmap(device: str) -> None:
 
 
 def test_operations_pass_opcheck(device: str) -> None:
-    from kernels.attention.rules import Rules
-
     q, k, v = call((2, 2, 2, 5, 6, 8, 8), torch.float32, device).values()
-    arguments = (q, k, v, None, *Extras(), *Rules(0.3))
+    arguments = (q, k, v, *Call(scale=0.3))
     torch.library.opcheck(torch.ops.kernels.attention_forward, (*arguments, False))
     output, row_max, _ = torch.ops.kernels.attention_forward(*arguments, False)
     assert row_max.shape == (0,)
-    backward = (torch.ones_like(output), None, *arguments[:4], *Extras(), None, None, None, *Rules(0.3), [True] * 5)
+    backward = (torch.ones_like(output), None, None, None, None, *arguments, [True] * 5)
     torch.library.opcheck(torch.ops.kernels.attention_backward, backward)

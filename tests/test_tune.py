@@ -16,7 +16,9 @@ pytest.importorskip("triton")
 from bench import tune  # noqa: E402
 from bench.rows import read_rows  # noqa: E402
 from bench.tune import Search, Try  # noqa: E402
-from kernels.attention.rules import Rules  # noqa: E402
+from kernels.attention import plan  # noqa: E402
+from kernels.attention.call import Call  # noqa: E402
+from kernels.attention.plan import forced  # noqa: E402
 from kernels.attention.tiles import ShortTile, Tile  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -54,19 +56,10 @@ def test_candidates_are_timed_and_agree(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_tile_that_gives_other_numbers_is_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[ShortTile] = []
-
     def prepare(search: Search, device: str) -> object:
-        return lambda rules: [torch.full((3,), {4: 1.1, 16: math.nan}.get(tried[-1].heads, 1.0))]
-
-    class Forced:
-        def __init__(self, _: Search, tile: ShortTile) -> None:
-            tried.append(tile)
-
-        __enter__ = __exit__ = lambda *_: None
+        return lambda call: [torch.full((3,), {4: 1.1, 16: math.nan}.get(plan._forced.tile.heads, 1.0))]
 
     monkeypatch.setattr(tune, "prepare", prepare)
-    monkeypatch.setattr(tune, "forced", Forced)
     tries = [Try(str(SHORT), ShortTile(heads, 1, 4), heads == 2, 0, 0) for heads in (2, 4, 8, 16)]
     assert [attempt.problem for attempt in tune.time_candidates(SHORT, tries, CPU)] == ["", "wrong", "", "wrong"]
 
@@ -85,8 +78,8 @@ def test_a_forced_tile_is_the_one_that_is_launched(search: Search, monkeypatch: 
     monkeypatch.setattr(general_backward, "query_kernel", Recorder())
     monkeypatch.setattr(short_backward, "short_backward_kernel", Recorder())
     tile = search.candidates(90)[5]
-    with tune.forced(search, tile):
-        tune.prepare(search, "meta")(Rules(1.0))
+    with forced(tile=tile):
+        tune.prepare(search, "meta")(Call())
     assert len(launched) == 1 and tile.options().items() <= launched[0].items()
 
 

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 import kernels
-from kernels.attention.rules import Rules
+from kernels.attention.call import Call
 from tests.attention_problem import check, problem
 
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from kernels.attention.general import heads_in_turn  # noqa: E402
+from kernels.attention.arguments import heads_in_turn  # noqa: E402
 from kernels.attention.pieces import find_work  # noqa: E402
 
 attention = functools.partial(kernels.scaled_dot_product_attention, backend="triton")
-CAUSAL = Rules(1.0, right=0)
+CAUSAL = Call(right=0)
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def test_heads_in_turn_are_those_whose_keys_fit_half_the_cache() -> None:
     assert heads_in_turn(4, 5 << 20, CAUSAL, cpu) == 20
     assert heads_in_turn(4, 26 << 20, CAUSAL, cpu) == 4
     assert heads_in_turn(4, 0, CAUSAL, cpu) > 1_000_000
-    for same_length in Rules(1.0), Rules(1.0, left=5, right=0):
+    for same_length in Call(), Call(left=5, right=0):
         assert heads_in_turn(4, 5 << 20, same_length, cpu) == 4
 
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 
 from kernels.attention import eager
-from kernels.attention.choice import needs_statistics
 from kernels.attention.checks import as_flag, check, check_rules, leads_of
 from kernels.attention.composed import alibi, composed_attention
 from kernels.attention.ops import Attention
-from kernels.attention.rules import FAR, Extras, Rules
+from kernels.attention.plan import needs_statistics
+from kernels.attention.call import FAR, Call
 from kernels.attention.subclasses import on_heads, on_values
 from kernels.attention.tiles import MAX_HEAD_SIZE
 from kernels.autograd import differentiable, in_forward_mode
@@ -153,17 +153,17 @@ def scaled_dot_product_attention(
         return eager.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if backend == "triton":
         query, key, value = as_autocast(query, key, value)
-    lead, q, k, v, rules, extras = prepare(
+    lead, q, k, v, call = prepare(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap,
         alibi_slopes, sinks, key_lengths, deterministic,
     )  # fmt: skip
     if backend == "torch" or in_forward_mode():
         found: tuple[Any, ...] = eager.extended_attention(
-            q, k, v, rules, extras, need_lse=return_lse, need_weights=need_weights
+            q, k, v, call, need_lse=return_lse, need_weights=need_weights
         )
     else:
-        output, lse = triton_attention(q, k, v, rules, extras, return_lse)
-        weights = composed_attention(q, k, v, rules._replace(dropout_p=0.0), extras)[2] if need_weights else None
+        output, lse = triton_attention(q, k, v, call, return_lse)
+        weights = composed_attention(q, k, v, call._replace(dropout_p=0.0))[2] if need_weights else None
         found = output, lse, weights
     if len(lead) == 2:
         result = AttentionResult(*found)
@@ -173,22 +173,22 @@ def scaled_dot_product_attention(
 
 
 def _on_what_they_hold(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: dict[str, Any],
-    rules: dict[str, Any], need_weights: bool, deterministic: bool | None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tensors: dict[str, Any],
+    options: dict[str, Any], need_weights: bool, deterministic: bool | None,
 ) -> Any:  # fmt: skip
     """The call on nested tensors or DTensors, one of the three at least."""
     if query.is_nested or key.is_nested or value.is_nested:
         from kernels.attention.varlen import varlen_attention
 
-        missing = {name: extras.pop(name) is not None for name in ("attn_mask", "key_lengths")}
-        attend: Any = functools.partial(varlen_attention, **rules, **extras)
+        missing = {name: tensors.pop(name) is not None for name in ("attn_mask", "key_lengths")}
+        attend: Any = functools.partial(varlen_attention, **options, **tensors)
         return on_values(attend, query, key, value, {**missing, "need_weights": need_weights})
-    if rules["dropout_p"]:
-        raise ValueError(f"dropout_p must be 0 on DTensors, found {shown(rules['dropout_p'])}; drop from the output")
+    if options["dropout_p"]:
+        raise ValueError(f"dropout_p must be 0 on DTensors, found {shown(options['dropout_p'])}; drop from the output")
     attend = functools.partial(
-        scaled_dot_product_attention, **rules, need_weights=need_weights, deterministic=deterministic
+        scaled_dot_product_attention, **options, need_weights=need_weights, deterministic=deterministic
     )
-    return on_heads(attend, {"query": query, "key": key, "value": value, **extras})
+    return on_heads(attend, {"query": query, "key": key, "value": value, **tensors})
 
 
 def prepare(
@@ -207,17 +207,21 @@ def prepare(
     sinks: torch.Tensor | None = None,
     key_lengths: torch.Tensor | None = None,
     deterministic: bool | None = None,
-) -> tuple[torch.Size, torch.Tensor, torch.Tensor, torch.Tensor, Rules, Extras]:
-    """The arguments of a call as the kernels take them, checked: lead (..., Hq), query, key, value, rules, extras."""
+) -> tuple[torch.Size, torch.Tensor, torch.Tensor, torch.Tensor, Call]:
+    """The arguments of a call as the kernels take them, checked: lead (..., Hq), query, key, value, call."""
     lead, q, k, v, mask = _four_dimensional(query, key, value, attn_mask, enable_gqa)
     check_rules(
         query, lead, causal_alignment, window, softcap, alibi_slopes, sinks, key_lengths, deterministic, k.shape[2]
     )
-    rules = make_rules(q, dropout_p, is_causal, scale, causal_alignment, window, softcap, deterministic)
-    return lead, q, k, v, rules, make_extras(lead, q.dtype, mask, key_lengths, alibi_slopes, sinks)
+    call = make_call(
+        lead, q, dropout_p, is_causal, scale, causal_alignment, window, softcap, mask, key_lengths, alibi_slopes, sinks,
+        deterministic,
+    )  # fmt: skip
+    return lead, q, k, v, call
 
 
-def make_rules(
+def make_call(
+    lead: torch.Size,
     q: torch.Tensor,
     dropout_p: float,
     is_causal: bool,
@@ -225,14 +229,36 @@ def make_rules(
     causal_alignment: str,
     window: tuple[int | None, int | None] | None,
     softcap: float | None,
+    mask: torch.Tensor | None = None,
+    key_lengths: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     deterministic: bool | None = None,
-) -> Rules:
-    """The numbers of a checked call."""
+) -> Call:
+    """The call that checked arguments make: lengths int32 (B,), slopes and sinks (B or 1, Hq), float32 or, beside such
+    queries, float64.
+    """
     left, right = (side if side is None else min(as_number(side), FAR) for side in window or (None, None))
-    return Rules(
+    if key_lengths is not None or alibi_slopes is not None or sinks is not None:
+        batch, heads = lead[:-1], math.prod(lead[-1:])
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        if key_lengths is not None:
+            key_lengths = key_lengths.to(torch.int32).expand(batch).reshape(-1)
+        if alibi_slopes is not None:
+            if any(size != 1 for size in alibi_slopes.shape[:-1]):
+                alibi_slopes = alibi_slopes.expand(*batch, heads)
+            own = math.prod(alibi_slopes.shape[:-1])
+            alibi_slopes = alibi_slopes.to(dtype).expand(*alibi_slopes.shape[:-1], heads).reshape(own, heads)
+        if sinks is not None:
+            sinks = sinks.to(dtype).reshape(1, heads)
+    return Call(
+        attn_mask=mask,
+        key_lengths=key_lengths,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
         scale=float(1.0 / math.sqrt(q.shape[-1]) if scale is None else scale),
         dropout_p=float(dropout_p),
-        softcap=float(softcap or 0.0),
+        softcap=softcap if softcap is None else float(softcap),
         left=left,
         right=0 if is_causal else right,
         bottom_right=causal_alignment == "bottom_right",
@@ -240,52 +266,27 @@ def make_rules(
     )
 
 
-def make_extras(
-    lead: torch.Size,
-    dtype: torch.dtype,
-    mask: torch.Tensor | None,
-    key_lengths: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-) -> Extras:
-    """The tensors of a call as the kernels take them: int32 (B,), and float32 (B or 1, Hq), or float64 beside queries
-    of that `dtype`.
-    """
-    if key_lengths is None and alibi_slopes is None and sinks is None:
-        return Extras(mask)
-    batch, heads = lead[:-1], math.prod(lead[-1:])
-    dtype = torch.promote_types(dtype, torch.float32)
-    if key_lengths is not None:
-        key_lengths = key_lengths.to(torch.int32).expand(batch).reshape(-1)
-    if alibi_slopes is not None:
-        if any(size != 1 for size in alibi_slopes.shape[:-1]):
-            alibi_slopes = alibi_slopes.expand(*batch, heads)
-        own = math.prod(alibi_slopes.shape[:-1])
-        alibi_slopes = alibi_slopes.to(dtype).expand(*alibi_slopes.shape[:-1], heads).reshape(own, heads)
-    if sinks is not None:
-        sinks = sinks.to(dtype).reshape(1, heads)
-    return Extras(mask, key_lengths, alibi_slopes, sinks)
-
-
 def triton_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: Rules, extras: Extras, return_lse: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output (B, Hq, L, Ev) and log-sum-exp (B, Hq, L) by the Triton kernels."""
-    slopes, mask = extras.alibi_slopes, extras.attn_mask
+    slopes, mask = call.alibi_slopes, call.attn_mask
     if wants_gradient(slopes):
         # The kernels have no gradient for slopes, but one for a float mask, which the slopes can be made into.
-        bias = alibi(rules, extras, q.shape[2], k.shape[2])
+        bias = alibi(call, q.shape[2], k.shape[2])
         if mask is not None:
             bias = torch.where(mask, bias, -math.inf) if mask.dtype == torch.bool else bias + mask
-        extras = extras._replace(alibi_slopes=None, attn_mask=bias)
+        call = call._replace(alibi_slopes=None, attn_mask=bias)
+    if call.dropout_p > 0.0:
+        call = call._replace(seed=torch.randint(2**63 - 1, (1,), device=q.device))
     if torch.compiler.is_compiling():  # Dynamo refuses an autograd.Function that is given one tensor twice
         k, v = k.view_as(k), v.view_as(v)
-    seed = torch.randint(2**63 - 1, (1,), device=q.device) if rules.dropout_p > 0.0 else None
     # A program that is exported serves all lengths, so the kernel for any shape, which keeps statistics, must run it.
     keep_statistics = torch.compiler.is_exporting() or bool(
-        needs_statistics(extras, return_lse, wants_gradient(extras.attn_mask))
+        needs_statistics(call, return_lse, wants_gradient(call.attn_mask))
     )
-    output, lse, *_ = differentiable(Attention, q, k, v, seed, *extras, rules, keep_statistics, return_lse)
+    numbers = call.with_tensors(None for _ in call.tensors)
+    output, lse, *_ = differentiable(Attention, q, k, v, *call.tensors, numbers, keep_statistics, return_lse)
     return output, lse
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from kernels.attention.layout import for_query_heads
-from kernels.attention.rules import Extras, Rules
+from kernels.attention.call import LEARNED, Call
 from kernels.backend import without_autocast
 
 
@@ -26,8 +26,7 @@ def composed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    rules: Rules,
-    extras: Extras,
+    call: Call,
     kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attend, in float32 (float64 for float64 inputs) whatever autocast says.
@@ -40,8 +39,7 @@ def composed_attention(
         query: (B, Hq, L, E).
         key: (B, Hkv, S, E), Hq a multiple of Hkv.
         value: (B, Hkv, S, Ev).
-        rules: the numbers of the call.
-        extras: mask, lengths, slopes and sinks; mask, slopes and sinks are differentiable.
+        call: what is asked for; mask, slopes and sinks are differentiable.
         kept: (B, Hq, L, S) bool, the weights that dropout keeps; None draws them from torch's generator.
 
     Returns:
@@ -57,17 +55,17 @@ def composed_attention(
         (q, bad_query), (k, bad_key), (v, bad_value) = (_finite_rows(x.to(dtype)) for x in (query, key, value))
         # Query heads as (Hkv, group): those of a group share their key head without a copy of it.
         shared = kv_heads, group
-        scores = rules.scale * torch.einsum("bhgle,bhse->bhgls", q.unflatten(1, shared), k).flatten(1, 2)
-        if rules.softcap:
-            scores = rules.softcap * torch.tanh(scores / rules.softcap)
-        if extras.alibi_slopes is not None:
-            scores = scores + alibi(rules, extras, n_queries, n_keys, dtype)
-        if extras.attn_mask is not None and extras.attn_mask.dtype != torch.bool:
-            scores = scores + extras.attn_mask.to(dtype)
-        allowed = allowed_pairs(rules, extras, n_queries, n_keys, query.device)
-        sinks = None if extras.sinks is None else extras.sinks.to(dtype)[:, :, None, None]
+        scores = call.scale * torch.einsum("bhgle,bhse->bhgls", q.unflatten(1, shared), k).flatten(1, 2)
+        if call.softcap:
+            scores = call.softcap * torch.tanh(scores / call.softcap)
+        if call.alibi_slopes is not None:
+            scores = scores + alibi(call, n_queries, n_keys, dtype)
+        if call.attn_mask is not None and call.attn_mask.dtype != torch.bool:
+            scores = scores + call.attn_mask.to(dtype)
+        allowed = allowed_pairs(call, n_queries, n_keys, query.device)
+        sinks = None if call.sinks is None else call.sinks.to(dtype)[:, :, None, None]
         weights, lse = _softmax(scores, allowed, sinks)
-        dropped = _drop(weights, rules.dropout_p, kept)
+        dropped = _drop(weights, call.dropout_p, kept)
         output = torch.einsum("bhgls,bhse->bhgle", dropped.unflatten(1, shared), v).flatten(1, 2)
 
         bad_key, bad_value = (for_query_heads(bad, 1, heads).mT for bad in (bad_key, bad_value))  # (B, Hq, 1, S)
@@ -83,8 +81,7 @@ def composed_gradients(
     grads: tuple[torch.Tensor | None, torch.Tensor | None],
     inputs: Sequence[torch.Tensor | None],
     needed: Sequence[bool],
-    rules: Rules,
-    extras: Extras,
+    call: Call,
 ) -> list[torch.Tensor | None]:
     """The gradients of attention with a graph behind them, so that they can be differentiated: recomputed by formula.
 
@@ -92,7 +89,7 @@ def composed_gradients(
         grads: of output and lse; None for zero.
         inputs: query, key, value, and where they are learned mask and sinks.
         needed: which of the inputs want a gradient.
-        rules, extras: of the call, without dropout.
+        call: of the call, without dropout.
     """
     learned = [i for i, need in enumerate(needed) if need]
 
@@ -101,8 +98,8 @@ def composed_gradients(
         for i, x in zip(learned, tensors):
             given[i] = x
         query, key, value, *others = given
-        own = extras._replace(**dict(zip(("attn_mask", "sinks"), others)))
-        found = composed_attention(query, key, value, rules, own)[:2]
+        own = call._replace(**dict(zip(LEARNED, others)))
+        found = composed_attention(query, key, value, own)[:2]
         return tuple(x for x, grad in zip(found, grads) if grad is not None)
 
     # Under vmap and other transforms of torch.func too, where torch.autograd.grad would find no graph.
@@ -111,55 +108,55 @@ def composed_gradients(
     return [next(found_grads) if need else None for need in needed]
 
 
-def allowed_pairs(rules: Rules, extras: Extras, n_queries: int, n_keys: int, device: torch.device) -> torch.Tensor:
+def allowed_pairs(call: Call, n_queries: int, n_keys: int, device: torch.device) -> torch.Tensor:
     """Which keys each query may see by all rules: bool, (B or 1, Hq or 1, L or 1, S)."""
-    allowed, places, keys = _places(rules, extras, n_queries, n_keys, device)
-    if rules.right is not None:
-        allowed = allowed & (keys <= places + rules.right)
-    if rules.left is not None:
-        allowed = allowed & (keys >= places - rules.left)
-    mask = extras.attn_mask
+    allowed, places, keys = _places(call, n_queries, n_keys, device)
+    if call.right is not None:
+        allowed = allowed & (keys <= places + call.right)
+    if call.left is not None:
+        allowed = allowed & (keys >= places - call.left)
+    mask = call.attn_mask
     if mask is not None:
         allowed = allowed & (mask if mask.dtype == torch.bool else mask != -math.inf)
     return allowed
 
 
 def alibi(
-    rules: Rules, extras: Extras, n_queries: int, n_keys: int, dtype: torch.dtype = torch.float32
+    call: Call, n_queries: int, n_keys: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """What the distance between a query's place and a key adds to the score: (B or 1, Hq, L, S), in `dtype`.
 
     Source: Press et al. 2022, "Train Short, Test Long", section 3; both directions alike.
     """
-    slopes = extras.alibi_slopes
+    slopes = call.alibi_slopes
     assert slopes is not None
-    _, places, keys = _places(rules, extras, n_queries, n_keys, slopes.device)
+    _, places, keys = _places(call, n_queries, n_keys, slopes.device)
     slopes = slopes.to(dtype)[:, :, None, None]
-    if extras.query_starts is not None and slopes.shape[0] != 1:
-        slopes = slopes[_sequences(extras.query_starts, n_queries)].permute(2, 1, 0, 3)  # (1, Hq, L, 1)
+    if call.query_starts is not None and slopes.shape[0] != 1:
+        slopes = slopes[_sequences(call.query_starts, n_queries)].permute(2, 1, 0, 3)  # (1, Hq, L, 1)
     return -slopes * (places - keys).abs()
 
 
 def _places(
-    rules: Rules, extras: Extras, n_queries: int, n_keys: int, device: torch.device
+    call: Call, n_queries: int, n_keys: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Which keys are in use, and of a query's own sequence: bool (B or 1, 1, L or 1, S); the places of queries,
     (B or 1, 1, L, 1), and of keys, (1, 1, 1, S).
     """
     queries = torch.arange(n_queries, device=device, dtype=torch.int64)
     keys = torch.arange(n_keys, device=device, dtype=torch.int64)
-    if extras.query_starts is not None and extras.key_starts is not None:
-        of_query, of_key = _sequences(extras.query_starts, n_queries), _sequences(extras.key_starts, n_keys)
-        if rules.bottom_right:
-            queries = queries + (extras.key_starts.diff() - extras.query_starts.diff())[of_query]
-        queries, keys = queries - extras.query_starts[of_query], keys - extras.key_starts[of_key]
+    if call.query_starts is not None and call.key_starts is not None:
+        of_query, of_key = _sequences(call.query_starts, n_queries), _sequences(call.key_starts, n_keys)
+        if call.bottom_right:
+            queries = queries + (call.key_starts.diff() - call.query_starts.diff())[of_query]
+        queries, keys = queries - call.query_starts[of_query], keys - call.key_starts[of_key]
         in_use = (of_query[:, None] == of_key)[None, None]
         return in_use, queries[None, None, :, None], keys[None, None, None]
     queries, keys = queries[None, None, :, None], keys[None, None, None]
     n_used: int | torch.Tensor = n_keys
-    if extras.key_lengths is not None:
-        n_used = extras.key_lengths.clamp(0, n_keys)[:, None, None, None]
-    if rules.bottom_right:
+    if call.key_lengths is not None:
+        n_used = call.key_lengths.clamp(0, n_keys)[:, None, None, None]
+    if call.bottom_right:
         queries = queries + (n_used - n_queries)
     return keys < n_used, queries, keys
 

@@ -16,7 +16,7 @@ from kernels import backend
 from kernels.attention.composed import alibi, allowed_pairs, composed_attention
 from kernels.attention.fused_cpu import fused_attention, takes
 from kernels.attention.layout import for_query_heads, ordered_as, overlaps
-from kernels.attention.rules import Extras, Rules
+from kernels.attention.call import Call
 from kernels.attention.short_cpu import short_attention
 from kernels.autograd import transformed
 from kernels.backend import as_autocast, autocasts, wants_gradient, without_autocast
@@ -121,8 +121,7 @@ def extended_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    rules: Rules,
-    extras: Extras,
+    call: Call,
     *,
     need_lse: bool,
     need_weights: bool,
@@ -133,8 +132,7 @@ def extended_attention(
         query: (B, Hq, L, E).
         key: (B, Hkv, S, E), Hq a multiple of Hkv.
         value: (B, Hkv, S, Ev).
-        rules: the numbers of the call.
-        extras: its mask, lengths, slopes and sinks.
+        call: what is asked for.
         need_lse: the formula gives it; PyTorch's kernels keep theirs to themselves.
         need_weights: likewise.
 
@@ -142,13 +140,13 @@ def extended_attention(
         output (B, Hq, L, Ev); lse (B, Hq, L) and weights (B, Hq, L, S), as `composed_attention` has them, or None.
     """
     query, key, value = as_autocast(query, key, value)
-    if why_not_fused(query, key, value, rules, extras, need_lse, need_weights):
-        output, lse, weights = composed_attention(query, key, value, rules, extras)
+    if why_not_fused(query, key, value, call, need_lse, need_weights):
+        output, lse, weights = composed_attention(query, key, value, call)
         output = ordered_as(query, output)
         return output, lse if need_lse else None, weights if need_weights else None
-    attn_mask, is_causal = _as_mask(rules, extras, query, key.shape[2])
+    attn_mask, is_causal = _as_mask(call, query, key.shape[2])
     gqa = not query.shape[1] == key.shape[1]  # a bool also where sizes are symbols
-    return attention(query, key, value, attn_mask, rules.dropout_p, is_causal, rules.scale, gqa), None, None
+    return attention(query, key, value, attn_mask, call.dropout_p, is_causal, call.scale, gqa), None, None
 
 
 def why_formula(
@@ -167,20 +165,20 @@ def why_formula(
 
 
 def why_not_fused(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules, extras: Extras, need_lse: bool,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call, need_lse: bool,
     need_weights: bool,
 ) -> str:  # fmt: skip
     """The reason why PyTorch's kernels cannot run a call, whatever mask they are given; empty when they can."""
-    slopes = extras.alibi_slopes
+    slopes = call.alibi_slopes
     missing = {
-        "a soft cap": bool(rules.softcap),
-        "sinks": extras.sinks is not None,
-        "packed sequences": extras.query_starts is not None,
+        "a soft cap": bool(call.softcap),
+        "sinks": call.sinks is not None,
+        "packed sequences": call.query_starts is not None,
         "the log-sum-exp": need_lse,
         "the weights": need_weights,
         "a gradient of slopes": wants_gradient(slopes),
     }
-    asked = [name for name, is_asked in missing.items() if is_asked] + why_formula(query, key, value, extras.attn_mask)
+    asked = [name for name, is_asked in missing.items() if is_asked] + why_formula(query, key, value, call.attn_mask)
     if asked:
         return f"it has no way to give {' and '.join(asked)}"
     if slopes is not None and query.device.type != "cpu" and query.dtype.itemsize <= 2:
@@ -188,27 +186,27 @@ def why_not_fused(
     return ""
 
 
-def _as_mask(rules: Rules, extras: Extras, query: torch.Tensor, n_keys: int) -> tuple[torch.Tensor | None, bool]:
+def _as_mask(call: Call, query: torch.Tensor, n_keys: int) -> tuple[torch.Tensor | None, bool]:
     """The rules as PyTorch's `attn_mask`, (B or 1, Hq or 1, L or 1, S) or None, and `is_causal`."""
     n_queries = query.shape[2]
-    top_left = not rules.bottom_right
+    top_left = not call.bottom_right
     if not torch.compiler.is_exporting():  # where lengths are symbols, of which nothing may be asked
-        offset = n_keys - n_queries if rules.bottom_right else 0
+        offset = n_keys - n_queries if call.bottom_right else 0
         top_left = offset == 0
         # A side of the window that no query reaches, at a single query to decode above all, forbids nothing.
-        if rules.right is not None and offset + rules.right >= n_keys - 1:
-            rules = rules._replace(right=None)
-        if rules.left is not None and offset + n_queries - 1 - rules.left <= 0:
-            rules = rules._replace(left=None)
-    if extras.key_lengths is None and extras.alibi_slopes is None and rules.left is None:
-        if rules.right is None or (rules.right == 0 and top_left):
-            return extras.attn_mask, rules.right is not None
-    allowed = allowed_pairs(rules, extras, n_queries, n_keys, query.device)
+        if call.right is not None and offset + call.right >= n_keys - 1:
+            call = call._replace(right=None)
+        if call.left is not None and offset + n_queries - 1 - call.left <= 0:
+            call = call._replace(left=None)
+    if call.key_lengths is None and call.alibi_slopes is None and call.left is None:
+        if call.right is None or (call.right == 0 and top_left):
+            return call.attn_mask, call.right is not None
+    allowed = allowed_pairs(call, n_queries, n_keys, query.device)
     bias = None
-    if extras.attn_mask is not None and extras.attn_mask.dtype != torch.bool:
-        bias = extras.attn_mask
-    if extras.alibi_slopes is not None:
-        distances = alibi(rules, extras, n_queries, n_keys, torch.promote_types(query.dtype, torch.float32))
+    if call.attn_mask is not None and call.attn_mask.dtype != torch.bool:
+        bias = call.attn_mask
+    if call.alibi_slopes is not None:
+        distances = alibi(call, n_queries, n_keys, torch.promote_types(query.dtype, torch.float32))
         bias = distances if bias is None else distances + bias
     return allowed if bias is None else torch.where(allowed, bias, -math.inf), False
 

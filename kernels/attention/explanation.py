@@ -9,16 +9,17 @@ import torch
 from kernels.attention import eager
 from kernels.attention.api import choose_backend, prepare
 from kernels.attention.checks import check
-from kernels.attention.choice import needs_statistics, why_not_hopper, why_not_short
+from kernels.attention.plan import needs_statistics, plan
 from kernels.backend import check_tensor_types, wants_gradient
-from kernels.launch import capability
 from kernels.subclasses import holds_others
 
 __all__ = ["Explanation", "explain"]
 
-TRITON = "the Triton kernel for any shape"
-SHORT = "the Triton kernel for short sequences"
-HOPPER = "the Gluon kernel for Hopper chips"
+NAMES = {
+    "short": "the Triton kernel for short sequences",
+    "hopper": "the Gluon kernel for Hopper chips",
+    "general": "the Triton kernel for any shape",
+}
 FUSED = "PyTorch's scaled_dot_product_attention"
 FORMULA = "the formula in plain PyTorch, which stores the L x S weights"
 
@@ -48,29 +49,24 @@ def explain(
     need_weights: bool = False,
     return_lse: bool = False,
     backend: str = "auto",
-    **rules: Any,
+    **options: Any,
 ) -> Explanation:
     """Say which kernel `scaled_dot_product_attention` would run for these arguments, and why not each faster one.
 
-    Runs nothing. Arguments (`rules`: the other keyword arguments) and errors as there.
+    Runs nothing. Arguments (`options`: the other keyword arguments) and errors as there.
     """
     check_tensor_types({"query": query, "key": key, "value": value})
     if holds_others(query, key, value):
         raise TypeError("explain takes plain tensors, found nested ones or DTensors; ask about what they hold")
     check(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
     choice = choose_backend(query, value, backend)
-    _, q, k, v, numbers, extras = prepare(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **rules
-    )  # fmt: skip
+    _, q, k, v, call = prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **options)
     if choice.backend == "triton":
-        learned = wants_gradient(extras.attn_mask, extras.alibi_slopes)  # slopes that learn become a mask
-        reason = why_not_short(q, k, v, extras, needs_statistics(extras, return_lse, learned), capability(q.device))
-        if not reason:
-            return Explanation(SHORT, {})
-        why_not = {SHORT: reason}
-        reason = why_not_hopper(q, k, v, extras, numbers, capability(q.device))
-        return Explanation(TRITON, {**why_not, HOPPER: reason}) if reason else Explanation(HOPPER, why_not)
-    reason = eager.why_not_fused(q, k, v, numbers, extras, return_lse, need_weights)
+        learned = wants_gradient(call.attn_mask, call.alibi_slopes)  # slopes that learn become a mask
+        chosen = plan(q, k, v, call, "forward", needs_statistics(call, return_lse, learned))
+        return Explanation(NAMES[chosen.kernel], {NAMES[name]: reason for name, reason in chosen.why_not.items()})
+    reason = eager.why_not_fused(q, k, v, call, return_lse, need_weights)
+    triton = NAMES["general"]
     if reason:
-        return Explanation(FORMULA, {TRITON: choice.reason, FUSED: reason})
-    return Explanation(FUSED, {TRITON: choice.reason})
+        return Explanation(FORMULA, {triton: choice.reason, FUSED: reason})
+    return Explanation(FUSED, {triton: choice.reason})

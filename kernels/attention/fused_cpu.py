@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kernels.attention.composed import composed_gradients
-from kernels.attention.rules import Extras, Rules
+from kernels.attention.call import Call
 from kernels.autograd import transformed
 from kernels.backend import wants_gradient
 
@@ -73,8 +73,8 @@ class FusedOnCpu(torch.autograd.Function):
         query, key, value, attn_mask, output, lse = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled() or transformed() or drowns(lse):
-            rules = Rules(ctx.scale, right=0 if ctx.is_causal else None)
-            found = composed_gradients((grad, None), (query, key, value), needed, rules, Extras(attn_mask))
+            call = Call(attn_mask, scale=ctx.scale, right=0 if ctx.is_causal else None)
+            found = composed_gradients((grad, None), (query, key, value), needed, call)
         else:
             found = ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad, query, key, value, output, lse, 0.0, ctx.is_causal, attn_mask=attn_mask, scale=ctx.scale

@@ -25,14 +25,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
 )  # fmt: skip
 
-from kernels.attention.choice import takes_tma
-from kernels.attention.general import heads_in_turn
+from kernels.attention.arguments import for_kernel, heads_in_turn, shape_of
+from kernels.attention.call import Call
 from kernels.attention.hopper_pieces import (
-    BARRIER_A, clean_values, descriptor, hopper_numbers, hopper_options, keys_in_use, load_tile, named_barrier,
+    BARRIER_A, cap, clean_values, descriptor, hopper_options, keys_in_use, load_tile, named_barrier, scales,
     shared_layout, store_tile, warp_group_barrier,
 )  # fmt: skip
-from kernels.attention.pieces import BOTH_BANDS, NO_BAND, find_work
-from kernels.attention.rules import Extras, Rules
+from kernels.attention.pieces import find_work
+from kernels.attention.plan import takes_tma
 from kernels.launch import cdiv, launch_on
 
 ROWS, KEYS = gl.constexpr(64), gl.constexpr(128)  # queries of a step; keys of a program
@@ -41,7 +41,7 @@ COLUMNS = gl.constexpr(64)  # of dQ that are added to memory at a time
 SLOTS = 2  # tiles of Q, and of dO, in shared memory
 KV_FULL, KV_READY = gl.constexpr(0), gl.constexpr(1)  # barriers, and where the others begin
 Q_FULL, GRAD_FULL, Q_EMPTY = (gl.constexpr(2 + i * SLOTS) for i in range(3))
-REGISTERS = 240
+REGISTERS = gl.constexpr(240)
 
 
 @gluon_core.builtin
@@ -52,29 +52,29 @@ def add_tile(desc: Any, coordinates: Any, source: Any, _semantic: Any = None) ->
 
 
 @gluon.jit
-def find_keys(n_kv_heads, n_tiles, section):
+def find_keys(shape, n_tiles, section):
     """First key, key head and batch entry of this program. The first keys see the most queries: the longest first."""
     head, tile = find_work(gl.program_id(0), gl.num_programs(0) // n_tiles, n_tiles, section)
+    n_kv_heads = shape.n_heads // shape.group
     return tile * KEYS, head % n_kv_heads, head // n_kv_heads
 
 
 @gluon.jit
-def query_bounds(
-    start_k, b, L, S, left, right, key_lengths_ptr,
-    BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr,
-):  # fmt: skip
+def query_bounds(call, shape, start_k, b):
     """Which tiles of ROWS queries see KEYS keys: keys in use, offset, first tile, the one after the last, and the tiles
     [open_first, open_last) that no edge cuts."""
-    n_keys, offset = keys_in_use(b, L, S, key_lengths_ptr, BOTTOM_RIGHT, HAS_LENGTHS)
+    n_keys, offset = keys_in_use(call, shape, b)
+    L = shape.L
     first, end, open_first, open_last = 0, gl.cdiv(L, ROWS), 0, L // ROWS
-    if BAND != NO_BAND:
-        row = start_k - offset - right  # the first that sees the first key
+    if call.right is not None:
+        row = start_k - offset - call.right  # the first that sees the first key
         first = gl.minimum(gl.maximum(row, 0), L) // ROWS
         open_first = gl.cdiv(gl.maximum(row + KEYS - 1, 0), ROWS)
-        if BAND == BOTH_BANDS:
-            beyond = gl.maximum(gl.minimum(L, start_k + KEYS - offset + left), 0)  # the first that sees none any more
+        if call.left is not None:
+            # The first that sees none any more.
+            beyond = gl.maximum(gl.minimum(L, start_k + KEYS - offset + call.left), 0)
             end = gl.cdiv(beyond, ROWS)
-            open_last = gl.minimum(open_last, gl.maximum(start_k - offset + left + 1, 0) // ROWS)
+            open_last = gl.minimum(open_last, gl.maximum(start_k - offset + call.left + 1, 0) // ROWS)
     end = gl.maximum(gl.where(start_k < n_keys, end, first), first)
     open_last = gl.where(start_k + KEYS <= n_keys, open_last, 0)
     open_first = gl.minimum(gl.maximum(open_first, first), end)
@@ -84,16 +84,13 @@ def query_bounds(
 
 @gluon.jit
 def producer(
-    q_desc, k_desc, v_desc, grad_desc, key_lengths_ptr, rows_s, keys_s, flags_s, signals,
-    n_kv_heads, group, L, S, left, right, n_tiles, section,
-    D: gl.constexpr, SLOTS: gl.constexpr,
-    BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr, GUARDED: gl.constexpr,
+    q_desc, k_desc, v_desc, grad_desc, rows_s, keys_s, flags_s, signals, call, shape, n_tiles, section,
+    D: gl.constexpr, SLOTS: gl.constexpr, GUARDED: gl.constexpr,
 ):  # fmt: skip
     """Copy K and V once, then Q and dO of every tile of queries of every query head, in the order of the consumers."""
-    start_k, h_kv, b = find_keys(n_kv_heads, n_tiles, section)
-    _, _, first, end, _, _ = query_bounds(
-        start_k, b, L, S, left, right, key_lengths_ptr, BAND, BOTTOM_RIGHT, HAS_LENGTHS
-    )
+    group = shape.group
+    start_k, h_kv, b = find_keys(shape, n_tiles, section)
+    _, _, first, end, _, _ = query_bounds(call, shape, start_k, b)
     mbarrier.expect(signals.index(KV_FULL), 2 * k_desc.block_type.nbytes)
     load_tile(k_desc, [b, h_kv, start_k, 0], signals.index(KV_FULL), keys_s.index(0))
     load_tile(v_desc, [b, h_kv, start_k, 0], signals.index(KV_FULL), keys_s.index(1))
@@ -115,16 +112,16 @@ def producer(
 
 
 @gluon.jit
-def load_statistics(lse_ptr, delta_ptr, b, h, tile, L, n_heads):
+def load_statistics(lse_ptr, delta_ptr, shape, b, h, tile):
     """Log-sum-exp and delta of ROWS queries, a number a thread at most; those past the end weigh nothing."""
     i = tile * ROWS + gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [4], [0]))
-    row = (b * n_heads + h).to(gl.int64) * L + i
-    lse = gl.load(lse_ptr + row, mask=i < L, other=float("inf"))
-    return lse, gl.load(delta_ptr + row, mask=i < L, other=0.0)
+    row = (b * shape.n_heads + h).to(gl.int64) * shape.L + i
+    lse = gl.load(lse_ptr + row, mask=i < shape.L, other=float("inf"))
+    return lse, gl.load(delta_ptr + row, mask=i < shape.L, other=0.0)
 
 
 @gluon.jit
-def multiply_keys(ds, k):
+def start_dq(ds, k):
     """Start dS K for dS^T (KEYS, ROWS) and columns of K (KEYS, COLUMNS), both in shared memory."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     empty = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
@@ -144,9 +141,9 @@ def add_queries(dq, dq_desc, buffer, b, h, row, column):
 
 @gluon.jit
 def step(
-    dk, dv, lse, delta, tile, count, h, b, j, bad, n_keys, offset, left, right, scale, softcap, score_scale, L,
-    n_kv_heads, group, first, end, lse_ptr, delta_ptr, dq_desc, stats_s, rows_s, k, v, k_half, ds_s, dq_s, signals,
-    INDEX: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, BAND: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    dk, dv, lse, delta, tile, count, h, b, j, bad, n_keys, offset, call, shape, before, after,
+    first, end, lse_ptr, delta_ptr, dq_desc, stats_s, rows_s, k, v, k_half, ds_s, dq_s, signals,
+    INDEX: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
     GUARDED: gl.constexpr, CHECKED: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """dK and dV with what one tile of queries adds to them, its dQ on the way to memory; lse and delta of the next."""
@@ -161,35 +158,33 @@ def step(
     warp_group_barrier()
     # What the next step needs is asked for now.
     is_last = tile + 1 == end
-    next_h = gl.where(is_last, gl.minimum(h + 1, h // group * group + group - 1), h)
-    lse, delta = load_statistics(
-        lse_ptr, delta_ptr, b, next_h, gl.where(is_last, first, tile + 1), L, n_kv_heads * group
-    )
+    next_h = gl.where(is_last & ((h + 1) % shape.group != 0), h + 1, h)
+    lse, delta = load_statistics(lse_ptr, delta_ptr, shape, b, next_h, gl.where(is_last, first, tile + 1))
     mbarrier.wait(signals.index(Q_FULL + slot), phase)
     empty = gl.zeros([HALF, ROWS], gl.float32, tall)
     product = warpgroup_mma(k, q.permute((1, 0)), empty, use_acc=False, is_async=True)
     mbarrier.wait(signals.index(GRAD_FULL + slot), phase)
     second = warpgroup_mma(v, grad.permute((1, 0)), empty, use_acc=False, is_async=True)
-    scores, factor = warpgroup_mma_wait(1, deps=[product]), scale
-    if HAS_SOFTCAP:
-        scores = (1.0 - 2.0 / (1.0 + gl.exp2(scores * scale * 2.885390081777927))) * softcap
+    scores, factor = warpgroup_mma_wait(1, deps=[product]), before
+    if call.softcap is not None:
+        scores = cap(scores, before, after)
         factor = 1.0
-        ratio = scores * (1.0 / softcap)
+        ratio = scores * (1.0 / after)
     if GUARDED:
         scores = scores + bad[:, None]
     weights = gl.exp2(scores * factor - stats_s.index(2 * INDEX).load(columns)[None, :])
     if CHECKED:
         i = tile * ROWS + gl.arange(0, ROWS, columns)
-        allowed = (j < n_keys)[:, None] & (i < L)[None, :]
-        if BAND != NO_BAND:
-            allowed = allowed & (j[:, None] <= i[None, :] + (offset + right))
-        if BAND == BOTH_BANDS:
-            allowed = allowed & (j[:, None] >= i[None, :] + (offset - left))
+        allowed = (j < n_keys)[:, None] & (i < shape.L)[None, :]
+        if call.right is not None:
+            allowed = allowed & (j[:, None] <= i[None, :] + (offset + call.right))
+        if call.left is not None:
+            allowed = allowed & (j[:, None] >= i[None, :] + (offset - call.left))
         weights = gl.where(allowed, weights, 0.0)
     third = warpgroup_mma(gl.convert_layout(weights.to(DTYPE), left_operand), grad, dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=[second])
     ds = weights * (dp - stats_s.index(2 * INDEX + 1).load(columns)[None, :])
-    if HAS_SOFTCAP:
+    if call.softcap is not None:
         ds = ds * (1.0 - ratio * ratio)
     if CHECKED:
         ds = gl.where(allowed, ds, 0.0)
@@ -200,18 +195,18 @@ def step(
     fence_async_shared()
     named_barrier("sync", BARRIER_A)  # both halves of dS^T are there, and of the step before none is read any more
     if D == 2 * COLUMNS:
-        fifth = multiply_keys(turn, k_half)
+        fifth = start_dq(turn, k_half)
         dv = warpgroup_mma_wait(2, deps=[third])
         dk = warpgroup_mma_wait(1, deps=[fourth])
         mbarrier.arrive(signals.index(Q_EMPTY + slot), count=1)
-        dq = warpgroup_mma_wait(0, deps=[fifth]) * score_scale
+        dq = warpgroup_mma_wait(0, deps=[fifth]) * call.scale
         add_queries(dq, dq_desc, dq_s.index(INDEX), b, h, tile * ROWS, INDEX * COLUMNS)
     else:  # half of its columns are too few for a matrix instruction: the consumers take turns
         dv = warpgroup_mma_wait(1, deps=[third])
         dk = warpgroup_mma_wait(0, deps=[fourth])
         mbarrier.arrive(signals.index(Q_EMPTY + slot), count=1)
         if count % 2 == INDEX:
-            dq = warpgroup_mma_wait(0, deps=[multiply_keys(turn, k_half)]) * score_scale
+            dq = warpgroup_mma_wait(0, deps=[start_dq(turn, k_half)]) * call.scale
             add_queries(dq, dq_desc, dq_s.index(INDEX), b, h, tile * ROWS, 0)
     return dk, dv, lse, delta
 
@@ -219,19 +214,16 @@ def step(
 @gluon.jit
 def consumer(
     INDEX: gl.constexpr,
-    dq_desc, dk_desc, dv_desc, lse_ptr, delta_ptr, key_lengths_ptr, rows_s, keys_s, flags_s,
-    stats_s, ds_s, dq_s, signals, n_kv_heads, group, L, S, left, right, scale, softcap,
-    score_scale, n_tiles, section,
-    D: gl.constexpr, SLOTS: gl.constexpr, BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr,
-    HAS_SOFTCAP: gl.constexpr, GUARDED: gl.constexpr, DTYPE: gl.constexpr,
+    dq_desc, dk_desc, dv_desc, lse_ptr, delta_ptr, rows_s, keys_s, flags_s, stats_s, ds_s, dq_s, signals,
+    call, shape, n_tiles, section,
+    D: gl.constexpr, SLOTS: gl.constexpr, GUARDED: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of HALF of the keys, and half of the columns of what the program's KEYS keys add to dQ."""
     tall: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    start_k, h_kv, b = find_keys(n_kv_heads, n_tiles, section)
-    n_keys, offset, first, end, open_first, open_last = query_bounds(
-        start_k, b, L, S, left, right, key_lengths_ptr, BAND, BOTTOM_RIGHT, HAS_LENGTHS
-    )
+    start_k, h_kv, b = find_keys(shape, n_tiles, section)
+    n_keys, offset, first, end, open_first, open_last = query_bounds(call, shape, start_k, b)
+    before, after = scales(call)
     k = keys_s.index(0).reshape([KEYS, D]).slice(INDEX * HALF, HALF, 0)
     v = keys_s.index(1).reshape([KEYS, D]).slice(INDEX * HALF, HALF, 0)
     k_half = keys_s.index(0).reshape([KEYS, D])
@@ -247,9 +239,9 @@ def consumer(
     else:
         mbarrier.wait(signals.index(KV_FULL), 0)
     count = 0
-    lse, delta = load_statistics(lse_ptr, delta_ptr, b, h_kv * group, first, L, n_kv_heads * group)
-    for member in range(group):
-        h = h_kv * group + member
+    lse, delta = load_statistics(lse_ptr, delta_ptr, shape, b, h_kv * shape.group, first)
+    for member in range(shape.group):
+        h = h_kv * shape.group + member
         for PART in gl.static_range(3):  # tiles cut at one edge, open ones, tiles cut at the other edge
             low, high = open_last, end
             if PART == 0:
@@ -258,15 +250,14 @@ def consumer(
                 low, high = open_first, open_last
             for tile in range(low, high):
                 dk, dv, lse, delta = step(
-                    dk, dv, lse, delta, tile, count, h, b, j, bad, n_keys, offset, left, right, scale, softcap,
-                    score_scale, L, n_kv_heads, group, first, end, lse_ptr, delta_ptr, dq_desc, stats_s, rows_s, k, v,
-                    k_half, ds_s, dq_s, signals,
-                    INDEX, D, SLOTS, BAND, HAS_SOFTCAP, GUARDED, PART != 1, DTYPE,
+                    dk, dv, lse, delta, tile, count, h, b, j, bad, n_keys, offset, call, shape, before, after,
+                    first, end, lse_ptr, delta_ptr, dq_desc, stats_s, rows_s, k, v, k_half, ds_s, dq_s, signals,
+                    INDEX, D, SLOTS, GUARDED, PART != 1, DTYPE,
                 )  # fmt: skip
                 count += 1
     named_barrier("sync", BARRIER_A)  # nobody reads the keys any more
-    dk = dk * score_scale
-    if HAS_LENGTHS:  # keys that are not in use: a weight of zero times NaN is NaN
+    dk = dk * call.scale
+    if call.key_lengths is not None:  # keys that are not in use: a weight of zero times NaN is NaN
         unused = start_k + INDEX * HALF + gl.arange(0, HALF, gl.SliceLayout(1, wide)) >= n_keys
         dk, dv = gl.where(unused[:, None], 0.0, dk), gl.where(unused[:, None], 0.0, dv)
     k.store(dk.to(DTYPE))
@@ -295,18 +286,16 @@ def consumer(
 
 @gluon.jit
 def hopper_backward_kernel(
-    q_desc, k_desc, v_desc, grad_desc, dq_desc, dk_desc, dv_desc, lse_ptr, delta_ptr, key_lengths_ptr,
-    n_kv_heads, group, L, S, left, right, scale, softcap, score_scale, n_tiles, section,
-    D: gl.constexpr, SLOTS: gl.constexpr, REGISTERS: gl.constexpr, DS_LAYOUT: gl.constexpr,
-    BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
-    GUARDED: gl.constexpr, DTYPE: gl.constexpr,
+    q_desc, k_desc, v_desc, grad_desc, dq_desc, dk_desc, dv_desc, lse_ptr, delta_ptr, call, shape, n_tiles, section,
+    D: gl.constexpr, SLOTS: gl.constexpr, DS_LAYOUT: gl.constexpr, GUARDED: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of KEYS keys of one key head, summed over its query heads, and what they add to dQ.
 
     q_desc, grad_desc: of (B, H, L, D) in boxes of ROWS; k_desc, v_desc, dk_desc, dv_desc: of (B, n_kv_heads, S, D)
     in boxes of KEYS; dq_desc: of (B, H, L, D) float32, zero at first, in boxes of ROWS by COLUMNS.
     lse_ptr (B, H, L) float32: base-2 log-sum-exp, inf for a query that may attend to nothing. delta_ptr (B, H, L)
-    float32. n_tiles: of KEYS keys. section: key heads that are worked on in turn. score_scale: of dS in dQ and dK.
+    float32. call, shape: as for forward_kernel. n_tiles: of KEYS keys. section: key heads that are worked on in turn.
+    GUARDED: an edge may cut a tile.
     """
     # Few allocations: each is handed to the warp groups as several registers.
     rows_s = gl.allocate_shared_memory(DTYPE, [2 * SLOTS, 1, 1, ROWS, D], q_desc.layout)  # Q and dO in turn
@@ -324,48 +313,39 @@ def hopper_backward_kernel(
         mbarrier.init(signals.index(Q_EMPTY + slot), count=2)  # both consumers
     gl.warp_specialize([
         (producer, (
-            q_desc, k_desc, v_desc, grad_desc, key_lengths_ptr, rows_s, keys_s, flags_s, signals,
-            n_kv_heads, group, L, S, left, right, n_tiles, section,
-            D, SLOTS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, GUARDED,
+            q_desc, k_desc, v_desc, grad_desc, rows_s, keys_s, flags_s, signals, call, shape, n_tiles, section,
+            D, SLOTS, GUARDED,
         )),
         (consumer, (
-            0, dq_desc, dk_desc, dv_desc, lse_ptr, delta_ptr, key_lengths_ptr, rows_s, keys_s,
-            flags_s, stats_s, ds_s, dq_s, signals, n_kv_heads, group, L, S, left, right,
-            scale, softcap, score_scale, n_tiles, section,
-            D, SLOTS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, HAS_SOFTCAP, GUARDED, DTYPE,
+            0, dq_desc, dk_desc, dv_desc, lse_ptr, delta_ptr, rows_s, keys_s, flags_s, stats_s, ds_s, dq_s, signals,
+            call, shape, n_tiles, section, D, SLOTS, GUARDED, DTYPE,
         )),
         (consumer, (
-            1, dq_desc, dk_desc, dv_desc, lse_ptr, delta_ptr, key_lengths_ptr, rows_s, keys_s,
-            flags_s, stats_s, ds_s, dq_s, signals, n_kv_heads, group, L, S, left, right,
-            scale, softcap, score_scale, n_tiles, section,
-            D, SLOTS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, HAS_SOFTCAP, GUARDED, DTYPE,
+            1, dq_desc, dk_desc, dv_desc, lse_ptr, delta_ptr, rows_s, keys_s, flags_s, stats_s, ds_s, dq_s, signals,
+            call, shape, n_tiles, section, D, SLOTS, GUARDED, DTYPE,
         )),
     ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
 
 
 def launch_hopper_backward(
-    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: Extras, rules: Rules,
-    pivot: torch.Tensor, delta: torch.Tensor, total: torch.Tensor, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call,
+    statistics: torch.Tensor, total: torch.Tensor, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,
 ) -> None:  # fmt: skip
     """Launch the backward kernel. Arguments as of `launch_backward` in general_backward.py; all gradients are made.
 
     total: zeros (B, Hq, L, E) float32, to which programs add dQ.
     """
-    batch, n_heads, n_queries, d = query.shape
-    n_kv_heads, n_keys = key.shape[1:3]
-    n_tiles = cdiv(n_keys, int(KEYS))
-    options = hopper_options(query, extras, rules)
+    d, shape = query.shape[3], shape_of(query, key, call)
+    n_tiles = cdiv(shape.S, int(KEYS))
+    options = hopper_options(query, call)
     dtype = options["DTYPE"]
-    left, right, scale, softcap = hopper_numbers(rules)
     grad = grad if takes_tma(grad) else grad.contiguous()
+    section = heads_in_turn(1, 2 * shape.group * shape.L * d * query.itemsize, call, query.device)
     with launch_on(query.device):
-        hopper_backward_kernel[(n_tiles * n_kv_heads * batch,)](
+        hopper_backward_kernel[(n_tiles * key.shape[1] * shape.batch,)](
             descriptor(query, ROWS, dtype), descriptor(key, KEYS, dtype), descriptor(value, KEYS, dtype),
             descriptor(grad, ROWS, dtype), descriptor(total, ROWS, gl.float32, COLUMNS), descriptor(dk, KEYS, dtype),
-            descriptor(dv, KEYS, dtype), pivot, delta, extras.key_lengths,
-            n_kv_heads, n_heads // n_kv_heads, n_queries, n_keys, left, right, scale, softcap, rules.scale, n_tiles,
-            heads_in_turn(1, 2 * n_heads // n_kv_heads * n_queries * d * query.itemsize, rules, query.device),
-            D=d, SLOTS=SLOTS, REGISTERS=REGISTERS, DS_LAYOUT=shared_layout(int(KEYS), int(ROWS), dtype),
-            **options,
+            descriptor(dv, KEYS, dtype), statistics[0], statistics[2], for_kernel(call), shape, n_tiles, section,
+            D=d, SLOTS=SLOTS, DS_LAYOUT=shared_layout(int(KEYS), int(ROWS), dtype), **options,
         )  # fmt: skip
     dq.copy_(total)

@@ -24,15 +24,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
 )  # fmt: skip
 
-from kernels.attention.general import heads_in_turn
+from kernels import launch
+from kernels.attention.arguments import for_kernel, heads_in_turn, shape_of
+from kernels.attention.call import Call
 from kernels.attention.hopper_pieces import (
-    BARRIER_A, BARRIER_B, BARRIER_C, clean_values, descriptor, hopper_numbers, hopper_options, load_tile, named_barrier,
+    BARRIER_A, BARRIER_B, BARRIER_C, cap, clean_values, descriptor, hopper_options, load_tile, named_barrier, scales,
     store_tile, tile_bounds, warp_group_barrier,
 )  # fmt: skip
-from kernels.attention.pieces import BOTH_BANDS, NO_BAND, find_work
-from kernels.attention.rules import Extras, Rules
+from kernels.attention.pieces import find_work
 from kernels.attention.tiles import choose_consumers
-from kernels.launch import cdiv, launch_on, multiprocessors
+from kernels.launch import cdiv, launch_on
 
 ROWS = gl.constexpr(64)  # queries of a consumer: the rows of a warp group's matrix instruction
 # Of a consumer's thread, by how many consumers there are. The producer has what is left: of 168 a thread of three warp
@@ -54,29 +55,26 @@ def hand_over(number, raw, tiles_s, flags_s, signals, BLOCK_K: gl.constexpr, D: 
 
 @gluon.jit
 def producer(
-    q_desc, k_desc, v_desc, key_lengths_ptr, q_s, tiles_s, flags_s, signals,
-    n_heads_total, n_heads, group, L, S, left, right, n_tiles, section,
-    BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, CONSUMERS: gl.constexpr,
-    BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr, GUARDED: gl.constexpr,
+    q_desc, k_desc, v_desc, q_s, tiles_s, flags_s, signals, call, shape, n_tiles, section,
+    BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, CONSUMERS: gl.constexpr, GUARDED: gl.constexpr,
 ):  # fmt: skip
     """Copy the tiles of every piece of work of this program to shared memory, in the order of the consumers."""
     count = 0  # key tiles copied so far
     raw = 0  # tiles of V looked at so far
     turn = 0  # pieces of work so far
-    for work in range(gl.program_id(0), n_tiles * n_heads_total, gl.num_programs(0)):
-        head, tile = find_work(work, n_heads_total, n_tiles, section)
+    n_heads = shape.batch * shape.n_heads
+    for work in range(gl.program_id(0), n_tiles * n_heads, gl.num_programs(0)):
+        head, tile = find_work(work, n_heads, n_tiles, section)
         start_q = (n_tiles - 1 - tile) * CONSUMERS * ROWS  # the longest first
-        b = head // n_heads
-        h = head % n_heads
-        _, _, first, last, open_first, open_last = tile_bounds(
-            start_q, b, L, S, left, right, key_lengths_ptr, CONSUMERS * ROWS, BLOCK_K, BAND, BOTTOM_RIGHT, HAS_LENGTHS
-        )
+        b = head // shape.n_heads
+        h = head % shape.n_heads
+        _, _, first, last, open_first, open_last = tile_bounds(call, shape, start_q, b, CONSUMERS * ROWS, BLOCK_K)
         was_cut = last < first  # of the tile before: there is none
         for seen in range(last - first + 2):  # once more than there are tiles, for what comes after the last
             tile = last - seen
             slot = count % SLOTS
             phase = count // SLOTS & 1
-            place = [b, h // group, tile * BLOCK_K, 0]
+            place = [b, h // shape.group, tile * BLOCK_K, 0]
             if tile >= first:
                 mbarrier.wait(signals.index(K_EMPTY + slot), phase ^ 1)
                 mbarrier.expect(signals.index(K_FULL + slot), k_desc.block_type.nbytes)
@@ -122,25 +120,24 @@ def multiply_values(weights, acc, tiles_s, signals, count, BLOCK_K: gl.constexpr
 
 
 @gluon.jit
-def soften(
-    scores, row_max, row_sum, place, tile, n_keys, left, right, scale, softcap,
-    BLOCK_K: gl.constexpr, BAND: gl.constexpr, HAS_SOFTCAP: gl.constexpr, CHECKED: gl.constexpr,
+def online_softmax(
+    scores, row_max, row_sum, place, tile, n_keys, call, before, after, BLOCK_K: gl.constexpr, CHECKED: gl.constexpr
 ):  # fmt: skip
     """One step of the online softmax: weights (ROWS, BLOCK_K) float32, shrink, row_max, row_sum, and who may attend.
 
     place: of the queries (ROWS,) beside the keys. CHECKED: some query may not attend to some key of the tile.
     """
-    factor = scale
-    if HAS_SOFTCAP:
-        scores = (1.0 - 2.0 / (1.0 + gl.exp2(scores * scale * 2.885390081777927))) * softcap  # tanh
+    factor = before
+    if call.softcap is not None:
+        scores = cap(scores, before, after)
         factor = 1.0
     j = tile * BLOCK_K + gl.arange(0, BLOCK_K, gl.SliceLayout(0, scores.type.layout))
     allowed = (j < n_keys)[None, :]
     if CHECKED:
-        if BAND != NO_BAND:
-            allowed = allowed & (j[None, :] <= place[:, None] + right)
-        if BAND == BOTH_BANDS:
-            allowed = allowed & (j[None, :] >= place[:, None] - left)
+        if call.right is not None:
+            allowed = allowed & (j[None, :] <= place[:, None] + call.right)
+        if call.left is not None:
+            allowed = allowed & (j[None, :] >= place[:, None] - call.left)
         scores = gl.where(allowed, scores, float("-inf"))
     new_max = gl.maximum(row_max, gl.max(scores, 1) * factor)
     pivot = new_max
@@ -152,7 +149,7 @@ def soften(
 
 
 @gluon.jit
-def spoil(weights, allowed, flags_s, signals, count, SLOTS: gl.constexpr):
+def mark_nonfinite(weights, allowed, flags_s, signals, count, SLOTS: gl.constexpr):
     """NaN for the weights of keys whose values were NaN or Inf, where a query may attend to them: a cut tile."""
     slot = count % SLOTS
     mbarrier.wait(signals.index(V_FULL + slot), count // SLOTS & 1)  # the flags come with the values
@@ -162,22 +159,21 @@ def spoil(weights, allowed, flags_s, signals, count, SLOTS: gl.constexpr):
 
 @gluon.jit
 def step(
-    q, tiles_s, flags_s, signals, weights, acc, row_max, row_sum, count, place, tile,
-    n_keys, left, right, scale, softcap,
+    q, tiles_s, flags_s, signals, weights, acc, row_max, row_sum, count, place, tile, n_keys, call, before, after,
     ME: gl.constexpr, NEXT: gl.constexpr, BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
-    BAND: gl.constexpr, HAS_SOFTCAP: gl.constexpr, CHECKED: gl.constexpr,
+    CHECKED: gl.constexpr,
 ):  # fmt: skip
     """Q K^T of tile number `count` and its softmax, beside P V of the one before: weights, acc, row_max, row_sum.
 
     CHECKED: an edge cuts the tile. To look at every score takes registers, so one product then follows the other.
     """
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    before = (count - 1) % SLOTS
+    slot_before = (count - 1) % SLOTS
     named_barrier("sync", ME)
     if CHECKED:
         sum_ = multiply_values(weights, acc, tiles_s, signals, count - 1, BLOCK_K, D, SLOTS)
         acc = warpgroup_mma_wait(0, deps=[sum_])
-        mbarrier.arrive(signals.index(V_EMPTY + before), count=1)
+        mbarrier.arrive(signals.index(V_EMPTY + slot_before), count=1)
         product = multiply_keys(q, tiles_s, signals, count, BLOCK_K, D, SLOTS)
         named_barrier("arrive", NEXT)
         scores = warpgroup_mma_wait(0, deps=[product])
@@ -187,45 +183,41 @@ def step(
         named_barrier("arrive", NEXT)
         scores = warpgroup_mma_wait(1, deps=[product])
     mbarrier.arrive(signals.index(K_EMPTY + count % SLOTS), count=1)
-    p, shrink, row_max, row_sum, allowed = soften(
-        scores, row_max, row_sum, place, tile, n_keys, left, right, scale, softcap,
-        BLOCK_K, BAND, HAS_SOFTCAP, CHECKED,
-    )  # fmt: skip
+    p, shrink, row_max, row_sum, allowed = online_softmax(
+        scores, row_max, row_sum, place, tile, n_keys, call, before, after, BLOCK_K, CHECKED
+    )
     if CHECKED:
-        p = spoil(p, allowed, flags_s, signals, count, SLOTS)
+        p = mark_nonfinite(p, allowed, flags_s, signals, count, SLOTS)
     else:
         acc = warpgroup_mma_wait(0, deps=[sum_])
-        mbarrier.arrive(signals.index(V_EMPTY + before), count=1)
+        mbarrier.arrive(signals.index(V_EMPTY + slot_before), count=1)
     acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, wide))[:, None]
     return gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, wide, 2)), acc, row_max, row_sum
 
 
 @gluon.jit
 def consumer(
-    ME: gl.constexpr, NEXT: gl.constexpr, INDEX: gl.constexpr, given, key_lengths_ptr,
-    BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, CONSUMERS: gl.constexpr,
-    BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
-    GUARDED: gl.constexpr,
+    ME: gl.constexpr, NEXT: gl.constexpr, INDEX: gl.constexpr,
+    out_desc, row_max_ptr, row_sum_ptr, q_s, tiles_s, flags_s, signals, call, shape, n_tiles, section,
+    BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, CONSUMERS: gl.constexpr, GUARDED: gl.constexpr,
 ):  # fmt: skip
     """Output and statistics of ROWS queries of every piece of work of this program. ME, NEXT: named barriers."""
-    (
-        out_desc, row_max_ptr, row_sum_ptr, q_s, tiles_s, flags_s, signals,
-        n_heads_total, n_heads, L, S, left, right, scale, softcap, n_tiles, section,
-    ) = given  # fmt: skip
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     rows: gl.constexpr = gl.SliceLayout(1, narrow)
+    before, after = scales(call)
     q = q_s.index(INDEX).reshape([ROWS, D])
     if INDEX == CONSUMERS - 1:
         named_barrier("arrive", NEXT)  # the first consumer begins
     count = 0
     turn = 0
-    for work in range(gl.program_id(0), n_tiles * n_heads_total, gl.num_programs(0)):
-        head, tile = find_work(work, n_heads_total, n_tiles, section)
+    n_heads = shape.batch * shape.n_heads
+    for work in range(gl.program_id(0), n_tiles * n_heads, gl.num_programs(0)):
+        head, tile = find_work(work, n_heads, n_tiles, section)
         start_q = (n_tiles - 1 - tile) * CONSUMERS * ROWS  # the longest first
-        b = head // n_heads
+        b = head // shape.n_heads
         n_keys, offset, first, last, open_first, open_last = tile_bounds(
-            start_q, b, L, S, left, right, key_lengths_ptr, CONSUMERS * ROWS, BLOCK_K, BAND, BOTTOM_RIGHT, HAS_LENGTHS
+            call, shape, start_q, b, CONSUMERS * ROWS, BLOCK_K
         )
         place = start_q + offset + INDEX * ROWS + gl.arange(0, ROWS, rows)  # of the queries, beside the keys
         acc = gl.zeros([ROWS, D], gl.float32, wide)
@@ -237,13 +229,12 @@ def consumer(
         named_barrier("arrive", NEXT)
         scores = warpgroup_mma_wait(0, deps=[product])
         mbarrier.arrive(signals.index(K_EMPTY + count % SLOTS), count=1)
-        p, _, row_max, row_sum, allowed = soften(
-            scores, row_max, row_sum, place, last, n_keys, left, right, scale, softcap,
-            BLOCK_K, BAND, HAS_SOFTCAP, True,
-        )  # fmt: skip
+        p, _, row_max, row_sum, allowed = online_softmax(
+            scores, row_max, row_sum, place, last, n_keys, call, before, after, BLOCK_K, True
+        )
         if GUARDED:
             if (last >= open_last) | (last < open_first):
-                p = spoil(p, allowed, flags_s, signals, count, SLOTS)
+                p = mark_nonfinite(p, allowed, flags_s, signals, count, SLOTS)
         weights = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, wide, 2))
         count += 1
         for PART in gl.static_range(3):  # tiles cut at the right edge, open ones, tiles cut at a window's left
@@ -252,12 +243,11 @@ def consumer(
                 low, high = open_last, last
             if PART == 1:
                 low, high = open_first, open_last
-            if PART == 1 or BAND == BOTH_BANDS or (PART == 0 and BAND != NO_BAND):
+            if PART == 1 or call.left is not None or (PART == 0 and call.right is not None):
                 for seen in range(high - low):
                     weights, acc, row_max, row_sum = step(
                         q, tiles_s, flags_s, signals, weights, acc, row_max, row_sum, count, place, high - 1 - seen,
-                        n_keys, left, right, scale, softcap,
-                        ME, NEXT, BLOCK_K, D, SLOTS, BAND, HAS_SOFTCAP, PART != 1,
+                        n_keys, call, before, after, ME, NEXT, BLOCK_K, D, SLOTS, PART != 1,
                     )  # fmt: skip
                     count += 1
         sum_ = multiply_values(weights, acc, tiles_s, signals, count - 1, BLOCK_K, D, SLOTS)
@@ -266,13 +256,13 @@ def consumer(
         inverse = 1.0 / gl.where(row_sum == 0.0, 1.0, row_sum)  # zero: no key allowed
         acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, wide))[:, None]
         i = start_q + INDEX * ROWS + gl.arange(0, ROWS, rows)
-        stats = head.to(gl.int64) * L
-        gl.store(row_max_ptr + stats + i, row_max * 0.6931471805599453, mask=i < L)  # in natural units
-        gl.store(row_sum_ptr + stats + i, row_sum, mask=i < L)
+        stats = head.to(gl.int64) * shape.L
+        gl.store(row_max_ptr + stats + i, row_max * 0.6931471805599453, mask=i < shape.L)  # in natural units
+        gl.store(row_sum_ptr + stats + i, row_sum, mask=i < shape.L)
         q.store(acc.to(q.dtype))  # the queries are not needed any more
         fence_async_shared()
         warp_group_barrier()
-        store_tile(out_desc, [b, head % n_heads, start_q + INDEX * ROWS, 0], q_s.index(INDEX))
+        store_tile(out_desc, [b, head % shape.n_heads, start_q + INDEX * ROWS, 0], q_s.index(INDEX))
         tma.store_wait(0)
         mbarrier.arrive(signals.index(Q_EMPTY + INDEX), count=1)
         turn += 1
@@ -297,18 +287,15 @@ def consumer(
 
 @gluon.jit
 def hopper_forward_kernel(
-    q_desc, k_desc, v_desc, out_desc, row_max_ptr, row_sum_ptr, key_lengths_ptr,
-    n_heads_total, n_heads, group, L, S, left, right, scale, softcap, n_tiles, section,
+    q_desc, k_desc, v_desc, out_desc, row_max_ptr, row_sum_ptr, call, shape, n_tiles, section,
     BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
-    BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     GUARDED: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Output and statistics of this program's share of the tiles of ROWS queries a consumer.
 
     q_desc, k_desc, v_desc, out_desc: descriptors of (B, H, rows, D) in boxes (1, 1, ROWS or BLOCK_K, D).
-    row_max_ptr, row_sum_ptr (B, n_heads, L) float32; key_lengths_ptr (B,). n_heads_total: B * n_heads. n_tiles: of
-    queries, a head. section: heads that are walked over together. scale, softcap: see
-    `hopper_numbers`; left, right as in forward_kernel.
+    row_max_ptr, row_sum_ptr (B, n_heads, L) float32. call, shape: as for forward_kernel. n_tiles: of queries, a head.
+    section: heads that are walked over together. GUARDED: an edge may cut a tile.
     """
     # Few allocations: each is handed to the warp groups as several registers.
     q_s = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
@@ -324,68 +311,64 @@ def hopper_forward_kernel(
         mbarrier.init(signals.index(V_FULL + slot), count=1)
         mbarrier.init(signals.index(K_EMPTY + slot), count=CONSUMERS)
         mbarrier.init(signals.index(V_EMPTY + slot), count=CONSUMERS)
-    given = (
-        out_desc, row_max_ptr, row_sum_ptr, q_s, tiles_s, flags_s, signals,
-        n_heads_total, n_heads, L, S, left, right, scale, softcap, n_tiles, section,
-    )  # fmt: skip
     # Two lists, each whole: of one that is put together from parts Triton forgets which values are compile-time ones.
     if CONSUMERS == 2:
         gl.warp_specialize([
             (producer, (
-                q_desc, k_desc, v_desc, key_lengths_ptr, q_s, tiles_s, flags_s, signals,
-                n_heads_total, n_heads, group, L, S, left, right, n_tiles, section,
-                BLOCK_K, D, SLOTS, CONSUMERS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, GUARDED,
+                q_desc, k_desc, v_desc, q_s, tiles_s, flags_s, signals, call, shape, n_tiles, section,
+                BLOCK_K, D, SLOTS, CONSUMERS, GUARDED,
             )),
             (consumer, (
-                BARRIER_A, BARRIER_B, 0, given, key_lengths_ptr,
-                BLOCK_K, D, SLOTS, CONSUMERS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, HAS_SOFTCAP, GUARDED,
+                BARRIER_A, BARRIER_B, 0,
+                out_desc, row_max_ptr, row_sum_ptr, q_s, tiles_s, flags_s, signals, call, shape, n_tiles, section,
+                BLOCK_K, D, SLOTS, CONSUMERS, GUARDED,
             )),
             (consumer, (
-                BARRIER_B, BARRIER_A, 1, given, key_lengths_ptr,
-                BLOCK_K, D, SLOTS, CONSUMERS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, HAS_SOFTCAP, GUARDED,
+                BARRIER_B, BARRIER_A, 1,
+                out_desc, row_max_ptr, row_sum_ptr, q_s, tiles_s, flags_s, signals, call, shape, n_tiles, section,
+                BLOCK_K, D, SLOTS, CONSUMERS, GUARDED,
             )),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (producer, (
-                q_desc, k_desc, v_desc, key_lengths_ptr, q_s, tiles_s, flags_s, signals,
-                n_heads_total, n_heads, group, L, S, left, right, n_tiles, section,
-                BLOCK_K, D, SLOTS, CONSUMERS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, GUARDED,
+                q_desc, k_desc, v_desc, q_s, tiles_s, flags_s, signals, call, shape, n_tiles, section,
+                BLOCK_K, D, SLOTS, CONSUMERS, GUARDED,
             )),
             (consumer, (
-                BARRIER_A, BARRIER_B, 0, given, key_lengths_ptr,
-                BLOCK_K, D, SLOTS, CONSUMERS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, HAS_SOFTCAP, GUARDED,
+                BARRIER_A, BARRIER_B, 0,
+                out_desc, row_max_ptr, row_sum_ptr, q_s, tiles_s, flags_s, signals, call, shape, n_tiles, section,
+                BLOCK_K, D, SLOTS, CONSUMERS, GUARDED,
             )),
             (consumer, (
-                BARRIER_B, BARRIER_C, 1, given, key_lengths_ptr,
-                BLOCK_K, D, SLOTS, CONSUMERS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, HAS_SOFTCAP, GUARDED,
+                BARRIER_B, BARRIER_C, 1,
+                out_desc, row_max_ptr, row_sum_ptr, q_s, tiles_s, flags_s, signals, call, shape, n_tiles, section,
+                BLOCK_K, D, SLOTS, CONSUMERS, GUARDED,
             )),
             (consumer, (
-                BARRIER_C, BARRIER_A, 2, given, key_lengths_ptr,
-                BLOCK_K, D, SLOTS, CONSUMERS, BAND, BOTTOM_RIGHT, HAS_LENGTHS, HAS_SOFTCAP, GUARDED,
+                BARRIER_C, BARRIER_A, 2,
+                out_desc, row_max_ptr, row_sum_ptr, q_s, tiles_s, flags_s, signals, call, shape, n_tiles, section,
+                BLOCK_K, D, SLOTS, CONSUMERS, GUARDED,
             )),
         ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
 
 
 def launch_hopper_forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: Extras, rules: Rules, output: torch.Tensor,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call, output: torch.Tensor,
     row_max: torch.Tensor, row_sum: torch.Tensor,
 ) -> None:  # fmt: skip
-    """Launch the forward kernel. Arguments as of `launch_forward` in general.py, of a call that choice.py gives it."""
-    batch, n_heads, n_queries, d = query.shape
-    n_kv_heads, n_keys = key.shape[1:3]
-    consumers = choose_consumers(d, n_queries)
-    group, n_tiles = n_heads // n_kv_heads, cdiv(n_queries, consumers * int(ROWS))
+    """Launch the forward kernel. Arguments as of `launch_forward` in general.py, of a call that plan.py gives it."""
+    d, shape = query.shape[3], shape_of(query, key, call)
+    consumers = choose_consumers(d, shape.L)
+    n_tiles = cdiv(shape.L, consumers * int(ROWS))
     block_k = 64 if d == 256 else 128
-    options = hopper_options(query, extras, rules)
+    options = hopper_options(query, call)
     dtype = options["DTYPE"]
-    section = heads_in_turn(group, 2 * n_keys * d * query.itemsize, rules, query.device)
-    left, right, scale, softcap = hopper_numbers(rules)
-    grid = (min(n_tiles * batch * n_heads, multiprocessors(query.device)),)  # programs stay; work in turns
+    section = heads_in_turn(shape.group, 2 * shape.S * d * query.itemsize, call, query.device)
+    programs = launch.multiprocessors(query.device)  # they stay; work in turns
     with launch_on(query.device):
-        hopper_forward_kernel[grid](
+        hopper_forward_kernel[(min(n_tiles * shape.batch * shape.n_heads, programs),)](
             descriptor(query, ROWS, dtype), descriptor(key, block_k, dtype), descriptor(value, block_k, dtype),
-            descriptor(output, ROWS, dtype), row_max, row_sum, extras.key_lengths,
-            batch * n_heads, n_heads, group, n_queries, n_keys, left, right, scale, softcap, n_tiles, section,
+            descriptor(output, ROWS, dtype), row_max, row_sum, for_kernel(call), shape, n_tiles, section,
             BLOCK_K=block_k, D=d, SLOTS=SLOTS, CONSUMERS=consumers, REGISTERS=REGISTERS[consumers], **options,
         )  # fmt: skip

@@ -9,9 +9,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.attention.general import flags, numbers
-from kernels.attention.pieces import BOTH_BANDS, LOG2_E, NO_BAND
-from kernels.attention.rules import Extras, Rules
+from kernels.attention.call import Call
+from kernels.attention.score import LOG2_E
 from kernels.launch import LAYOUTS
 
 # Names before and after they were changed: of the copies in Triton 3.9, of the barrier in 3.7.
@@ -32,37 +31,50 @@ def named_barrier(VERB: gl.constexpr, NUMBER: gl.constexpr):
 
 
 @gluon.jit
-def keys_in_use(b, L, S, key_lengths_ptr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr):
+def keys_in_use(call, shape, b):
     """How many keys batch entry b has, and the offset of its queries' places."""
-    n_keys = S
-    if HAS_LENGTHS:
-        n_keys = gl.maximum(gl.minimum(S, gl.load(key_lengths_ptr + b)), 0)
+    n_keys = shape.S
+    if call.key_lengths is not None:
+        in_use = gl.load(call.key_lengths.ptr + b * call.key_lengths.stride_b)
+        n_keys = gl.maximum(gl.minimum(n_keys, in_use), 0)
     offset = 0
-    if BOTTOM_RIGHT:
-        offset = n_keys - L
+    if call.bottom_right is not None:
+        offset = n_keys - shape.L
     return n_keys, offset
 
 
 @gluon.jit
-def tile_bounds(
-    start_q, b, L, S, left, right, key_lengths_ptr, ROWS: gl.constexpr,
-    BLOCK_K: gl.constexpr, BAND: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LENGTHS: gl.constexpr,
-):  # fmt: skip
+def scales(call):
+    """What scores are multiplied with for exp2, before a soft cap and, if there is one, after it."""
+    before, after = call.scale * LOG2_E, 1.0
+    if call.softcap is not None:
+        before, after = call.scale / call.softcap, call.softcap * LOG2_E
+    return before, after
+
+
+@gluon.jit
+def cap(scores, before, after):
+    """Scores after a soft cap, in base 2: after tanh(before scores)."""
+    return (1.0 - 2.0 / (1.0 + gl.exp2(scores * before * 2.885390081777927))) * after
+
+
+@gluon.jit
+def tile_bounds(call, shape, start_q, b, ROWS: gl.constexpr, BLOCK_K: gl.constexpr):
     """Which key tiles ROWS queries need.
 
     Returns:
         Keys in use; the offset of the places; the first tile and the last one needed, one at least; the tiles
         [open_first, open_last) that no edge cuts.
     """
-    n_keys, offset = keys_in_use(b, L, S, key_lengths_ptr, BOTTOM_RIGHT, HAS_LENGTHS)
+    n_keys, offset = keys_in_use(call, shape, b)
     first, open_first, end, open_end = 0, 0, n_keys, n_keys
-    if BAND != NO_BAND:
+    if call.right is not None:
         place = start_q + offset
-        end = gl.maximum(gl.minimum(n_keys, place + ROWS + right), 0)
-        open_end = gl.maximum(gl.minimum(n_keys, place + 1 + right), 0)
-        if BAND == BOTH_BANDS:
-            first = gl.maximum(place - left, 0) // BLOCK_K
-            open_first = gl.cdiv(gl.maximum(place + ROWS - 1 - left, 0), BLOCK_K)
+        end = gl.maximum(gl.minimum(n_keys, place + ROWS + call.right), 0)
+        open_end = gl.maximum(gl.minimum(n_keys, place + 1 + call.right), 0)
+        if call.left is not None:
+            first = gl.maximum(place - call.left, 0) // BLOCK_K
+            open_first = gl.cdiv(gl.maximum(place + ROWS - 1 - call.left, 0), BLOCK_K)
     last = gl.maximum(gl.cdiv(end, BLOCK_K) - 1, first)
     open_last = gl.minimum(gl.maximum(open_end // BLOCK_K, first), last)
     open_first = gl.minimum(gl.maximum(open_first, first), open_last)
@@ -120,17 +132,8 @@ def shared_layout(*box_and_dtype: Any) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for(box, dtype)
 
 
-def hopper_options(query: torch.Tensor, extras: Extras, rules: Rules) -> dict[str, Any]:
+def hopper_options(query: torch.Tensor, call: Call) -> dict[str, Any]:
     """The compile-time switches that both kernels share, and warps. GUARDED: an edge may cut a tile."""
-    every = flags(query, None, extras, rules, False)
-    known = {name: every[name] for name in ("BAND", "BOTTOM_RIGHT", "HAS_LENGTHS", "HAS_SOFTCAP")}
-    return {
-        **known, "GUARDED": known["HAS_LENGTHS"] or known["BAND"] != NO_BAND.value,
-        "DTYPE": gl.float16 if query.dtype == torch.float16 else gl.bfloat16, "num_warps": 4,
-    }  # fmt: skip
-
-
-def hopper_numbers(rules: Rules) -> tuple[float, ...]:
-    """left, right, scale and softcap as the kernels take them: in base 2, with a soft cap the scale over the cap."""
-    left, right, scale, softcap, *_ = numbers(rules)
-    return left, right, scale if rules.softcap else scale * LOG2_E.value, softcap * LOG2_E.value
+    is_cut = not (call.key_lengths is None and call.left is None and call.right is None)
+    dtype = gl.float16 if query.dtype == torch.float16 else gl.bfloat16
+    return {"GUARDED": is_cut, "DTYPE": dtype, "num_warps": 4}

@@ -5,6 +5,14 @@ from __future__ import annotations
 import torch
 
 
+WIDE = 1 << 22  # elements from one row or column to the next with which offsets in a tile of 128 by 256 reach 2^31
+
+
+def is_wide(*tensors: torch.Tensor | None) -> bool:
+    """Whether offsets inside a tile of one of these tensors (..., rows, columns) need 64 bits."""
+    return any(max(x.stride()[-2:]) >= WIDE for x in tensors if x is not None)
+
+
 def rows_outside(x: torch.Tensor) -> bool:
     """Whether the memory of x (..., H, T, E) has the heads of a row together, as views of (..., T, H, E) do."""
     return x.stride(-3) < x.stride(-2)

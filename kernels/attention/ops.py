@@ -1,11 +1,13 @@
 """Attention as registered operations, and the autograd function outside them.
 
 `torch.ops.kernels.attention_forward` and `attention_backward` run the Triton kernels: on CUDA tensors, or on CPU
-tensors when Triton's interpreter is on. They take four-dimensional tensors, return new ones and change none.
+tensors when Triton's interpreter is on. They take four-dimensional tensors, return new ones and change none. What they
+take beside query, key and value are the fields of `Call`, one by one, from which their schemas are made.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,33 +15,36 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.attention.choice import why_not_hopper, why_not_short
+from kernels.attention.call import KINDS, LEARNED, TENSORS, Call
 from kernels.attention.composed import composed_gradients
 from kernels.attention.layout import empty_rows
-from kernels.attention.rules import Extras, Rules
+from kernels.attention.plan import plan
 from kernels.autograd import in_forward_mode
 from kernels.backend import why_not_triton
-from kernels.launch import capability
 
 library = torch.library.Library("kernels", "FRAGMENT")
-INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? seed, Tensor? attn_mask, Tensor? key_lengths, "
-    "Tensor? alibi_slopes, Tensor? sinks, Tensor? query_starts, Tensor? key_starts"
-)
-RULES = (
-    "float scale, float dropout_p, float softcap, SymInt? left, SymInt? right, bool bottom_right, "
-    "SymInt max_queries, SymInt max_keys, bool deterministic"
-)
-N_EXTRAS = len(Extras._fields)
-SHORT_MASK = (True, True, True, False, False)  # the gradients that the kernel for short sequences makes, all at once
+SCHEMA_TYPES = {"Tensor": "Tensor?", "float": "float", "int": "SymInt", "bool": "bool"}
+KEPT = ("grad_output", "grad_lse", "output", "row_max", "row_sum")  # what a backward has before the forward's inputs
+GRADIENTS = ("query", "key", "value", *LEARNED)  # of what the backward makes gradients
+SHORT_MASK = (True, True, True, *(False for _ in LEARNED))  # those of the kernel for short sequences, all at once
+
+
+def schema_type(kind: Any) -> str:
+    """A field's type as schemas write it."""
+    found = next(name for word, name in SCHEMA_TYPES.items() if word in str(kind))
+    return f"{found.removesuffix('?')}?" if "None" in str(kind) else found
+
+
+CALL_SCHEMA = ", ".join(f"{schema_type(kind)} {name}" for name, kind in KINDS.items())
 library.define(
-    f"attention_forward({INPUTS}, {RULES}, bool keep_statistics) -> (Tensor output, Tensor row_max, Tensor row_sum)",
+    f"attention_forward(Tensor query, Tensor key, Tensor value, {CALL_SCHEMA}, bool keep_statistics) "
+    "-> (Tensor output, Tensor row_max, Tensor row_sum)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 library.define(
-    f"attention_backward(Tensor grad_output, Tensor? grad_lse, {INPUTS}, Tensor? output, Tensor? row_max, "
-    f"Tensor? row_sum, {RULES}, bool[5] output_mask) "
-    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask, Tensor grad_sinks)",
+    "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor? output, Tensor? row_max, Tensor? row_sum, "
+    f"Tensor query, Tensor key, Tensor value, {CALL_SCHEMA}, bool[{len(GRADIENTS)}] output_mask) "
+    f"-> ({', '.join(f'Tensor grad_{name}' for name in GRADIENTS)})",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -53,23 +58,27 @@ def new_outputs(
 
 
 def new_gradients(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: Extras, output_mask: Sequence[bool]
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call, output_mask: Sequence[bool]
 ) -> list[torch.Tensor]:
-    """Empty gradients of query, key, value, mask and sinks; (0,) where `output_mask` says that one is not needed.
+    """Empty gradients of GRADIENTS; (0,) where `output_mask` says that one is not needed.
 
     Key and value come together: one kernel makes both.
     """
     key_or_value = output_mask[1] or output_mask[2]
     needed = (output_mask[0], key_or_value, key_or_value)
     grads = [empty_rows(x, x.shape[-1]) if n else x.new_empty(0) for x, n in zip((query, key, value), needed)]
-    for x, n in zip((extras.attn_mask, extras.sinks), output_mask[3:]):
+    for name, n in zip(LEARNED, output_mask[3:]):
+        x = getattr(call, name)
         grads.append(query.new_empty(0) if x is None or not n else x.new_empty(x.shape))
     return grads
 
 
-def _compact(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """The small tensors of a call, which the kernels are given without their strides."""
-    return [x if x is None or x.is_contiguous() else x.contiguous() for x in tensors]
+def _compact(call: Call) -> Call:
+    """The call with its small tensors contiguous: of them kernels look at a stride or two."""
+    mask, *small = call.tensors
+    if all(x is None or x.is_contiguous() for x in small):
+        return call
+    return call.with_tensors([mask, *(x if x is None else x.contiguous() for x in small)])
 
 
 def _require_triton(query: torch.Tensor) -> None:
@@ -78,79 +87,93 @@ def _require_triton(query: torch.Tensor) -> None:
         raise NotImplementedError(f"kernels::attention runs on Triton alone, and {reason}; call the public function")
 
 
-def _is_short(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extras: Extras, keep_statistics: bool
-) -> bool:
-    """Whether the kernel for short sequences takes a forward call, which keeps no statistics then."""
-    statistics = "the caller" if keep_statistics else ""
-    return not why_not_short(query, key, value, extras, statistics, capability(query.device))
+def _positive_scale(query: torch.Tensor, call: Call) -> tuple[torch.Tensor, Call, float]:
+    """The same scores with a scale above 0, which kernels count on: its sign, or its being 0, goes into the query.
+
+    Returns:
+        query and call; the factor that the query was given, which its gradient must be given too.
+    """
+    if call.scale > 0.0:
+        return query, call, 1.0
+    factor = -1.0 if call.scale else 0.0
+    return query * factor, call._replace(scale=-call.scale or 1.0), factor
 
 
 def _forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seed: torch.Tensor | None, *rest: Any
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`attention_forward`."""
     _require_triton(query)
-    extras, rules = Extras(rest[0], *_compact(rest[1:N_EXTRAS])), Rules(*rest[N_EXTRAS:-1])
-    is_short = _is_short(query, key, value, extras, rest[-1])
-    outputs = new_outputs(query, value, is_short)
-    if is_short:
+    call, keep_statistics = _compact(Call(*rest[:-1])), rest[-1]
+    chosen = plan(query, key, value, call, "forward", "the caller" if keep_statistics else "")
+    outputs = new_outputs(query, value, chosen.kernel == "short")
+    query, call, _ = _positive_scale(query, call)
+    if chosen.kernel == "short":
         from kernels.attention.short import launch_short_forward
 
-        launch_short_forward(query, key, value, seed, extras, rules, outputs[0])
-    elif not why_not_hopper(query, key, value, extras, rules, capability(query.device)):
+        launch_short_forward(query, key, value, call, chosen.tile("forward"), outputs[0])
+    elif chosen.kernel == "hopper":
         from kernels.attention.hopper_forward import launch_hopper_forward
 
-        launch_hopper_forward(query, key, value, extras, rules, *outputs)
+        launch_hopper_forward(query, key, value, call, *outputs)
     else:
         from kernels.attention.general import launch_forward
 
-        launch_forward(query, key, value, seed, extras, rules, *outputs)
+        launch_forward(query, key, value, call, chosen.tile("forward"), *outputs)
     return outputs
 
 
 def _backward(
     grad_output: torch.Tensor,
     grad_lse: torch.Tensor | None,
+    output: torch.Tensor | None,
+    row_max: torch.Tensor | None,
+    row_sum: torch.Tensor | None,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    seed: torch.Tensor | None,
     *rest: Any,
 ) -> tuple[torch.Tensor, ...]:
+    """`attention_backward`."""
     _require_triton(query)
-    extras, output = Extras(rest[0], *_compact(rest[1:N_EXTRAS])), rest[N_EXTRAS]
-    row_max, row_sum = _compact(rest[N_EXTRAS + 1 : N_EXTRAS + 3])
-    rules, output_mask = Rules(*rest[N_EXTRAS + 3 : -1]), rest[-1]
-    if row_max is None or row_sum is None:
+    call, output_mask = _compact(Call(*rest[:-1])), rest[-1]
+    chosen = plan(query, key, value, call, "backward", "" if row_max is None else "the forward")
+    query, call, factor = _positive_scale(query, call)
+    if output is None or row_max is None or row_sum is None:
         from kernels.attention.short_backward import launch_short_backward
 
-        grads = new_gradients(query, key, value, extras, SHORT_MASK)
-        launch_short_backward(grad_output, query, key, value, seed, extras, rules, *grads[:3])
-        return tuple(grads)
-    from kernels.attention.general_backward import launch_backward, launch_delta
+        grads = new_gradients(query, key, value, call, SHORT_MASK)
+        launch_short_backward(grad_output, query, key, value, call, chosen.tile("backward"), *grads[:3])
+    else:
+        from kernels.attention.general_backward import launch_backward, launch_delta
 
-    grads = new_gradients(query, key, value, extras, output_mask)
-    is_hopper = not why_not_hopper(query, key, value, extras, rules, capability(query.device), is_backward=True)
-    total = query.new_empty(query.shape, dtype=torch.float32) if is_hopper else None
-    pivot, inverse, delta = launch_delta(output, grad_output, row_max, row_sum, grad_lse, total, extras)
-    wanted = (grad if need else None for grad, need in zip(grads, output_mask))
-    dq, dk, dv, dmask, dsinks = wanted
-    if dk is not None or dv is not None:
-        dk, dv = grads[1:3]
-    if total is not None:
-        from kernels.attention.hopper_backward import launch_hopper_backward
+        grads = new_gradients(query, key, value, call, output_mask)
+        row_max, row_sum = row_max.contiguous(), row_sum.contiguous()
+        is_hopper = chosen.kernel == "hopper"
+        total = query.new_empty(query.shape, dtype=torch.float32) if is_hopper else None
+        statistics = launch_delta(output, grad_output, row_max, row_sum, grad_lse, total, call)
+        if total is not None:
+            from kernels.attention.hopper_backward import launch_hopper_backward
 
-        whole = (grad if grad.numel() else torch.empty_like(x) for grad, x in zip(grads, (query, key, value)))
-        launch_hopper_backward(grad_output, query, key, value, extras, rules, pivot, delta, total, *whole)
-        return tuple(grads)
-    launch_backward(grad_output, query, key, value, seed, extras, rules, pivot, inverse, delta, dq, dk, dv, dmask)
-    if dsinks is not None and extras.sinks is not None:
-        # A sink's weight times what it would give, nothing, less what the row gives on average: delta.
-        logit = extras.sinks[:, :, None]  # (B or 1, Hq, 1)
-        weight = torch.exp(logit - row_max) / row_sum
-        grads_of_rows = -torch.where(logit == -math.inf, 0.0, weight * delta).sum(2)
-        dsinks.copy_(grads_of_rows.sum_to_size(dsinks.shape))
+            whole = (grad if grad.numel() else torch.empty_like(x) for grad, x in zip(grads, (query, key, value)))
+            launch_hopper_backward(grad_output, query, key, value, call, statistics, total, *whole)
+        else:
+            dq, dk, dv, dmask, dsinks = (grad if grad.numel() else None for grad in grads)
+            launch_backward(grad_output, query, key, value, call, chosen, statistics, dq, dk, dv, dmask)
+            if dsinks is not None and call.sinks is not None:
+                dsinks.copy_(_gradient_of_sinks(call.sinks, row_max, row_sum, statistics[2]))
+    if factor != 1.0 and output_mask[0]:
+        grads[0].mul_(factor)
     return tuple(grads)
+
+
+def _gradient_of_sinks(
+    sinks: torch.Tensor, row_max: torch.Tensor, row_sum: torch.Tensor, delta: torch.Tensor
+) -> torch.Tensor:
+    """A sink's weight times what it would give, nothing, less what the row gives on average: delta (B, Hq, L)."""
+    logit = sinks[:, :, None]  # (B or 1, Hq, 1)
+    weight = torch.exp(logit - row_max) / row_sum
+    return -torch.where(logit == -math.inf, 0.0, weight * delta).sum(2).sum_to_size(sinks.shape)
 
 
 for _key in ("CPU", "CUDA"):
@@ -160,28 +183,26 @@ for _key in ("CPU", "CUDA"):
 
 @torch.library.register_fake("kernels::attention_forward", lib=library)
 def _fake_forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seed: torch.Tensor | None, *rest: Any
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return new_outputs(query, value, _is_short(query, key, value, Extras(*rest[:N_EXTRAS]), rest[-1]))
+    statistics = "the caller" if rest[-1] else ""
+    chosen = plan(query, key, value, Call(*rest[:-1]), "forward", statistics, among=("short", "general"))
+    return new_outputs(query, value, chosen.kernel == "short")
 
 
 @torch.library.register_fake("kernels::attention_backward", lib=library)
-def _fake_backward(
-    grad_output: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    seed: torch.Tensor | None,
-    *rest: Any,
-) -> tuple[torch.Tensor, ...]:
-    output_mask = SHORT_MASK if rest[N_EXTRAS + 1] is None else rest[-1]
-    return tuple(new_gradients(query, key, value, Extras(*rest[:N_EXTRAS]), output_mask))
+def _fake_backward(*args: Any) -> tuple[torch.Tensor, ...]:
+    *_, row_max, row_sum = args[: len(KEPT)]
+    query, key, value, *rest = args[len(KEPT) :]
+    return tuple(new_gradients(query, key, value, Call(*rest[:-1]), SHORT_MASK if row_max is None else rest[-1]))
 
 
 def _pairs(query: Sequence[int], key: Sequence[int], rest: Sequence[Any]) -> int:
-    """How many pairs of query and key there are, over all heads; packed sequences count as equally long."""
-    starts = rest[1 + Extras._fields.index("query_starts")]  # after the seed
+    """How many pairs of query and key there are, over all heads; packed sequences count as equally long.
+
+    rest: the shapes of the call's tensors, its numbers, and one more.
+    """
+    starts: Any = Call(*rest[:-1]).query_starts
     sequences = 1 if starts is None else max(1, starts[0] - 1)
     return math.prod(query[:3]) * key[2] // sequences
 
@@ -193,8 +214,9 @@ def forward_flops(query: tuple, key: tuple, value: tuple, *rest: Any, **_: Any) 
 
 
 @register_flop_formula(torch.ops.kernels.attention_backward)
-def backward_flops(_grad: tuple, _lse: tuple, query: tuple, key: tuple, value: tuple, *rest: Any, **_: Any) -> int:
+def backward_flops(*args: Any, **_: Any) -> int:
     """The five products of the formula; the kernels recompute two of them once more."""
+    query, key, value, *rest = args[len(KEPT) :]
     return 2 * _pairs(query, key, rest) * (3 * query[3] + 2 * value[3])
 
 
@@ -208,26 +230,14 @@ class Attention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        seed: torch.Tensor | None,
-        attn_mask: torch.Tensor | None,
-        key_lengths: torch.Tensor | None,
-        alibi_slopes: torch.Tensor | None,
-        sinks: torch.Tensor | None,
-        query_starts: torch.Tensor | None,
-        key_starts: torch.Tensor | None,
-        rules: Rules,
-        keep_statistics: bool,
-        return_lse: bool,
-    ) -> tuple[torch.Tensor | None, ...]:
-        """The fields of `Extras` one by one: Dynamo tells by the number of arguments that no context comes first."""
+    def forward(*args: Any) -> tuple[torch.Tensor | None, ...]:
+        """query, key and value; the call's tensors one by one, which autograd wants to see, and the call without them;
+        whether the statistics must be kept, and whether the log-sum-exp is asked for.
+        """
+        query, key, value, *tensors, call, keep_statistics, return_lse = args
         output, row_max, row_sum = torch.ops.kernels.attention_forward.default(
-            query, key, value, seed, attn_mask, key_lengths, alibi_slopes, sinks, query_starts, key_starts, *rules,
-            keep_statistics,
-        )  # fmt: skip
+            query, key, value, *tensors, *call[len(TENSORS) :], keep_statistics
+        )
         # A row with nothing to attend to has maximum -inf and sum 0; the other way round it would be NaN.
         lse = row_max + torch.log(row_sum) if return_lse else None
         return output, lse, row_max, row_sum
@@ -236,7 +246,7 @@ class Attention(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         """Keep inputs (references, no copies) and the dropout's seed; the output and two numbers a row where there are.
         """
-        *tensors, ctx.rules, _, _ = inputs
+        *tensors, ctx.numbers, _, _ = inputs
         result, _, row_max, row_sum = output
         ctx.mark_non_differentiable(row_max, row_sum)
         ctx.set_materialize_grads(False)
@@ -247,45 +257,41 @@ class Attention(torch.autograd.Function):
     def backward(
         ctx: Any, grad_output: torch.Tensor | None, grad_lse: torch.Tensor | None = None, *_: None
     ) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of query, key, value, mask and sinks, those that are needed."""
-        n_inputs = 7 + N_EXTRAS
+        """Gradients of GRADIENTS, those that are needed."""
+        none = (None,) * (3 + len(TENSORS) + 3)
         if grad_output is None and grad_lse is None:
-            return (None,) * n_inputs
-        query, key, value, seed, *rest = ctx.saved_tensors
-        extras, outputs = Extras(*rest[:N_EXTRAS]), rest[N_EXTRAS:]
+            return none
+        query, key, value, *rest = ctx.saved_tensors
+        call, outputs = ctx.numbers.with_tensors(rest[: len(TENSORS)]), rest[len(TENSORS) :]
         if grad_output is None:
             grad_output = query.new_zeros((*query.shape[:-1], value.shape[-1]))
-        needed = ctx.needs_input_grad
-        asked = [*needed[:3], needed[4], needed[4 + Extras._fields.index("sinks")]]
+        asked = [ctx.needs_input_grad[i] for i in PLACES]
         if torch.is_grad_enabled() or in_forward_mode():  # this backward is itself to be differentiated
-            found = _differentiable_backward(
-                grad_output, grad_lse, query, key, value, seed, extras, ctx.rules, asked
-            )
+            if call.seed is not None:
+                raise NotImplementedError("double backward through attention dropout: not supported; use dropout_p=0.0")
+            inputs = (query, key, value, *(getattr(call, name) for name in LEARNED))
+            found = composed_gradients((grad_output, grad_lse), inputs, asked, call)
         else:
             found = torch.ops.kernels.attention_backward.default(
-                grad_output, grad_lse, query, key, value, seed, *extras, *outputs, *ctx.rules, asked
+                grad_output, grad_lse, *outputs, query, key, value, *call, asked
             )
-        dq, dk, dv, dmask, dsinks = (grad if need else None for grad, need in zip(found, asked))
-        grads = Extras(attn_mask=dmask, sinks=dsinks)
-        return (dq, dk, dv, None, *grads, None, None, None)
+        grads: list[torch.Tensor | None] = list(none)
+        for place, grad, need in zip(PLACES, found, asked):
+            grads[place] = grad if need else None
+        return tuple(grads)
 
 
-def _differentiable_backward(
-    grad_output: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    seed: torch.Tensor | None,
-    extras: Extras,
-    rules: Rules,
-    asked: list[bool],
-) -> list[torch.Tensor | None]:
-    """The same gradients with a graph behind them: recomputed in plain PyTorch, which stores the L x S weights."""
-    if seed is not None:
-        raise NotImplementedError("double backward through attention dropout: not supported; use dropout_p=0.0")
-    inputs = (query, key, value, extras.attn_mask, extras.sinks)
-    return composed_gradients((grad_output, grad_lse), inputs, asked, rules, extras)
+# Dynamo tells by the number of arguments that no context comes first.
+_ARGUMENTS = ("query", "key", "value", *TENSORS, "numbers", "keep_statistics", "return_lse")
+Attention.forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in _ARGUMENTS]
+)
+PLACES = tuple(_ARGUMENTS.index(name) for name in GRADIENTS)  # of what has a gradient, among the arguments
+
+
+def _is_absent(x: torch.Tensor) -> bool:
+    """Whether x is the (0,) that stands for a result that is not there."""
+    return x.ndim == 1 and x.numel() == 0
 
 
 def _merged(x: torch.Tensor | None, dim: int | None, size: int) -> torch.Tensor | None:
@@ -295,35 +301,30 @@ def _merged(x: torch.Tensor | None, dim: int | None, size: int) -> torch.Tensor 
     return (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
 
 
-def _merged_inputs(
-    size: int, in_dims: Sequence[int | None], args: Sequence[Any], own_mask: bool
-) -> tuple[list[Any], Extras]:
-    """Query, key, value, seed and extras of `size` calls as those of one with `size` times the batch entries.
+def _merged_call(size: int, batch: int, call: Call, dims: Sequence[int | None], own: Sequence[str]) -> Call:
+    """`size` calls of `batch` entries as one with `size` times as many.
 
-    own_mask: each call gets a mask of its own, which its gradient needs.
+    dims: where vmap added a dimension to the tensors. own: tensors of which each call gets one of its own, which their
+    gradients need; one for all stays shared otherwise.
     """
-    tensors, dims = args[: 4 + N_EXTRAS], in_dims[: 4 + N_EXTRAS]
-    query, key, value = (_merged(x, dim, size) for x, dim in zip(tensors[:3], dims))
-    seed, extras = tensors[3], Extras(*tensors[4:])
-    if extras.query_starts is not None:
+    if call.query_starts is not None:
         raise NotImplementedError("vmap over packed sequences: not supported; pad them, with key_lengths")
-    if seed is not None and dims[3] is None:
-        raise NotImplementedError('vmap over attention dropout needs randomness="different"')
-    batch = tensors[0].shape[0 if dims[0] is None or dims[0] > 0 else 1]
-    merged = {}
-    for name, x, dim in zip(Extras._fields, extras, dims[4:]):
-        shared = name == "alibi_slopes" or (name in ("attn_mask", "sinks") and not own_mask)
-        if x is None or (dim is None and x.shape[0] == 1 and shared):
-            merged[name] = x
-            continue
-        x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-        merged[name] = x.expand(size, batch, *x.shape[2:]).flatten(0, 1)
-    return [query, key, value, None if seed is None else seed.select(dims[3], 0)], Extras(**merged)
+    merged: list[torch.Tensor | None] = []
+    for name, x, dim in zip(TENSORS, call.tensors, dims):
+        if name == "seed" and x is not None:
+            if dim is None:
+                raise NotImplementedError('vmap over attention dropout needs randomness="different"')
+            x = x.select(dim, 0)
+        elif x is not None and (dim is not None or x.shape[0] != 1 or name in own):
+            x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            x = x.expand(size, batch, *x.shape[2:]).flatten(0, 1)
+        merged.append(x)
+    return call.with_tensors(merged)
 
 
-def _is_absent(x: torch.Tensor) -> bool:
-    """Whether x is the (0,) that stands for a result that is not there."""
-    return x.ndim == 1 and x.numel() == 0
+def _batch_of(query: torch.Tensor, dim: int | None) -> int:
+    """Batch entries of each call's query."""
+    return query.shape[0 if dim is None or dim > 0 else 1]
 
 
 def _split_batch(found: Sequence[torch.Tensor], size: int) -> tuple[tuple[torch.Tensor, ...], tuple[int | None, ...]]:
@@ -336,22 +337,23 @@ def _split_batch(found: Sequence[torch.Tensor], size: int) -> tuple[tuple[torch.
 def _forward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, ...]:
     """vmap adds batch entries."""
     size = info.batch_size
-    inputs, extras = _merged_inputs(size, in_dims, args, own_mask=False)
-    found = torch.ops.kernels.attention_forward(*inputs, *extras, *args[4 + N_EXTRAS :])
-    return _split_batch(found, size)
+    inputs = (_merged(x, dim, size) for x, dim in zip(args[:3], in_dims))
+    call = _merged_call(size, _batch_of(args[0], in_dims[0]), Call(*args[3:-1]), in_dims[3:], ())
+    return _split_batch(torch.ops.kernels.attention_forward(*inputs, *call, args[-1]), size)
 
 
 @torch.library.register_vmap("kernels::attention_backward", lib=library)
 def _backward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, ...]:
-    """Likewise; a mask or sinks that batch entries share get the sum of their gradients."""
-    size, output_mask = info.batch_size, args[-1]
-    inputs, extras = _merged_inputs(size, in_dims[2:], args[2:], own_mask=output_mask[3] or output_mask[4])
-    end = 6 + N_EXTRAS
-    upstream = (_merged(x, dim, size) for x, dim in zip(args[:2], in_dims))
-    outputs = (_merged(x, dim, size) for x, dim in zip(args[end : end + 3], in_dims[end:]))
-    found = torch.ops.kernels.attention_backward(*upstream, *inputs, *extras, *outputs, *args[end + 3 :])
+    """Likewise; what batch entries share gets the sum of their gradients."""
+    size, output_mask, first = info.batch_size, args[-1], len(KEPT)
+    before = (_merged(x, dim, size) for x, dim in zip(args[: first + 3], in_dims))
+    own = [name for name, is_needed in zip(LEARNED, output_mask[3:]) if is_needed]
+    call, dims = Call(*args[first + 3 : -1]), in_dims[first + 3 :]
+    merged = _merged_call(size, _batch_of(args[first], in_dims[first]), call, dims, own)
+    found = torch.ops.kernels.attention_backward(*before, *merged, output_mask)
     grads = list(_split_batch(found, size)[0])
-    for i, x, dim in ((3, args[6], in_dims[6]), (4, args[9], in_dims[9])):
-        if x is not None and output_mask[i] and x.shape[0 if dim is None or dim > 0 else 1] == 1:
-            grads[i] = grads[i].sum(1, keepdim=True)
+    for name in own:
+        x, place = getattr(call, name), GRADIENTS.index(name)
+        if x is not None and _batch_of(x, dims[TENSORS.index(name)]) == 1:
+            grads[place] = grads[place].sum(1, keepdim=True)
     return tuple(grads), tuple(None if _is_absent(x) else 0 for x in grads)

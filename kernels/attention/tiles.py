@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+from kernels.attention.call import Call
 from kernels.attention.measured import SHORT_TILES, TILES
 from kernels.launch import LAYOUTS
 
@@ -45,15 +46,14 @@ class Tile(NamedTuple):
 ASKED = ("plain", "causal", "mask", "dropout", "every")
 
 
-def what_is_asked(
-    is_causal: bool, has_window: bool, has_mask: bool, has_softcap: bool, has_slopes: bool, has_dropout: bool
-) -> str:
+def what_is_asked(call: Call) -> str:
     """The one of ASKED that stands for a call."""
-    if has_mask + has_softcap + has_slopes + has_dropout > 1:
+    dear = sum(x is not None for x in (call.attn_mask, call.softcap, call.alibi_slopes, call.seed))
+    if dear > 1:
         return "every"
-    if has_dropout:
+    if call.seed is not None:
         return "dropout"
-    return "mask" if has_window or has_mask or has_softcap or has_slopes else "causal" if is_causal else "plain"
+    return "mask" if dear or call.left is not None else "plain" if call.right is None else "causal"
 
 
 def _tiles(*tiles: tuple[int, int, int, int]) -> dict[str, Tile]:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from kernels.attention import eager
-from kernels.attention.api import AttentionResult, choose_backend, make_extras, make_rules, triton_attention
+from kernels.attention.api import AttentionResult, choose_backend, make_call, triton_attention
 from kernels.attention.checks import INTEGERS, as_flag, check, check_rules
 from kernels.attention.layout import ordered_as
-from kernels.attention.rules import Extras, Rules
+from kernels.attention.call import Call
 from kernels.autograd import in_forward_mode, transformed
 from kernels.backend import as_autocast, as_number, check_tensor_types, shown, wants_gradient
 from kernels.subclasses import overridden
@@ -83,21 +83,23 @@ def varlen_attention(
     lead = torch.Size((n_sequences, query.shape[1]))
     check_rules(query, lead, causal_alignment, window, softcap, alibi_slopes, sinks, None, None, max_k)
     q, k, v = as_autocast(q, k, v)
-    rules = make_rules(q, dropout_p, is_causal, scale, causal_alignment, window, softcap)
-    rules = rules._replace(max_queries=max_q, max_keys=max_k)
-    starts = {"query_starts": cu_seq_q.int(), "key_starts": cu_seq_k.int()}
-    extras = make_extras(lead, q.dtype, None, None, alibi_slopes, sinks)._replace(**starts)
+    call = make_call(
+        lead, q, dropout_p, is_causal, scale, causal_alignment, window, softcap, alibi_slopes=alibi_slopes, sinks=sinks
+    )
+    call = call._replace(
+        query_starts=cu_seq_q.int(), key_starts=cu_seq_k.int(), max_queries=max_q, max_keys=max_k
+    )
     lse: torch.Tensor | None
     if choose_backend(q, v, backend).backend == "triton" and not in_forward_mode():
         if wants_gradient(alibi_slopes):
             raise ValueError("alibi_slopes of packed sequences have no gradient; detach them, or pad the sequences")
-        output, lse = triton_attention(q, k, v, rules, extras, return_lse)
+        output, lse = triton_attention(q, k, v, call, return_lse)
     else:
         lengths = _lengths(cu_seq_q), _lengths(cu_seq_k)
         if lengths[0] and lengths[1] and not transformed():
-            output, lse = _one_by_one(q, k, v, lengths[0], lengths[1], rules, extras, return_lse)
+            output, lse = _one_by_one(q, k, v, lengths[0], lengths[1], call, return_lse)
         else:
-            output, lse, _ = eager.extended_attention(q, k, v, rules, extras, need_lse=return_lse, need_weights=False)
+            output, lse, _ = eager.extended_attention(q, k, v, call, need_lse=return_lse, need_weights=False)
     output = output[0].transpose(0, 1)
     return AttentionResult(output, lse[0].transpose(0, 1), None) if lse is not None else output
 
@@ -155,18 +157,19 @@ def _one_by_one(
     v: torch.Tensor,
     queries: list[int],
     keys: list[int],
-    rules: Rules,
-    extras: Extras,
+    call: Call,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The sequences, of lengths `queries` and `keys`, through PyTorch, a call each: its kernels know no packed ones."""
     outputs, lses = [], []
-    slopes, own = extras.alibi_slopes, extras._replace(query_starts=None, key_starts=None)
+    slopes, own = call.alibi_slopes, call._replace(
+        query_starts=None, key_starts=None, max_queries=None, max_keys=None
+    )
     for i, (one_q, one_k, one_v) in enumerate(zip(q.split(queries, 2), k.split(keys, 2), v.split(keys, 2))):
         if slopes is not None and slopes.shape[0] > 1:
             own = own._replace(alibi_slopes=slopes[i : i + 1])
         output, lse, _ = eager.extended_attention(
-            one_q, one_k, one_v, rules, own, need_lse=return_lse, need_weights=False
+            one_q, one_k, one_v, own, need_lse=return_lse, need_weights=False
         )
         outputs.append(output)
         if lse is not None:

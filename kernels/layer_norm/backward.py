@@ -22,59 +22,14 @@ comes from the cache.
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import LAYOUTS, cdiv, launch_on, multiprocessors
-from kernels.layer_norm.forward import SMALLEST_BLOCK, alignment, keep_scale, kept, row_offsets, row_place
-
-TILE_ELEMENTS = 1024  # of each input a program of 4 warps holds: 8 a thread, 4 arrays of which stay in registers
-WHOLE_ROW = 8192  # longest row whose sums stay in registers beside it, half of it where these are crowded
-CHUNK = 4096  # columns of a longer row read at once by 8 warps
-COLUMNS = (8, 128, 3)  # (rows, columns) a program of 4 warps adds at once where the sums are a pass, and num_stages
-REDUCE = (64, 16)  # (programs, columns) of the partial sums added at once
-WARPS_PER_MULTIPROCESSOR = 16  # half of what 64 registers a thread let be resident: fewer partial sums to add
-
-
-class Tile(NamedTuple):
-    """What one program works on at a time: (rows, block_n), and whether a row is walked in chunks of block_n."""
-
-    rows: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    chunked: bool = False
-
-
-@functools.lru_cache(LAYOUTS)
-def backward_tile(n_cols: int, element_size: int, crowded: bool = False) -> Tile:
-    """Tile of the kernels that walk rows; like the forward tile it depends on the row alone.
-
-    With 16 warps on a multiprocessor the loads of one stage are 16 KiB of two-byte or 32 KiB of four-byte elements.
-    To reach 4.3 TB/s over 132 multiprocessors at a latency of 800 ns, an estimate, 26 KB must be under way on each, so
-    the former prefetch two tiles and the latter one.
-
-    Args:
-        n_cols: N.
-        element_size: bytes of an input element.
-        crowded: dropout's random numbers, or undoing weight and bias, take registers too.
-    """
-    # The addresses of odd rows, which load one by one, take registers as well.
-    if n_cols > (WHOLE_ROW // 2 if n_cols % 2 or crowded else WHOLE_ROW):
-        return Tile(1, CHUNK, 8, 1, chunked=True)
-    block_n = max(triton.next_power_of_2(n_cols), SMALLEST_BLOCK)
-    num_stages = 3 if element_size == 2 else 2
-    return Tile(max(1, TILE_ELEMENTS // block_n), block_n, min(max(block_n // 256, 4), 16), num_stages)
-
-
-def n_programs(n_tiles: int, n_column_blocks: int, num_warps: int, n_multiprocessors: int) -> int:
-    """Programs that share `n_tiles` row tiles of each of `n_column_blocks`: what the chip holds at once, at most."""
-    resident = n_multiprocessors * WARPS_PER_MULTIPROCESSOR // num_warps
-    return min(n_tiles, max(1, resident // n_column_blocks))
+from kernels import launch
+from kernels.launch import cdiv, launch_on
+from kernels.layer_norm.forward import alignment, keep_scale, kept, row_offsets, row_place
+from kernels.layer_norm.tiles import choose_tile, n_programs
 
 
 @triton.jit
@@ -413,16 +368,16 @@ def launch_backward(
     are (M, N) contiguous, `grad_weight` and `grad_bias` (N,).
     """
     n_rows, n_cols = rstd.shape[0], x.shape[3]
-    tile = backward_tile(n_cols, x.element_size(), seed is not None or from_output)
+    tile = choose_tile("backward", n_cols, x.element_size(), seed is not None or from_output)
+    columns, reduce = choose_tile("columns", n_cols), choose_tile("reduce", n_cols)
     needs_sums = grad_weight is not None or grad_bias is not None
-    column_rows, column_block, column_stages = COLUMNS
     if tile.chunked:
-        n_column_blocks = cdiv(n_cols, column_block)
-        n_tiles, num_warps = cdiv(n_rows, column_rows), 4
+        n_column_blocks = cdiv(n_cols, columns.block_n)
+        n_tiles, num_warps = cdiv(n_rows, columns.rows), columns.num_warps
     else:
         n_column_blocks = 1
         n_tiles, num_warps = cdiv(n_rows, tile.rows), tile.num_warps
-    programs = n_programs(n_tiles, n_column_blocks, num_warps, multiprocessors(x.device))
+    programs = n_programs(n_tiles, n_column_blocks, num_warps, launch.multiprocessors(x.device))
     partials = [
         None if grad is None else x.new_empty(programs, n_cols, dtype=torch.float32)
         for grad in (grad_weight, grad_bias)
@@ -446,12 +401,11 @@ def launch_backward(
         if tile.chunked and needs_sums:
             backward_columns_kernel[(n_column_blocks * programs,)](  # programs share the rows of each column block
                 grad_rows, x, weight, bias, mean, rstd, *partials, n_rows=n_rows, n_cols=n_cols, **places,
-                n_groups=programs, **kind, ROWS=column_rows, BLOCK_N=column_block, NUM_STAGES=column_stages,
+                n_groups=programs, **kind, ROWS=columns.rows, BLOCK_N=columns.block_n, NUM_STAGES=columns.num_stages,
                 num_warps=num_warps,
             )
         if needs_sums:
-            reduce_rows, reduce_block = REDUCE
-            reduce_partials_kernel[(cdiv(n_cols, reduce_block),)](  # one program a block of columns
+            reduce_partials_kernel[(cdiv(n_cols, reduce.block_n),)](  # one program a block of columns
                 *partials, grad_weight, grad_bias, n_partials=programs, n_cols=n_cols,
-                ROWS=reduce_rows, BLOCK_N=reduce_block, num_warps=4,
+                ROWS=reduce.rows, BLOCK_N=reduce.block_n, num_warps=reduce.num_warps,
             )

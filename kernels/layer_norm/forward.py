@@ -26,48 +26,15 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import LAYOUTS, cdiv, launch_on
+from kernels.launch import cdiv, launch_on
+from kernels.layer_norm.tiles import choose_tile
 
-TILE_BYTES = 4096  # of input a program of 4 warps reads at once: 2 loads of 16 bytes a thread
-WHOLE_ROW_BYTES = 65536  # longest row held in registers, 64 bytes a thread of 32 warps
-CHUNK_BYTES = 8192  # of a longer row read at once by 16 warps: one load of 16 bytes a thread
-SMALLEST_BLOCK = 4  # columns: those of one draw of random numbers
 MAX_ALIGN = 8  # elements of two bytes in the widest load, 16 bytes
-
-
-class Tile(NamedTuple):
-    """What one program works on at a time.
-
-    A tile is (rows, block_n); `chunked` says that a row has more columns than a tile and is walked in chunks.
-    """
-
-    rows: int
-    block_n: int
-    num_warps: int
-    chunked: bool = False
-
-
-@functools.lru_cache(LAYOUTS)
-def forward_tile(n_cols: int, element_size: int) -> Tile:
-    """Tile of the forward kernels.
-
-    It depends on the row alone, never on how many rows there are, so a row's result is the same in every batch.
-
-    Args:
-        n_cols: N.
-        element_size: bytes of an input element.
-    """
-    block_n = max(triton.next_power_of_2(n_cols), SMALLEST_BLOCK)
-    row_bytes = block_n * element_size
-    if row_bytes > WHOLE_ROW_BYTES:
-        return Tile(1, CHUNK_BYTES // element_size, 16, chunked=True)
-    return Tile(max(1, TILE_BYTES // row_bytes), block_n, min(max(row_bytes // 1024, 4), 32))
 
 
 @triton.jit
@@ -318,7 +285,7 @@ def launch_forward(
     for RMS norm; `seed` (1,) int64 is None without dropout.
     """
     n_rows, n_cols = rstd.shape[0], rows.shape[3]
-    tile = forward_tile(n_cols, max(x.element_size() for x in (rows, residual) if x is not None))
+    tile = choose_tile("forward", n_cols, max(x.element_size() for x in (rows, residual) if x is not None))
     shape = {
         "n_cols": n_cols, "input_place": row_place(rows), "residual_place": row_place(residual), "eps": eps,
         "dropout_p": dropout_p, "keep_scale": keep_scale(dropout_p), "CENTRE": mean is not None,
