@@ -197,7 +197,7 @@ SECTIONS: dict[str, Any] = {"data": DataConfig, "model": ModelConfig, "training"
 
 PRESETS = {
     # Learning to calculate, as the formula report (S1) sets it, but for the learning rate: at its constant 1e-3 the
-    # same model gets fewer tokens right (CONTRIBUTING.md has the figures).
+    # same model gets fewer tokens right (docs/tried.md has the figures).
     "formula": RunConfig("formula", training=TrainingConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=200)),
     # What stays wrong longest is the sign of zero, one training expression in a hundred. Strong weight decay makes the
     # rule win over memory, width 128 and a little dropout make it stay: at width 64 runs ended with 0 to 9 of the

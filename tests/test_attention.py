@@ -462,7 +462,7 @@ def test_a_query_that_is_not_finite_sends_nothing_to_values_it_may_not_see(bad: 
     grads = torch.autograd.grad(triton_attention(*leaves, is_causal=True), leaves, p.grad)
     for grad in grads[1:]:
         assert grad[0, 0, :21].isnan().any() and grad[0, 1].isfinite().all()
-    assert grads[2][0, 0, 21:].isfinite().all()  # of dK all in a tile are NaN: CONTRIBUTING says why
+    assert grads[2][0, 0, 21:].isfinite().all()  # of dK all in a tile are NaN: docs/tried.md says why
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)

@@ -3,6 +3,10 @@
 import ast
 import importlib.metadata
 import re
+import shutil
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,25 @@ import kernels
 
 def test_versions_agree() -> None:
     assert kernels.__version__ == calcformer.__version__ == importlib.metadata.version("calcformer")
+
+
+def test_the_source_archive_has_both_packages_and_no_tests(tmp_path: Path) -> None:
+    """All of tests/ or none of it: setuptools by itself takes the files test_*.py without what they import."""
+    pytest.importorskip("setuptools", "77", reason="reads pyproject.toml's licence from 77 on")
+    root, copy = Path(__file__).parents[1], tmp_path / "checkout"
+    copy.mkdir()
+    for name in "pyproject.toml", "setup.cfg", "MANIFEST.in", "README.md", "LICENSE":
+        shutil.copy(root / name, copy)
+    for name in "kernels", "calcformer", "tests":
+        shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-c", "from setuptools import setup; setup()", "-q", "sdist"]
+    subprocess.run(command, cwd=copy, check=True, capture_output=True)
+    with tarfile.open(next(copy.glob("dist/*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    modules = [path for name in ("kernels", "calcformer") for path in (copy / name).rglob("*.py")]
+    held_too = {"README.md", "LICENSE", "kernels/py.typed", "calcformer/py.typed"}
+    assert held >= held_too | {str(path.relative_to(copy)) for path in modules}
+    assert not [name for name in held if name.startswith("tests")]
 
 
 def test_public_names_exist() -> None:

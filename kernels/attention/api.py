@@ -64,10 +64,11 @@ def scaled_dot_product_attention(
 
         output = dropout(softmax(scale * query key^T + attn_mask)) value
 
-    Takes the place of `torch.nn.functional.scaled_dot_product_attention`: the positional arguments are the same. No
-    L x S matrix is stored, forward or backward. A query that may attend to no key gets output 0 and sends back gradient
-    0. NaN and Inf in keys and values that a query may not attend to never reach it; one that it may attend to makes its
-    whole output row NaN under a mask. Dropout draws from torch's generator, so `torch.manual_seed` repeats it.
+    Takes the place of `torch.nn.functional.scaled_dot_product_attention`: the positional arguments are the same. On a
+    GPU no L x S matrix is stored, forward or backward, unless slopes learn or weights are asked for. A query that may
+    attend to no key gets output 0 and sends back gradient 0. NaN and Inf in keys and values that a query may not attend
+    to never reach it; one that it may attend to makes its whole output row NaN under a mask. Dropout draws from torch's
+    generator, so `torch.manual_seed` repeats it.
 
     Args:
         query: (..., Hq, L, E), float16, bfloat16, float32, or float64 on the CPU; any strides. Also (L, E), (N, L, E).
@@ -88,12 +89,12 @@ def scaled_dot_product_attention(
             outside are not read.
         softcap: scores become softcap * tanh(score / softcap), before mask and slopes.
         alibi_slopes: (Hq,) or (..., Hq); each score is lowered by slope * |place of the query - key|. Differentiable:
-            then a float mask is made of them.
+            then a float mask is made of them, L x S a head.
         sinks: (Hq,), a logit a head that takes part in the softmax and has no value: weight that goes nowhere.
             Differentiable.
         key_lengths: (...) without the heads, usually (B,), int32 or int64: how many keys of each batch entry are in
             use. Later ones are not read. On a GPU, lengths outside 0 to S are clamped.
-        need_weights: return the weights too. They are computed anew, and are the only L x S matrix ever stored.
+        need_weights: return the weights too, an L x S matrix a head. They are computed anew.
         return_lse: return the log-sum-exp of each row too.
         deterministic: True wants bitwise equal results from run to run, None what
             `torch.are_deterministic_algorithms_enabled` says. All kernels give them but the backward for Hopper chips.
