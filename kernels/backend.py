@@ -38,8 +38,8 @@ def autocasts(device: torch.device) -> bool:
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Autocast off for this kind of device, where it has one."""
-    return torch.autocast(device.type, enabled=False) if device.type in AUTOCAST_KINDS else contextlib.nullcontext()
+    """Autocast off for this kind of device, where it is on."""
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else contextlib.nullcontext()
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:

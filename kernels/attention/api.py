@@ -163,8 +163,10 @@ def scaled_dot_product_attention(
         )
     else:
         output, lse = triton_attention(q, k, v, rules, extras, return_lse)
-        weights = composed_attention(q, k, v, rules._replace(dropout_p=0.0), extras)[2] if need_weights else None
-        found = output, lse, weights
+        found = output, lse, None
+        if need_weights:
+            _, _, weights = composed_attention(q, k, v, rules._replace(dropout_p=0.0), extras, need_lse=False)
+            found = output, lse, weights
     if len(lead) == 2:
         result = AttentionResult(*found)
     else:

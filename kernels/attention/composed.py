@@ -5,12 +5,13 @@
     output = dropout(weights) value
 
 The reference that the kernels follow, what runs where no fused kernel knows a rule, and what double backward goes
-through. It stores the L x S weights of each head. Nothing in it depends on the numbers in a tensor, so it runs under
-`torch.compile`, every transform of `torch.func` and forward mode as well.
+through. It stores the L x S weights of each head. It looks at numbers only to leave out the care that NaN and Inf take,
+and only where it can, so it runs under `torch.compile`, every transform of `torch.func` and forward mode as well.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from kernels.attention.layout import for_query_heads
 from kernels.attention.rules import Extras, Rules
 from kernels.backend import without_autocast
 
+Result = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
+
 
 def composed_attention(
     query: torch.Tensor,
@@ -29,7 +32,9 @@ def composed_attention(
     rules: Rules,
     extras: Extras,
     kept: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    *,
+    need_lse: bool = True,
+) -> Result:
     """Attend, in float32 (float64 for float64 inputs) whatever autocast says.
 
     A query that may see no key gets output 0, weights 0, the sink as its lse (-inf without one), and sends no gradient
@@ -43,21 +48,21 @@ def composed_attention(
         rules: the numbers of the call.
         extras: mask, lengths, slopes and sinks; mask, slopes and sinks are differentiable.
         kept: (B, Hq, L, S) bool, the weights that dropout keeps; None draws them from torch's generator.
+        need_lse: whether the lse is wanted.
 
     Returns:
         output: (B, Hq, L, Ev), dtype of the query.
-        lse: (B, Hq, L), the natural log-sum-exp of what a query sees, its sink included; float32 or float64.
+        lse: (B, Hq, L), the natural log-sum-exp of what a query sees, its sink included; float32 or float64. Or None.
         weights: (B, Hq, L, S) before dropout, dtype of the query.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    heads, n_queries = query.shape[1:3]
-    kv_heads, n_keys = key.shape[1:3]
-    group = heads // max(kv_heads, 1)
+    heads, n_queries, n_keys = *query.shape[1:3], key.shape[2]
     with without_autocast(query.device):
-        (q, bad_query), (k, bad_key), (v, bad_value) = (_finite_rows(x.to(dtype)) for x in (query, key, value))
-        # Query heads as (Hkv, group): those of a group share their key head without a copy of it.
-        shared = kv_heads, group
-        scores = rules.scale * torch.einsum("bhgle,bhse->bhgls", q.unflatten(1, shared), k).flatten(1, 2)
+        q, k, v = (query, key, value) if query.dtype == dtype else (x.to(dtype) for x in (query, key, value))
+        with_care = not all_finite(query, key, value)
+        if with_care:
+            (q, bad_query), (k, bad_key), (v, bad_value) = (_finite_rows(x) for x in (q, k, v))
+        scores = _product(rules.scale * q, k.mT)
         if rules.softcap:
             scores = rules.softcap * torch.tanh(scores / rules.softcap)
         if extras.alibi_slopes is not None:
@@ -65,17 +70,16 @@ def composed_attention(
         if extras.attn_mask is not None and extras.attn_mask.dtype != torch.bool:
             scores = scores + extras.attn_mask.to(dtype)
         allowed = allowed_pairs(rules, extras, n_queries, n_keys, query.device)
-        sinks = None if extras.sinks is None else extras.sinks.to(dtype)[:, :, None, None]
-        weights, lse = _softmax(scores, allowed, sinks)
-        dropped = _drop(weights, rules.dropout_p, kept)
-        output = torch.einsum("bhgls,bhse->bhgle", dropped.unflatten(1, shared), v).flatten(1, 2)
-
-        bad_key, bad_value = (for_query_heads(bad, 1, heads).mT for bad in (bad_key, bad_value))  # (B, Hq, 1, S)
-        bad_scores = (allowed & (bad_query | bad_key)).any(-1, keepdim=True)  # (B, Hq, L, 1)
-        bad_output = bad_scores | (allowed & bad_value).any(-1, keepdim=True)
-        output = torch.where(bad_output, math.nan, output)
-        lse = torch.where(bad_scores, math.nan, lse).squeeze(-1)
-        weights = torch.where(bad_scores & allowed, math.nan, weights)
+        weights, lse = _softmax(scores, allowed, extras.sinks, need_lse)
+        output = _product(_drop(weights, rules.dropout_p, kept), v)
+        if with_care:
+            seen = True if allowed is None else allowed
+            bad_key, bad_value = (for_query_heads(bad, 1, heads).mT for bad in (bad_key, bad_value))  # (B, Hq, 1, S)
+            bad_scores = (seen & (bad_query | bad_key)).any(-1, keepdim=True)  # (B, Hq, L, 1)
+            bad_output = bad_scores | (seen & bad_value).any(-1, keepdim=True)
+            output = torch.where(bad_output, math.nan, output)
+            lse = lse if lse is None else torch.where(bad_scores.squeeze(-1), math.nan, lse)
+            weights = torch.where(bad_scores & seen, math.nan, weights)
     return output.to(query.dtype), lse, weights.to(query.dtype)
 
 
@@ -102,8 +106,8 @@ def composed_gradients(
             given[i] = x
         query, key, value, *others = given
         own = extras._replace(**dict(zip(("attn_mask", "sinks"), others)))
-        found = composed_attention(query, key, value, rules, own)[:2]
-        return tuple(x for x, grad in zip(found, grads) if grad is not None)
+        output, lse, _ = composed_attention(query, key, value, rules, own, need_lse=grads[1] is not None)
+        return tuple(x for x, grad in zip((output, lse), grads) if x is not None and grad is not None)
 
     # Under vmap and other transforms of torch.func too, where torch.autograd.grad would find no graph.
     pull = torch.func.vjp(outputs, *(inputs[i] for i in learned))[1]
@@ -111,17 +115,39 @@ def composed_gradients(
     return [next(found_grads) if need else None for need in needed]
 
 
-def allowed_pairs(rules: Rules, extras: Extras, n_queries: int, n_keys: int, device: torch.device) -> torch.Tensor:
-    """Which keys each query may see by all rules: bool, (B or 1, Hq or 1, L or 1, S)."""
-    allowed, places, keys = _places(rules, extras, n_queries, n_keys, device)
-    if rules.right is not None:
-        allowed = allowed & (keys <= places + rules.right)
-    if rules.left is not None:
-        allowed = allowed & (keys >= places - rules.left)
+def without_idle_sides(rules: Rules, n_queries: int, n_keys: int) -> Rules:
+    """The rules less the sides of the window that cut off no key from any query, as of a single query to decode."""
+    if torch.compiler.is_exporting():  # where lengths are symbols, of which nothing may be asked
+        return rules
+    offset = n_keys - n_queries if rules.bottom_right else 0
+    if rules.right is not None and offset + rules.right >= n_keys - 1:
+        rules = rules._replace(right=None)
+    if rules.left is not None and offset + n_queries - 1 - rules.left <= 0:
+        rules = rules._replace(left=None)
+    return rules
+
+
+def allowed_pairs(
+    rules: Rules, extras: Extras, n_queries: int, n_keys: int, device: torch.device
+) -> torch.Tensor | None:
+    """Which keys each query may see by all rules: bool, (B or 1, Hq or 1, L or 1, S or 1). None: all of them."""
+    rules = without_idle_sides(rules, n_queries, n_keys)
+    found = []
+    if extras.query_starts is not None and extras.key_starts is not None:
+        of_query, of_key = _sequences(extras.query_starts, n_queries), _sequences(extras.key_starts, n_keys)
+        found.append((of_query[:, None] == of_key)[None, None])
+    if extras.key_lengths is not None:
+        found.append(_numbers(n_keys, device) < extras.key_lengths.reshape(-1, 1, 1, 1))
+    if rules.left is not None or rules.right is not None:
+        places, keys = _places(rules, extras, n_queries, n_keys, device)
+        if rules.right is not None:
+            found.append(keys <= places + rules.right)
+        if rules.left is not None:
+            found.append(keys >= places - rules.left)
     mask = extras.attn_mask
     if mask is not None:
-        allowed = allowed & (mask if mask.dtype == torch.bool else mask != -math.inf)
-    return allowed
+        found.append(mask if mask.dtype == torch.bool else mask != -math.inf)
+    return functools.reduce(torch.Tensor.logical_and, found) if found else None
 
 
 def alibi(
@@ -133,7 +159,7 @@ def alibi(
     """
     slopes = extras.alibi_slopes
     assert slopes is not None
-    _, places, keys = _places(rules, extras, n_queries, n_keys, slopes.device)
+    places, keys = _places(rules, extras, n_queries, n_keys, slopes.device)
     slopes = slopes.to(dtype)[:, :, None, None]
     if extras.query_starts is not None and slopes.shape[0] != 1:
         slopes = slopes[_sequences(extras.query_starts, n_queries)].permute(2, 1, 0, 3)  # (1, Hq, L, 1)
@@ -142,32 +168,47 @@ def alibi(
 
 def _places(
     rules: Rules, extras: Extras, n_queries: int, n_keys: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Which keys are in use, and of a query's own sequence: bool (B or 1, 1, L or 1, S); the places of queries,
-    (B or 1, 1, L, 1), and of keys, (1, 1, 1, S).
-    """
-    queries = torch.arange(n_queries, device=device, dtype=torch.int64)
-    keys = torch.arange(n_keys, device=device, dtype=torch.int64)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The places of queries, (B or 1, 1, L, 1), and of keys, (S,), of packed sequences each in its own."""
+    queries, keys = _numbers(n_queries, device), _numbers(n_keys, device)
     if extras.query_starts is not None and extras.key_starts is not None:
         of_query, of_key = _sequences(extras.query_starts, n_queries), _sequences(extras.key_starts, n_keys)
         if rules.bottom_right:
             queries = queries + (extras.key_starts.diff() - extras.query_starts.diff())[of_query]
         queries, keys = queries - extras.query_starts[of_query], keys - extras.key_starts[of_key]
-        in_use = (of_query[:, None] == of_key)[None, None]
-        return in_use, queries[None, None, :, None], keys[None, None, None]
-    queries, keys = queries[None, None, :, None], keys[None, None, None]
-    n_used: int | torch.Tensor = n_keys
-    if extras.key_lengths is not None:
-        n_used = extras.key_lengths.clamp(0, n_keys)[:, None, None, None]
+        return queries[None, None, :, None], keys
+    queries = queries[None, None, :, None]
     if rules.bottom_right:
+        n_used: int | torch.Tensor = n_keys
+        if extras.key_lengths is not None:
+            n_used = extras.key_lengths.clamp(0, n_keys)[:, None, None, None]
         queries = queries + (n_used - n_queries)
-    return keys < n_used, queries, keys
+    return queries, keys
+
+
+def _numbers(n: int, device: torch.device) -> torch.Tensor:
+    """0 to n - 1."""
+    return torch.arange(n, device=device, dtype=torch.int64)
 
 
 def _sequences(starts: torch.Tensor, n_rows: int) -> torch.Tensor:
     """Which of the packed sequences that start at `starts` (N + 1,) each row belongs to: int64 (n_rows,)."""
     rows = torch.arange(n_rows, device=starts.device, dtype=starts.dtype)
     return torch.searchsorted(starts, rows, right=True) - 1
+
+
+def all_finite(*tensors: torch.Tensor) -> bool:
+    """Whether all numbers are known to be finite. False where none can be looked at: compiled, vmapped, fake tensors.
+
+    One pass over each tensor; a sum that overflows costs speed only. Nor is a GPU asked, which would have to be waited
+    for.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        return all(x.is_cpu and math.isfinite(x.detach().sum().item()) for x in tensors)
+    except RuntimeError:  # no value to look at
+        return False
 
 
 def _finite_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,29 +220,47 @@ def _finite_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.where(bad, 0.0, x), bad
 
 
-def _softmax(
-    scores: torch.Tensor, allowed: torch.Tensor, sinks: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights (B, Hq, L, S) and lse (B, Hq, L, 1) of the scores that are allowed.
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b of a (B, Hq, M, K) and b (B, Hkv, K, N), each matrix of b for a group of heads: (B, Hq, M, N)."""
+    heads, own = a.shape[1], b.shape[1]
+    if heads == own:
+        return a @ b
+    # The heads of a group share their matrix without a copy of it.
+    return torch.einsum("bhgmk,bhkn->bhgmn", a.unflatten(1, (own, heads // max(own, 1))), b).flatten(1, 2)
 
-    The largest score is taken out before exp. That changes no result, so no gradient needs to pass through it.
+
+def _softmax(
+    scores: torch.Tensor, allowed: torch.Tensor | None, sinks: torch.Tensor | None, need_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights (B, Hq, L, S) and, where needed, lse (B, Hq, L) of the scores that are allowed.
+
+    A row with nothing to see is NaN in PyTorch's softmax, and so are the derivatives of its lse. Neither passes a
+    constant, which is put in their place both before and after.
     """
-    scores = torch.where(allowed, scores, -math.inf)
-    if scores.shape[-1]:
-        top = scores.detach().amax(-1, keepdim=True)
-    else:
-        top = scores.new_full((*scores.shape[:-1], 1), -math.inf)
+    n_keys = scores.shape[-1]
+    if allowed is not None:
+        scores = torch.where(allowed, scores, -math.inf)
     if sinks is not None:
-        top = torch.maximum(top, sinks.detach())
-    top = torch.where(top == -math.inf, 0.0, top)  # a row with nothing to see: exp gives 0, not NaN
-    weights = torch.exp(scores - top)
-    total = weights.sum(-1, keepdim=True)
+        sinks = _constant_at_minus_infinity(sinks.to(scores.dtype)).unsqueeze(-1).unsqueeze(-1)
+        scores = torch.cat((scores, sinks.expand(*scores.shape[:-1], 1)), -1)
+    weights = torch.softmax(scores, -1)
     if sinks is not None:
-        total = total + torch.exp(sinks - top)
-    empty = total == 0.0
-    total = torch.where(empty, 1.0, total)
-    lse = torch.where(empty, -math.inf, top + torch.log(total))
-    return torch.where(allowed, weights / total, 0.0), lse  # again: so no gradient comes from forbidden values
+        weights = weights.narrow(-1, 0, n_keys)
+    if allowed is not None:
+        weights = torch.where(allowed, weights, 0.0)
+    if not need_lse:
+        return weights, None
+    # Not by torch.logsumexp, whose gradient takes a weight for 1 where the sum of a row drowns in its largest score. To
+    # take that out changes no result, so no gradient needs to pass through it.
+    top = scores.detach().amax(-1) if scores.shape[-1] else scores.new_zeros(scores.shape[:-1])
+    top = top.masked_fill(top == -math.inf, 0.0)
+    lse = top + torch.log(torch.exp(scores - top.unsqueeze(-1)).sum(-1))
+    return weights, _constant_at_minus_infinity(lse)
+
+
+def _constant_at_minus_infinity(x: torch.Tensor) -> torch.Tensor:
+    """x, of which no derivative passes where it is -inf."""
+    return x.masked_fill(x == -math.inf, -math.inf)
 
 
 def _drop(weights: torch.Tensor, dropout_p: float, kept: torch.Tensor | None) -> torch.Tensor:

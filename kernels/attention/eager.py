@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernels import backend
-from kernels.attention.composed import alibi, allowed_pairs, composed_attention
+from kernels.attention.composed import alibi, all_finite, allowed_pairs, composed_attention, without_idle_sides
 from kernels.attention.fused_cpu import fused_attention, takes
 from kernels.attention.layout import for_query_heads, ordered_as, overlaps
 from kernels.attention.rules import Extras, Rules
@@ -63,7 +63,7 @@ def attention(
     if overlaps(query):  # PyTorch's kernel gives its output the strides of the query
         query = query.contiguous()
     sees_all = attn_mask is None and not is_causal
-    if sees_all or _all_finite(key, value):
+    if sees_all or all_finite(key, value):
         if _is_short(query, key, value, attn_mask, dropout_p):
             output = short_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
         else:
@@ -143,9 +143,8 @@ def extended_attention(
     """
     query, key, value = as_autocast(query, key, value)
     if why_not_fused(query, key, value, rules, extras, need_lse, need_weights):
-        output, lse, weights = composed_attention(query, key, value, rules, extras)
-        output = ordered_as(query, output)
-        return output, lse if need_lse else None, weights if need_weights else None
+        output, lse, weights = composed_attention(query, key, value, rules, extras, need_lse=need_lse)
+        return ordered_as(query, output), lse, weights if need_weights else None
     attn_mask, is_causal = _as_mask(rules, extras, query, key.shape[2])
     gqa = not query.shape[1] == key.shape[1]  # a bool also where sizes are symbols
     return attention(query, key, value, attn_mask, rules.dropout_p, is_causal, rules.scale, gqa), None, None
@@ -191,15 +190,8 @@ def why_not_fused(
 def _as_mask(rules: Rules, extras: Extras, query: torch.Tensor, n_keys: int) -> tuple[torch.Tensor | None, bool]:
     """The rules as PyTorch's `attn_mask`, (B or 1, Hq or 1, L or 1, S) or None, and `is_causal`."""
     n_queries = query.shape[2]
-    top_left = not rules.bottom_right
-    if not torch.compiler.is_exporting():  # where lengths are symbols, of which nothing may be asked
-        offset = n_keys - n_queries if rules.bottom_right else 0
-        top_left = offset == 0
-        # A side of the window that no query reaches, at a single query to decode above all, forbids nothing.
-        if rules.right is not None and offset + rules.right >= n_keys - 1:
-            rules = rules._replace(right=None)
-        if rules.left is not None and offset + n_queries - 1 - rules.left <= 0:
-            rules = rules._replace(left=None)
+    top_left = not rules.bottom_right or (not torch.compiler.is_exporting() and n_queries == n_keys)
+    rules = without_idle_sides(rules, n_queries, n_keys)
     if extras.key_lengths is None and extras.alibi_slopes is None and rules.left is None:
         if rules.right is None or (rules.right == 0 and top_left):
             return extras.attn_mask, rules.right is not None
@@ -210,7 +202,9 @@ def _as_mask(rules: Rules, extras: Extras, query: torch.Tensor, n_keys: int) -> 
     if extras.alibi_slopes is not None:
         distances = alibi(rules, extras, n_queries, n_keys, torch.promote_types(query.dtype, torch.float32))
         bias = distances if bias is None else distances + bias
-    return allowed if bias is None else torch.where(allowed, bias, -math.inf), False
+    if bias is None or allowed is None:
+        return allowed if bias is None else bias, False
+    return torch.where(allowed, bias, -math.inf), False
 
 
 def _is_short(
@@ -269,17 +263,3 @@ def _may_see(bad: torch.Tensor, attn_mask: torch.Tensor | None, n_queries: int) 
         return seen[..., torch.arange(n_queries, device=bad.device).clamp(max=bad.shape[-1] - 1)]
     allowed = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -math.inf
     return (allowed & bad.unsqueeze(-2)).any(-1)
-
-
-def _all_finite(*tensors: torch.Tensor) -> bool:
-    """Whether all numbers are known to be finite. False where that cannot be asked: compiled, and of fake tensors.
-
-    One pass over each tensor; a sum that overflows costs speed only. Nor is a GPU asked, which would have to be waited
-    for.
-    """
-    if torch.compiler.is_compiling() or any(tensor.device.type != "cpu" for tensor in tensors):
-        return False
-    try:
-        return all(math.isfinite(tensor.detach().sum().item()) for tensor in tensors)
-    except RuntimeError:  # no value to look at
-        return False
