@@ -168,7 +168,7 @@ def test_short_sequences_on_a_cpu(
         p.attn_mask = torch.rand(50, 1, 7, 11) < 0.5
         p.attn_mask[..., 0] = True
     if not (masked and is_causal):  # both at once become one mask, and row 0 one key
-        monkeypatch.setattr("kernels.attention.eager.scaled_dot_product_attention", lambda *_: pytest.fail("fused"))
+        monkeypatch.setattr("kernels.attention.fused_cpu.scaled_dot_product_attention", lambda *_: pytest.fail("fused"))
     check(p, attention)
 
 

@@ -47,6 +47,8 @@ def as_flag(name: str, x: object) -> bool:
     Raises:
         TypeError: it is neither, nor a number.
     """
+    if x is True or x is False:
+        return x
     flag = as_number(x)
     if not isinstance(flag, (bool, int)):
         raise TypeError(f"{name} must be True or False, found {shown(x)}; pass one of them")
@@ -192,7 +194,7 @@ def check_rules(
 def _check_lengths(key_lengths: torch.Tensor, n_keys: int) -> None:
     """The values, which only a CPU can be asked for at no cost; elsewhere they are clamped."""
     try:
-        found = [] if key_lengths.numel() == 0 else [int(key_lengths.min()), int(key_lengths.max())]
+        found = [] if key_lengths.numel() == 0 else [int(x) for x in key_lengths.aminmax()]
     except RuntimeError:  # no value to look at: vmap, fake tensors
         return
     if found and not 0 <= found[0] <= found[1] <= n_keys:

@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from kernels import backend
 from kernels.attention.composed import alibi, all_finite, allowed_pairs, composed_attention, without_idle_sides
-from kernels.attention.fused_cpu import fused_attention, takes
+from kernels.attention.fused_cpu import fused_attention
 from kernels.attention.layout import for_query_heads, ordered_as, overlaps
 from kernels.attention.rules import Extras, Rules
 from kernels.attention.short_cpu import short_attention
@@ -67,34 +66,16 @@ def attention(
         if _is_short(query, key, value, attn_mask, dropout_p):
             output = short_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
         else:
-            output = _fused(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            output = fused_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         return ordered_as(query, output)
     # Take keys with a NaN or Inf out, then give NaN to each query that may see one of them.
     bad = ~(torch.isfinite(key).all(-1) & torch.isfinite(value).all(-1))
     key, value = (x.masked_fill(bad.unsqueeze(-1), 0) for x in (key, value))
-    output = _fused(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    output = fused_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if enable_gqa:
         bad = for_query_heads(bad, -2, query.shape[-3])
     output = output.masked_fill(_may_see(bad, attn_mask, query.shape[-2]).unsqueeze(-1), math.nan)
     return ordered_as(query, output)
-
-
-def _fused(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> torch.Tensor:
-    """PyTorch's own function, on a CPU with the derivatives that it lacks."""
-    if takes(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
-        return fused_attention(query, key, value, attn_mask, is_causal, scale)
-    return scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
 
 
 def is_simple(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -114,7 +95,7 @@ def is_simple(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bo
 
 def simple_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """A call that `is_simple`."""
-    return _fused(query, key, value, None, 0.0, False, None, False)
+    return fused_attention(query, key, value, None, 0.0, False, None, False)
 
 
 def extended_attention(
@@ -161,7 +142,7 @@ def why_formula(
         return ["what transforms of torch.func and forward mode ask for"]
     is_float = attn_mask is not None and attn_mask.dtype != torch.bool
     if is_float and query.is_cpu and torch.compiler.is_compiling() and torch.is_grad_enabled():
-        return ["the gradient under large masks (see FusedOnCpu) in compiled code, which cannot look at numbers"]
+        return ["the gradient under large masks (see fused_cpu.py) in compiled code, which cannot look at numbers"]
     return []
 
 
