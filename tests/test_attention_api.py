@@ -99,7 +99,7 @@ ERRORS = {
 def test_errors_say_rule_and_finding_in_one_line(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     error, pattern, call = ERRORS[case]
     monkeypatch.setattr("kernels.attention.api.differentiable", lambda *_: pytest.fail("launched"))
-    monkeypatch.setattr("kernels.attention.eager.attention", lambda *_: pytest.fail("ran"))
+    monkeypatch.setattr("kernels.attention.cpu.route.attention", lambda *_: pytest.fail("ran"))
     with pytest.raises(error, match=pattern) as caught:
         call(*inputs(2, 3, 5, 8))
     assert "\n" not in str(caught.value)
@@ -168,7 +168,7 @@ def test_short_sequences_on_a_cpu(
         p.attn_mask = torch.rand(50, 1, 7, 11) < 0.5
         p.attn_mask[..., 0] = True
     if not (masked and is_causal):  # both at once become one mask, and row 0 one key
-        monkeypatch.setattr("kernels.attention.fused_cpu.scaled_dot_product_attention", lambda *_: pytest.fail("fused"))
+        monkeypatch.setattr("kernels.attention.cpu.fused.scaled_dot_product_attention", lambda *_: pytest.fail("fused"))
     check(p, attention)
 
 

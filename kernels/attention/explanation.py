@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels.attention import eager
 from kernels.attention.api import choose_backend, prepare
 from kernels.attention.checks import check
 from kernels.attention.choice import needs_statistics, why_not_hopper, why_not_short
+from kernels.attention.cpu import route
 from kernels.backend import check_tensor_types, wants_gradient
 from kernels.launch import capability
 from kernels.subclasses import holds_others
@@ -70,7 +70,7 @@ def explain(
         why_not = {SHORT: reason}
         reason = why_not_hopper(q, k, v, extras, numbers, capability(q.device))
         return Explanation(TRITON, {**why_not, HOPPER: reason}) if reason else Explanation(HOPPER, why_not)
-    reason = eager.why_not_fused(q, k, v, numbers, extras, return_lse, need_weights)
+    reason = route.why_not_fused(q, k, v, numbers, extras, return_lse, need_weights)
     if reason:
         return Explanation(FORMULA, {TRITON: choice.reason, FUSED: reason})
     return Explanation(FUSED, {TRITON: choice.reason})

@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.attention.choice import why_not_hopper, why_not_short
-from kernels.attention.composed import composed_gradients
+from kernels.attention.formula import composed_gradients
 from kernels.attention.layout import empty_rows
 from kernels.attention.rules import Extras, Rules
 from kernels.autograd import in_forward_mode

@@ -56,9 +56,10 @@ def composed_attention(
         weights: (B, Hq, L, S) before dropout, dtype of the query.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
+    is_narrow = query.dtype != dtype
     heads, n_queries, n_keys = *query.shape[1:3], key.shape[2]
     with without_autocast(query.device):
-        q, k, v = (query, key, value) if query.dtype == dtype else (x.to(dtype) for x in (query, key, value))
+        q, k, v = (x.to(dtype) if is_narrow else x for x in (query, key, value))
         with_care = not all_finite(query, key, value)
         if with_care:
             (q, bad_query), (k, bad_key), (v, bad_value) = (_finite_rows(x) for x in (q, k, v))
@@ -80,7 +81,9 @@ def composed_attention(
             output = torch.where(bad_output, math.nan, output)
             lse = lse if lse is None else torch.where(bad_scores.squeeze(-1), math.nan, lse)
             weights = torch.where(bad_scores & seen, math.nan, weights)
-    return output.to(query.dtype), lse, weights.to(query.dtype)
+    if is_narrow:
+        output, weights = output.to(query.dtype), weights.to(query.dtype)
+    return output, lse, weights
 
 
 def composed_gradients(

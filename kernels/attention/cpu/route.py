@@ -1,8 +1,10 @@
-"""Attention through PyTorch's own kernels, with this package's rules where PyTorch's differ.
+"""Attention through PyTorch's own kernels, with this package's rules where PyTorch's differ: the way of every call on a
+CPU, and on a GPU of one with backend="torch" or that Triton cannot run.
 
 PyTorch lets NaN and Inf of keys that a query may not see into its result (zero times NaN is NaN), and refuses
 `attn_mask` together with `is_causal`. Here neither happens. Rules that PyTorch does not have become a mask for its
-kernels where they can, and otherwise run as the formula is written (`composed.py`).
+kernels where they can, and otherwise run as the formula is written. From here a call goes one of three ways: PyTorch's
+function (`fused.py`), many short sequences at once (`short.py`), the formula (`../formula.py`).
 """
 
 from __future__ import annotations
@@ -11,31 +13,13 @@ import math
 
 import torch
 
-from kernels import backend
-from kernels.attention.composed import alibi, all_finite, allowed_pairs, composed_attention, without_idle_sides
-from kernels.attention.fused_cpu import fused_attention
+from kernels.attention.cpu.fused import fused_attention
+from kernels.attention.cpu.short import is_short, short_attention
+from kernels.attention.formula import alibi, all_finite, allowed_pairs, composed_attention, without_idle_sides
 from kernels.attention.layout import for_query_heads, ordered_as, overlaps
 from kernels.attention.rules import Extras, Rules
-from kernels.attention.short_cpu import short_attention
 from kernels.autograd import transformed
 from kernels.backend import as_autocast, autocasts, wants_gradient, without_autocast
-
-# Where `short_attention` is faster on a CPU, measured on one thread. It makes more calls into PyTorch, so it needs many
-# queries, counted over all heads, and rows of keys that do not fill a vector, at which PyTorch's kernels are slow.
-VECTOR = 16
-ENOUGH = {  # queries, by (dropout, mask): forward alone, and with gradients
-    (False, False): (2400, 1400),
-    (False, True): (1100, 850),
-    (True, False): (520, 350),
-    (True, True): (520, 350),
-}
-ENOUGH_SCORES = 16384  # with dropout, which PyTorch's fused kernel does not have, also for rows of vectors
-MOST_SCORES = 65536  # of one head
-FEWEST = 3  # queries or keys of one head: below, its products are of vectors
-WIDEST = 32  # E or Ev without dropout
-SIMPLE = 1024  # numbers in a tensor below which the way to a kernel costs more than the kernel
-STRIDED = {torch.strided}
-TINY_PRODUCT = 400  # multiplications below which PyTorch's batched product is a plain loop
 
 
 def attention(
@@ -63,7 +47,7 @@ def attention(
         query = query.contiguous()
     sees_all = attn_mask is None and not is_causal
     if sees_all or all_finite(key, value):
-        if _is_short(query, key, value, attn_mask, dropout_p):
+        if is_short(query, key, value, attn_mask, dropout_p):
             output = short_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
         else:
             output = fused_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -76,26 +60,6 @@ def attention(
         bad = for_query_heads(bad, -2, query.shape[-3])
     output = output.masked_fill(_may_see(bad, attn_mask, query.shape[-2]).unsqueeze(-1), math.nan)
     return ordered_as(query, output)
-
-
-def is_simple(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether a call without any option is right, and best served, by PyTorch's function: few numbers on a CPU."""
-    if not type(query) is type(key) is type(value) is torch.Tensor or torch.compiler.is_compiling():
-        return False
-    if {query.layout, key.layout, value.layout} != STRIDED:
-        return False
-    shape, dtype = query.shape, query.dtype
-    return (
-        query.is_cpu and key.is_cpu and value.is_cpu and not backend.INTERPRETED and key.shape == shape
-        and value.shape == shape and 1 <= query.numel() < SIMPLE and key.dtype == dtype and value.dtype == dtype
-        and dtype.is_floating_point and dtype.itemsize > 1 and len(shape) > 1 and query.is_contiguous()
-        and not torch.is_autocast_enabled("cpu") and not transformed()
-    )  # fmt: skip
-
-
-def simple_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """A call that `is_simple`."""
-    return fused_attention(query, key, value, None, 0.0, False, None, False)
 
 
 def extended_attention(
@@ -142,7 +106,7 @@ def why_formula(
         return ["what transforms of torch.func and forward mode ask for"]
     is_float = attn_mask is not None and attn_mask.dtype != torch.bool
     if is_float and query.is_cpu and torch.compiler.is_compiling() and torch.is_grad_enabled():
-        return ["the gradient under large masks (see fused_cpu.py) in compiled code, which cannot look at numbers"]
+        return ["the gradient under large masks (see cpu/fused.py) in compiled code, which cannot look at numbers"]
     return []
 
 
@@ -186,36 +150,6 @@ def _as_mask(rules: Rules, extras: Extras, query: torch.Tensor, n_keys: int) -> 
     if bias is None or allowed is None:
         return allowed if bias is None else bias, False
     return torch.where(allowed, bias, -math.inf), False
-
-
-def _is_short(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None, dropout_p: float
-) -> bool:
-    """Whether `short_attention` takes the call, and faster than PyTorch's kernels would."""
-    if torch.compiler.is_compiling() or query.dtype != torch.float32:
-        return False
-    if query.ndim != 4 or not query.shape[:2] == key.shape[:2] == value.shape[:2]:
-        return False
-    n_queries, n_keys = query.shape[2], key.shape[2]
-    rows, scores = query.shape[0] * query.shape[1] * n_queries, n_queries * n_keys
-    without, with_gradients = ENOUGH[dropout_p > 0.0, attn_mask is not None]
-    if rows < with_gradients or min(n_queries, n_keys) < FEWEST:
-        return False
-    enough = rows >= without or wants_gradient(query, key, value)
-    if dropout_p:
-        enough = (enough if n_keys < VECTOR else rows * n_keys >= ENOUGH_SCORES) and scores <= MOST_SCORES
-    else:
-        sizes = query.shape[3], value.shape[3]
-        enough = enough and max(n_queries, n_keys) < VECTOR and max(sizes) <= WIDEST
-        enough = enough and scores * min(sizes) >= TINY_PRODUCT
-    if not enough or query.device.type != "cpu":
-        return False
-    try:
-        for tensor in (query, key, value):
-            tensor.data_ptr()
-        return attn_mask is None or (attn_mask.dtype == torch.bool and bool(attn_mask.any(-1).all()))
-    except RuntimeError:  # no memory, no numbers to look at: fake tensors
-        return False
 
 
 def _as_pytorch_takes_it(attn_mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

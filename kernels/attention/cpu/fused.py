@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernels.attention.composed import composed_gradients
+from kernels import backend
+from kernels.attention.formula import composed_gradients
 from kernels.attention.rules import Extras, Rules
 from kernels.autograd import transformed
 from kernels.backend import wants_gradient
@@ -22,6 +23,8 @@ FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 LARGEST_ROUNDING = 2.0**-15  # of a weight, relative to it
 FLASH = 1  # of torch.nn.attention.SDPBackend, as the choice is numbered
+SIMPLE = 1024  # numbers in a tensor below which the way to a kernel costs more than the kernel
+STRIDED = {torch.strided}
 
 
 def fused_attention(
@@ -45,6 +48,21 @@ def fused_attention(
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     return Fused.apply(query, key, value, attn_mask, is_causal, scale)
+
+
+def is_simple(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether `fused_attention` is right, and the best, for a call without any option: few numbers on a CPU."""
+    if not type(query) is type(key) is type(value) is torch.Tensor or torch.compiler.is_compiling():
+        return False
+    if {query.layout, key.layout, value.layout} != STRIDED:
+        return False
+    shape, dtype = query.shape, query.dtype
+    return (
+        query.is_cpu and key.is_cpu and value.is_cpu and not backend.INTERPRETED and key.shape == shape
+        and value.shape == shape and 1 <= query.numel() < SIMPLE and key.dtype == dtype and value.dtype == dtype
+        and dtype.is_floating_point and dtype.itemsize > 1 and len(shape) > 1 and query.is_contiguous()
+        and not torch.is_autocast_enabled("cpu") and not transformed()
+    )  # fmt: skip
 
 
 def _is_fused_with_gradients(
