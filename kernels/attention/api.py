@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels.attention import eager
+from kernels.attention.call import FAR, Call
 from kernels.attention.checks import as_flag, check, check_rules, leads_of
-from kernels.attention.composed import alibi, composed_attention
+from kernels.attention.cpu import route
+from kernels.attention.cpu.fused import fused_attention, is_simple
+from kernels.attention.formula import alibi, composed_attention
 from kernels.attention.ops import Attention
 from kernels.attention.plan import needs_statistics
-from kernels.attention.call import FAR, Call
 from kernels.attention.subclasses import on_heads, on_values
 from kernels.attention.tiles import MAX_HEAD_SIZE
 from kernels.autograd import differentiable, in_forward_mode
@@ -141,17 +142,17 @@ def scaled_dot_product_attention(
     if plain and attn_mask is None and scale is None and is_causal is False and type(dropout_p) is float:
         # What the rest would decide in three times the time of a small call.
         is_right = type(enable_gqa) is bool and type(backend) is str and backend in ("auto", "torch")
-        if dropout_p == 0.0 and is_right and eager.is_simple(query, key, value):
-            return eager.simple_attention(query, key, value)
+        if dropout_p == 0.0 and is_right and is_simple(query, key, value):
+            return fused_attention(query, key, value, None, 0.0, False, None, False)
     is_causal, enable_gqa = as_flag("is_causal", is_causal), as_flag("enable_gqa", enable_gqa)
     check(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
     backend = choose_backend(query, value, backend).backend
     if plain and attn_mask is not None:  # PyTorch adds the mask to scores of the query's and key's dimensions alone
         end = -3 if enable_gqa else -2
         plain = query.shape[:end] == key.shape[:end] == value.shape[:end]
-    if plain and backend == "torch" and not eager.why_formula(query, key, value, attn_mask):
+    if plain and backend == "torch" and not route.why_formula(query, key, value, attn_mask):
         dropout_p, scale = as_number(dropout_p), as_number(scale)
-        return eager.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return route.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if backend == "triton":
         query, key, value = as_autocast(query, key, value)
     lead, q, k, v, call = prepare(
@@ -159,13 +160,15 @@ def scaled_dot_product_attention(
         alibi_slopes, sinks, key_lengths, deterministic,
     )  # fmt: skip
     if backend == "torch" or in_forward_mode():
-        found: tuple[Any, ...] = eager.extended_attention(
+        found: tuple[Any, ...] = route.extended_attention(
             q, k, v, call, need_lse=return_lse, need_weights=need_weights
         )
     else:
         output, lse = triton_attention(q, k, v, call, return_lse)
-        weights = composed_attention(q, k, v, call._replace(dropout_p=0.0))[2] if need_weights else None
-        found = output, lse, weights
+        found = output, lse, None
+        if need_weights:
+            _, _, weights = composed_attention(q, k, v, call._replace(dropout_p=0.0), need_lse=False)
+            found = output, lse, weights
     if len(lead) == 2:
         result = AttentionResult(*found)
     else:
