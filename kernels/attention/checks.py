@@ -14,7 +14,7 @@ INTEGERS = (int, torch.SymInt)
 LARGEST_SCALE = 1e38  # times log2(e) it is still a float32
 ALIGNMENTS = ("top_left", "bottom_right")
 
-__all__ = ["as_flag", "check", "check_rules", "leads_of"]
+__all__ = ["as_flag", "check", "check_options", "leads_of"]
 
 
 def check(
@@ -162,17 +162,18 @@ def _broadcast(*shapes: torch.Size) -> bool:
     return all(a == 1 or b == 1 or a == b for sizes in columns for a, b in itertools.combinations(sizes, 2))
 
 
-def check_rules(
+def check_options(
     query: torch.Tensor,
     lead: torch.Size,
-    causal_alignment: str,
-    window: tuple[int | None, int | None] | None,
-    softcap: float | None,
-    alibi_slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    key_lengths: torch.Tensor | None,
-    deterministic: bool | None,
     n_keys: int,
+    *,
+    causal_alignment: str = "top_left",
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    key_lengths: torch.Tensor | None = None,
+    deterministic: bool | None = None,
 ) -> None:
     """Raise TypeError or ValueError for an argument that PyTorch's attention does not have. lead: (..., Hq)."""
     if not isinstance(causal_alignment, str) or causal_alignment not in ALIGNMENTS:

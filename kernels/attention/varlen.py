@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from kernels.attention.api import AttentionResult, choose_backend, make_call, triton_attention
+from kernels.attention.api import AttentionResult, Options, choose_backend, make_call, triton_attention
 from kernels.attention.call import Call
-from kernels.attention.checks import INTEGERS, as_flag, check, check_rules
+from kernels.attention.checks import INTEGERS, as_flag, check, check_options
 from kernels.attention.cpu import route
 from kernels.attention.layout import ordered_as
 from kernels.autograd import in_forward_mode, transformed
@@ -81,11 +81,13 @@ def varlen_attention(
     check(q, k, v, None, dropout_p, scale, enable_gqa)
     n_sequences = _check_starts(query, key, cu_seq_q, cu_seq_k, max_q, max_k)
     lead = torch.Size((n_sequences, query.shape[1]))
-    check_rules(query, lead, causal_alignment, window, softcap, alibi_slopes, sinks, None, None, max_k)
+    options: Options = {
+        "causal_alignment": causal_alignment, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+    }  # fmt: skip
+    check_options(query, lead, max_k, **options)
     q, k, v = as_autocast(q, k, v)
-    call = make_call(
-        lead, q, dropout_p, is_causal, scale, causal_alignment, window, softcap, alibi_slopes=alibi_slopes, sinks=sinks
-    )
+    call = make_call(lead, q, None, dropout_p, is_causal, scale, **options)
     call = call._replace(
         query_starts=cu_seq_q.int(), key_starts=cu_seq_k.int(), max_queries=max_q, max_keys=max_k
     )

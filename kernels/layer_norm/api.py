@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch.overrides import has_torch_function_variadic
@@ -102,6 +102,33 @@ def rms_norm(
     return _norm(input, None, normalized_shape, weight, None, eps, False, save_output, backend)
 
 
+@overload
+def add_layer_norm(
+    input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = ..., bias: torch.Tensor | None = ...,
+    eps: float = ..., *,
+    prenorm: Literal[False] = ..., dropout_p: float = ..., normalized_shape: int | Sequence[int] | None = ...,
+    save_output: bool = ..., backend: str = ...,
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def add_layer_norm(
+    input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = ..., bias: torch.Tensor | None = ...,
+    eps: float = ..., *,
+    prenorm: Literal[True], dropout_p: float = ..., normalized_shape: int | Sequence[int] | None = ...,
+    save_output: bool = ..., backend: str = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+
+
+@overload
+def add_layer_norm(
+    input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = ..., bias: torch.Tensor | None = ...,
+    eps: float = ..., *,
+    prenorm: bool = ..., dropout_p: float = ..., normalized_shape: int | Sequence[int] | None = ...,
+    save_output: bool = ..., backend: str = ...,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+
+
 def add_layer_norm(
     input: torch.Tensor,
     residual: torch.Tensor,
@@ -140,6 +167,30 @@ def add_layer_norm(
         raise TypeError(NO_RESIDUAL)
     shape = _default_shape(input, weight, bias) if normalized_shape is None else normalized_shape
     return _norm(input, residual, shape, weight, bias, eps, True, save_output, backend, dropout_p, prenorm)
+
+
+@overload
+def add_rms_norm(
+    input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = ..., eps: float | None = ..., *,
+    prenorm: Literal[False] = ..., dropout_p: float = ..., normalized_shape: int | Sequence[int] | None = ...,
+    save_output: bool = ..., backend: str = ...,
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def add_rms_norm(
+    input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = ..., eps: float | None = ..., *,
+    prenorm: Literal[True], dropout_p: float = ..., normalized_shape: int | Sequence[int] | None = ...,
+    save_output: bool = ..., backend: str = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+
+
+@overload
+def add_rms_norm(
+    input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = ..., eps: float | None = ..., *,
+    prenorm: bool = ..., dropout_p: float = ..., normalized_shape: int | Sequence[int] | None = ...,
+    save_output: bool = ..., backend: str = ...,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
 def add_rms_norm(
