@@ -23,7 +23,7 @@ from bench import ahead, correctness, gpu_first, gpu_plan, gpu_second, gpu_work,
 from bench.rows import ROOT, Row, by_group, newest_with, read_rows, standings, write_row  # noqa: E402
 from bench.stages import ROWS, Stage, run_stages  # noqa: E402
 from bench.summary import summarise  # noqa: E402
-from kernels.attention import choice, measured  # noqa: E402
+from kernels.attention import measured, plan  # noqa: E402
 
 posix = pytest.mark.skipif(os.name != "posix", reason="process groups as POSIX has them")
 
@@ -230,7 +230,7 @@ def test_only_hopper_kernels_that_passed_run_later() -> None:
     assert gpu_first.environment(stage, rows)["KERNELS_HOPPER"] == "forward64 backward64"
     assert gpu_first.environment(stage, [])["KERNELS_HOPPER"] == "0"
     assert [name for names in gpu_first.HOPPER.values() for name in names] == [
-        f"{direction}{size}" for direction, sizes in choice.HOPPER_HEAD_SIZES.items() for size in sizes]  # fmt: skip
+        f"{direction}{size}" for direction, sizes in plan.HOPPER_HEAD_SIZES.items() for size in sizes]  # fmt: skip
 
 
 def timed(group: str, **providers: float) -> list[Row]:
