@@ -18,8 +18,7 @@ from bench.machine import leave_after_fault, pick_device
 from bench.record import Context, brief, name_row
 from bench.rows import read_rows
 from bench.timing import play_samples
-from bench.training_speed import BATCH, COMPILED, COMPILED_GRAPH, EAGER, GRAPH, LARGE_BATCH, ONE, OURS, Speeds
-from bench.training_speed import best, cases
+from bench.training_speed import BATCH, LARGE_BATCH, OURS, Speeds, best, cases
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -32,7 +31,10 @@ BENCHMARK = Benchmark(
 )  # fmt: skip
 
 # Ways to train, by stage; 40 and 58 s are expected.
-STAGES = {"training": (EAGER, GRAPH), "compiled training": (GRAPH, COMPILED, COMPILED_GRAPH)}
+STAGES = {
+    "training": (training_speed.EAGER, training_speed.GRAPH),
+    "compiled training": (training_speed.GRAPH, training_speed.COMPILED, training_speed.COMPILED_GRAPH),
+}
 DEVICE = pick_device()
 WAYS = training_speed.ways_here(DEVICE)
 BATCHES = (BATCH,) if DEVICE.type == "cpu" else (BATCH, LARGE_BATCH)
@@ -73,7 +75,7 @@ def training_plan(stage: str, context: Context) -> list[tuple[int, tuple[str, ..
     """Batch sizes, and ways to train."""
     if context.rehearse:
         training_speed.EXAMPLES = 500
-        return [(BATCH, (ONE,))]
+        return [(BATCH, (training_speed.ONE,))]
     return [(batch_size, STAGES[stage]) for batch_size in (BATCH, LARGE_BATCH)]
 
 
