@@ -285,8 +285,11 @@ def main(argv: list[str] | None = None) -> int:
     from bench.compile_cases import table_cases
     from bench.compile_check import compile_cases
 
+    cases = list(table_cases(options.arch))
+    words = {word for case in cases for word in case.label.split()} & set(options.words)  # the others are of the result
+    cases = [case for case in cases if words <= set(case.label.split())]
     lines = []
-    for result in compile_cases(list(table_cases(options.arch)), options.jobs):
+    for result in compile_cases(cases, options.jobs):
         if isinstance(result.cost, Cost):
             line = line_of(result)
             if all(word in line.replace("|", " ").split() for word in options.words):

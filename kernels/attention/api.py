@@ -237,8 +237,8 @@ def _on_what_they_hold(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
         from kernels.attention.varlen import varlen_attention
 
         del options["deterministic"]
-        missing = {name: options.pop(name) is not None for name in ("attn_mask", "key_lengths")}
-        missing["need_weights"] = options.pop("need_weights")
+        known = varlen_attention.__kwdefaults__ or {}
+        missing = {name: options.pop(name) not in (None, False) for name in list(options) if name not in known}
         return on_values(functools.partial(varlen_attention, **options), query, key, value, missing)
     if options["dropout_p"]:
         raise ValueError(f"dropout_p must be 0 on DTensors, found {shown(options['dropout_p'])}; drop from the output")

@@ -30,8 +30,8 @@ __all__ = ["HOPPER_HEAD_SIZES", "KERNELS", "Plan", "forced", "plan"]
 KERNELS = ("short", "hopper", "general")  # the fastest first
 HOPPER_QUERIES = 128  # fewer leave one of its two warp groups without work
 HOPPER_HEAD_SIZES = {"forward": (64, 128, 256), "backward": (64, 128)}
-# Of a call, what the Gluon kernels know; the rest must not be asked for.
-HOPPER_KNOWS = {"key_lengths", "scale", "softcap", "left", "right", "bottom_right", "deterministic"}
+HOPPER_KNOWS = {"key_lengths", "scale", "softcap", "left", "right", "bottom_right", "deterministic"}  # of a call
+UNKNOWN_TO_HOPPER = [(i, name) for i, name in enumerate(Call._fields) if name not in HOPPER_KNOWS]
 
 
 class Plan(NamedTuple):
@@ -224,6 +224,9 @@ def why_not_hopper(
         return f"it takes heads of {', '.join(map(str, head_sizes))}, values as wide as keys, found {e} and {ev}"
     if query.shape[2] < HOPPER_QUERIES or 0 in (*query.shape, *key.shape):
         return f"it takes {HOPPER_QUERIES} queries or more, found {query.shape[2]}"
+    for i, unknown in UNKNOWN_TO_HOPPER:
+        if isinstance(call[i], torch.Tensor) or call[i]:
+            return f"it knows no {unknown}"
     if call.scale <= 0.0:
         return f"it takes a scale above 0, found {call.scale}"
     if direction == "backward" and call.deterministic:
@@ -232,9 +235,6 @@ def why_not_hopper(
     may_run = measured.HOPPER if asked is None else hopper_calls(asked)
     if (direction, e) not in may_run and _forced.kernel != "hopper":
         return "no GPU has shown that it is right and faster here: the environment variable KERNELS_HOPPER=1 lets it"
-    for name, asked_for in zip(call._fields, call):
-        if name not in HOPPER_KNOWS and (isinstance(asked_for, torch.Tensor) or asked_for):
-            return f"it knows no {name}"
     for name, x in ("query", query), ("key", key), ("value", value):
         if not takes_tma(x):
             return f"TMA wants rows at multiples of 16 bytes, found {name} with strides {tuple(x.stride())}"

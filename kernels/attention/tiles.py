@@ -61,6 +61,7 @@ def _tiles(*tiles: tuple[int, int, int, int]) -> dict[str, Tile]:
     return {asked: Tile(*tiles[min(i, len(tiles) - 1)]) for i, asked in enumerate(ASKED)}
 
 
+# What measured.py has for a key goes before what stands here. float32 has a table of its own, below.
 # (kernel, chip): largest block of the head size -> tiles, for elements of 2 bytes. A chip without an entry takes that
 # of the one before it.
 _TABLES: dict[tuple[str, int], dict[int, dict[str, Tile]]] = {
