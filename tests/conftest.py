@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.interpreter import round_bfloat16_to_nearest
+from tests import interpreter
 from tests.tolerances import margins
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic PyTorch wants of cuBLAS
@@ -46,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Switch the interpreter on or off, before the tests import any kernel."""
     os.environ["TRITON_INTERPRET"] = "0" if runs_on_gpu(config) else "1"
     if not runs_on_gpu(config):
-        round_bfloat16_to_nearest()
+        interpreter.prepare()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
