@@ -42,6 +42,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             terminalreporter.write_line(f"{margin:6.2f}  {test}")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist's own
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """All of the tests run in as many processes as there are cores, 8 at most; with -n, as it says.
+
+    In one process: tests that are asked for by file, which are over before others have started, those on a GPU, and
+    with --seed and --pdb, which look at this process.
+    """
+    option = config.option
+    everything = [Path(x).resolve() for x in config.args] == [Path(__file__).parent]
+    of_one_process = option.seed or option.usepdb or runs_on_gpu(config) or hasattr(config, "workerinput")
+    if everything and not of_one_process and getattr(option, "numprocesses", 0) is None:  # 0: without pytest-xdist
+        option.numprocesses, option.maxprocesses = "auto", option.maxprocesses or 8
+        option.dist = "worksteal" if option.dist == "no" else option.dist
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Switch the interpreter on or off, before the tests import any kernel."""
     os.environ["TRITON_INTERPRET"] = "0" if runs_on_gpu(config) else "1"
