@@ -99,7 +99,7 @@ ERRORS = {
 def test_errors_say_rule_and_finding_in_one_line(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     error, pattern, call = ERRORS[case]
     monkeypatch.setattr("kernels.attention.api.differentiable", lambda *_: pytest.fail("launched"))
-    monkeypatch.setattr("kernels.attention.eager.attention", lambda *_: pytest.fail("ran"))
+    monkeypatch.setattr("kernels.attention.cpu.route.attention", lambda *_: pytest.fail("ran"))
     with pytest.raises(error, match=pattern) as caught:
         call(*inputs(2, 3, 5, 8))
     assert "\n" not in str(caught.value)
@@ -125,7 +125,7 @@ def test_explain_says_which_kernel_and_why(monkeypatch: pytest.MonkeyPatch) -> N
     assert second.startswith("The Triton kernel for any shape does not: the tensors are on the CPU")
     formula = kernels.explain(q, k, v, softcap=2.0, sinks=torch.zeros(1), window=(3, 0))
     assert formula.kernel.startswith("the formula in plain PyTorch")
-    assert "no way to give a soft cap and sinks" in str(formula)
+    assert "no way to give sinks and a soft cap" in str(formula)
     with pytest.raises(TypeError, match="windw"):
         kernels.explain(q, k, v, windw=(3, 0))
     with pytest.raises(ValueError, match="same length S"):
@@ -168,7 +168,7 @@ def test_short_sequences_on_a_cpu(
         p.attn_mask = torch.rand(50, 1, 7, 11) < 0.5
         p.attn_mask[..., 0] = True
     if not (masked and is_causal):  # both at once become one mask, and row 0 one key
-        monkeypatch.setattr("kernels.attention.eager.scaled_dot_product_attention", lambda *_: pytest.fail("fused"))
+        monkeypatch.setattr("kernels.attention.cpu.fused.scaled_dot_product_attention", lambda *_: pytest.fail("fused"))
     check(p, attention)
 
 

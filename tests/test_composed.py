@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels.attention import eager
-from kernels.attention.composed import composed_attention
-from kernels.attention.eager import extended_attention
+from kernels.attention import formula
+from kernels.attention.cpu import route
+from kernels.attention.cpu.route import extended_attention
+from kernels.attention.formula import composed_attention
 from kernels.attention.call import Call
 from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch
 
@@ -306,6 +307,68 @@ def upstream_of(call: Given) -> list[torch.Tensor]:
     return [torch.randn_like(output), torch.randn_like(lse)]
 
 
+@by_feature
+def test_care_changes_nothing_where_all_is_finite(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done about NaN and Inf where numbers cannot be looked at: compiled, vmapped, on a GPU."""
+    call = FEATURES[name]
+    upstream = upstream_of(call)
+    found = outcome(call, upstream)
+    monkeypatch.setattr(formula, "all_finite", lambda *_: False)
+    for a, b in zip(outcome(call, upstream), found):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def refuse(what: str) -> Callable[..., None]:
+    return lambda *_, **__: pytest.fail(what)
+
+
+@pytest.mark.parametrize(("n_queries", "rules"), [
+    (5, {"softcap": 2.0}), (5, {"right": 6, "left": 4}), (1, {"right": 0, "left": 6, "bottom_right": True}),
+])  # fmt: skip
+def test_what_no_rule_asks_for_is_not_done(n_queries: int, rules: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No places, no mask, no care; and the log-sum-exp only on demand."""
+    call = make_call((2, 4, 2, n_queries, 7, 3, 2), Call(sinks=torch.randn(1, 4)), **rules)
+    for part in ("_numbers", "_finite_rows"):
+        monkeypatch.setattr(formula, part, refuse(part))
+    assert_is_formula(call)
+    monkeypatch.setattr(torch, "log", refuse("log"))
+    assert composed_attention(*call, need_lse=False)[1] is None
+
+
+@pytest.mark.parametrize("what", ["query", "key", "value"])
+@pytest.mark.parametrize("fill", [math.nan, math.inf, -math.inf], ids=str)
+def test_a_bad_number_that_nothing_hides(what: str, fill: float) -> None:
+    """Neither the cap nor a weight of 0 makes a result of it, and such a row sends nothing back."""
+    clean = make_call(softcap=2.0, asked=Call(sinks=torch.randn(1, 4)))
+    bad = getattr(clean, what).clone()
+    bad[0, 1, 2, 0] = fill
+    dirty = clean._replace(**{what: bad})
+    sees = torch.zeros(2, 4, 5, dtype=torch.bool)
+    sees[(0, 1, 2) if what == "query" else (0, slice(2, 4))] = True
+    upstream = upstream_of(clean)
+    found = outcome(dirty, upstream)
+    assert torch.equal(found[0].isnan(), sees[..., None].expand(found[0].shape))
+    for grad in upstream:  # without those rows, nothing tells the two calls apart
+        grad[sees] = 0.0
+    assert all(grad.isfinite().all() for grad in found[2:])
+    for a, b in zip(outcome(dirty, upstream)[2:], outcome(clean, upstream)[2:]):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_sink_of_minus_infinity_is_none() -> None:
+    """Nor does it get a gradient, or a second one, from rows that see no key."""
+    mask = torch.tensor([1, 1, 0, 1, 0]).bool()[None, None, :, None]
+    call, leaves = make_call(asked=Call(mask, sinks=torch.full((1, 4), -math.inf)), dtype=torch.float64).leaves()
+    without = call._replace(asked=call.asked._replace(sinks=None))
+    for a, b in zip(composed_attention(*call), composed_attention(*without)):
+        torch.testing.assert_close(a, b)
+    output, lse, _ = composed_attention(*call)
+    sent = [torch.randn_like(x, requires_grad=True) for x in (output, lse)]
+    first = torch.autograd.grad((output, lse), leaves, sent, create_graph=True)
+    second = torch.autograd.grad(sum(x.square().sum() for x in first), [*leaves, *sent])
+    assert not first[3].any() and not second[3].any() and all(x.isfinite().all() for x in (*first, *second))
+
+
 HIDDEN = {  # the last two keys, by each rule that can hide them from every query
     "lengths": {"key_lengths": torch.tensor([5, 5])},
     "causal": {"right": 0},
@@ -519,8 +582,8 @@ def test_compiles_to_one_graph(name: str) -> None:
     call, leaves = FEATURES[name].leaves()
 
     def attend(query, key, value, asked):  # type: ignore[no-untyped-def]
-        formula = composed_attention(query, key, value, asked)
-        return *formula, extended_attention(query, key, value, asked, need_lse=False, need_weights=False)
+        found = composed_attention(query, key, value, asked)
+        return *found, extended_attention(query, key, value, asked, need_lse=False, need_weights=False)
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     found, expected = (f(*call[:3], call.asked) for f in (compiled, attend))
@@ -575,7 +638,7 @@ def test_a_mask_for_pytorchs_kernels_says_what_the_formula_does(
         if attention is composed_attention:
             output, *_ = composed_attention(*some)
         else:
-            monkeypatch.setattr(eager, "composed_attention", lambda *_: pytest.fail("ran the formula"))
+            monkeypatch.setattr(route, "composed_attention", lambda *_: pytest.fail("ran the formula"))
             output, lse, weights = extended_attention(*some[:4], need_lse=False, need_weights=False)
             assert lse is None and weights is None
         found.append([output, *torch.autograd.grad(output, leaves, upstream)])
@@ -624,7 +687,7 @@ def test_a_mask_is_as_small_as_the_rules_allow(name: str) -> None:
     """None where `is_causal` or nothing says it; and heads never multiply it."""
     rules, lengths, shape, causal = SMALL[name]
     call = make_call(asked=Call(key_lengths=torch.tensor(lengths) if lengths else None), **rules)
-    mask, is_causal = eager._as_mask(call.asked, call.query, 7)
+    mask, is_causal = route._as_mask(call.asked, call.query, 7)
     assert (None if mask is None else mask.shape) == shape and is_causal == causal
     output, *_ = extended_attention(*call[:4], need_lse=False, need_weights=False)
     torch.testing.assert_close(output, composed_attention(*call)[0])
@@ -632,7 +695,7 @@ def test_a_mask_is_as_small_as_the_rules_allow(name: str) -> None:
 
 def test_decoding_from_the_last_key_needs_no_mask() -> None:
     call = make_call((2, 4, 2, 1, 7, 3, 2), left=6, right=0, bottom_right=True)
-    assert eager._as_mask(call.asked, call.query, 7) == (None, False)
+    assert route._as_mask(call.asked, call.query, 7) == (None, False)
 
 
 @pytest.mark.parametrize("query_dtype", [torch.float16, torch.float64], ids=str)
@@ -664,11 +727,11 @@ def test_many_short_sequences_take_the_short_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     ways = []
-    for way in ("short_attention", "scaled_dot_product_attention", "fused_attention"):
-        monkeypatch.setattr(eager, way, lambda query, *_, way=way, **__: ways.append(way) or query)
+    for way in ("short_attention", "fused_attention"):
+        monkeypatch.setattr(route, way, lambda query, *_, way=way, **__: ways.append(way) or query)
     query, key = (torch.randn(batch, 4, n_queries, 16, requires_grad=training) for _ in range(2))
     mask = torch.ones(batch, 1, 1, n_queries, dtype=torch.bool) if masked else None
-    eager.attention(query, key, key, mask, dropout_p, False, None, False)
+    route.attention(query, key, key, mask, dropout_p, False, None, False)
     assert len(ways) == 1 and (ways[0] == "short_attention") == short
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 
-from kernels.attention import eager
-from kernels.attention.checks import as_flag, check, check_rules, leads_of
-from kernels.attention.composed import alibi, composed_attention
+from kernels.attention.call import FAR, TENSORS, Call
+from kernels.attention.checks import as_flag, check, check_options, leads_of
+from kernels.attention.cpu import route
+from kernels.attention.cpu.fused import fused_attention, is_simple
+from kernels.attention.formula import alibi, composed_attention
 from kernels.attention.ops import Attention
 from kernels.attention.plan import needs_statistics
-from kernels.attention.call import FAR, Call
 from kernels.attention.subclasses import on_heads, on_values
 from kernels.attention.tiles import MAX_HEAD_SIZE
 from kernels.autograd import differentiable, in_forward_mode
@@ -22,7 +23,10 @@ from kernels.backend import (
 )  # fmt: skip
 from kernels.subclasses import holds_others, overridden
 
-__all__ = ["AttentionResult", "scaled_dot_product_attention"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["AttentionResult", "Options", "scaled_dot_product_attention"]
 
 
 class AttentionResult(NamedTuple):
@@ -37,6 +41,51 @@ class AttentionResult(NamedTuple):
     output: torch.Tensor
     lse: torch.Tensor | None
     weights: torch.Tensor | None
+
+
+class Options(TypedDict, total=False):
+    """What `scaled_dot_product_attention` can be asked for that PyTorch's has not; explained there."""
+
+    causal_alignment: str
+    window: tuple[int | None, int | None] | None
+    softcap: float | None
+    alibi_slopes: torch.Tensor | None
+    sinks: torch.Tensor | None
+    key_lengths: torch.Tensor | None
+    deterministic: bool | None
+
+
+@overload
+def scaled_dot_product_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = ...,
+    dropout_p: float = ..., is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *,
+    need_weights: Literal[False] = ..., return_lse: Literal[False] = ..., backend: str = ...,
+    **options: Unpack[Options],
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def scaled_dot_product_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = ...,
+    dropout_p: float = ..., is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *,
+    need_weights: Literal[True], return_lse: bool = ..., backend: str = ..., **options: Unpack[Options],
+) -> AttentionResult: ...  # fmt: skip
+
+
+@overload
+def scaled_dot_product_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = ...,
+    dropout_p: float = ..., is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *,
+    need_weights: bool = ..., return_lse: Literal[True], backend: str = ..., **options: Unpack[Options],
+) -> AttentionResult: ...  # fmt: skip
+
+
+@overload
+def scaled_dot_product_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = ...,
+    dropout_p: float = ..., is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *,
+    need_weights: bool = ..., return_lse: bool = ..., backend: str = ..., **options: Unpack[Options],
+) -> torch.Tensor | AttentionResult: ...  # fmt: skip
 
 
 def scaled_dot_product_attention(
@@ -116,56 +165,57 @@ def scaled_dot_product_attention(
     section 3, and Miller 2023, "Attention Is Off By One".
     """
     tensors = query, key, value, attn_mask, alibi_slopes, sinks, key_lengths
+    options: Options = {
+        "causal_alignment": causal_alignment,
+        "window": window,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+        "key_lengths": key_lengths,
+        "deterministic": deterministic,
+    }
     if torch.overrides.has_torch_function(tensors):
         return overridden(
-            scaled_dot_product_attention, tensors, query, key, value, attn_mask, dropout_p, is_causal,
-            scale, enable_gqa, causal_alignment=causal_alignment, window=window, softcap=softcap,
-            alibi_slopes=alibi_slopes, sinks=sinks, key_lengths=key_lengths, need_weights=need_weights,
-            return_lse=return_lse, deterministic=deterministic, backend=backend,
+            scaled_dot_product_attention, tensors, query, key, value, attn_mask, dropout_p, is_causal, scale,
+            enable_gqa, **options, need_weights=need_weights, return_lse=return_lse, backend=backend,
         )  # fmt: skip
     if not type(query) is type(key) is type(value) is torch.Tensor or query.is_nested:
         check_tensor_types({"query": query, "key": key, "value": value})
         if holds_others(query, key, value):
             return _on_what_they_hold(
-                query, key, value, {"attn_mask": attn_mask, "key_lengths": key_lengths, "alibi_slopes": alibi_slopes,
-                                    "sinks": sinks},
-                {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa,
-                 "causal_alignment": causal_alignment, "window": window, "softcap": softcap, "return_lse": return_lse,
-                 "backend": backend}, need_weights, deterministic,
+                query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+                enable_gqa=enable_gqa, **options, need_weights=need_weights, return_lse=return_lse, backend=backend,
             )  # fmt: skip
-    plain = (
-        window is None and softcap is None and alibi_slopes is None and sinks is None and key_lengths is None
-        and not need_weights and not return_lse and deterministic is None
-        and type(causal_alignment) is str and causal_alignment == "top_left"
-    )  # fmt: skip
+    plain = not (need_weights or return_lse) and _are_defaults(options)
     if plain and attn_mask is None and scale is None and is_causal is False and type(dropout_p) is float:
         # What the rest would decide in three times the time of a small call.
         is_right = type(enable_gqa) is bool and type(backend) is str and backend in ("auto", "torch")
-        if dropout_p == 0.0 and is_right and eager.is_simple(query, key, value):
-            return eager.simple_attention(query, key, value)
+        if dropout_p == 0.0 and is_right and is_simple(query, key, value):
+            return fused_attention(query, key, value, None, 0.0, False, None, False)
     is_causal, enable_gqa = as_flag("is_causal", is_causal), as_flag("enable_gqa", enable_gqa)
     check(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
     backend = choose_backend(query, value, backend).backend
     if plain and attn_mask is not None:  # PyTorch adds the mask to scores of the query's and key's dimensions alone
         end = -3 if enable_gqa else -2
         plain = query.shape[:end] == key.shape[:end] == value.shape[:end]
-    if plain and backend == "torch" and not eager.why_formula(query, key, value, attn_mask):
+    if plain and backend == "torch" and not route.why_formula(query, key, value, attn_mask):
         dropout_p, scale = as_number(dropout_p), as_number(scale)
-        return eager.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return route.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if backend == "triton":
         query, key, value = as_autocast(query, key, value)
     lead, q, k, v, call = prepare(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap,
-        alibi_slopes, sinks, key_lengths, deterministic,
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **options
     )  # fmt: skip
     if backend == "torch" or in_forward_mode():
-        found: tuple[Any, ...] = eager.extended_attention(
+        found: tuple[Any, ...] = route.extended_attention(
             q, k, v, call, need_lse=return_lse, need_weights=need_weights
         )
     else:
         output, lse = triton_attention(q, k, v, call, return_lse)
-        weights = composed_attention(q, k, v, call._replace(dropout_p=0.0))[2] if need_weights else None
-        found = output, lse, weights
+        found = output, lse, None
+        if need_weights:
+            _, _, weights = composed_attention(q, k, v, call._replace(dropout_p=0.0), need_lse=False)
+            found = output, lse, weights
     if len(lead) == 2:
         result = AttentionResult(*found)
     else:
@@ -173,22 +223,27 @@ def scaled_dot_product_attention(
     return result if need_weights or return_lse else result.output
 
 
-def _on_what_they_hold(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tensors: dict[str, Any],
-    options: dict[str, Any], need_weights: bool, deterministic: bool | None,
-) -> Any:  # fmt: skip
+def _are_defaults(options: Options) -> bool:
+    """Whether nothing of it is asked for."""
+    for x in options.values():
+        if x is not None and not (type(x) is str and x == "top_left"):
+            return False
+    return True
+
+
+def _on_what_they_hold(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
     """The call on nested tensors or DTensors, one of the three at least."""
     if query.is_nested or key.is_nested or value.is_nested:
         from kernels.attention.varlen import varlen_attention
 
-        missing = {name: tensors.pop(name) is not None for name in ("attn_mask", "key_lengths")}
-        attend: Any = functools.partial(varlen_attention, **options, **tensors)
-        return on_values(attend, query, key, value, {**missing, "need_weights": need_weights})
+        del options["deterministic"]
+        missing = {name: options.pop(name) is not None for name in ("attn_mask", "key_lengths")}
+        missing["need_weights"] = options.pop("need_weights")
+        return on_values(functools.partial(varlen_attention, **options), query, key, value, missing)
     if options["dropout_p"]:
         raise ValueError(f"dropout_p must be 0 on DTensors, found {shown(options['dropout_p'])}; drop from the output")
-    attend = functools.partial(
-        scaled_dot_product_attention, **options, need_weights=need_weights, deterministic=deterministic
-    )
+    tensors = {name: options.pop(name) for name in list(options) if name in TENSORS}
+    attend = functools.partial(scaled_dot_product_attention, **options)
     return on_heads(attend, {"query": query, "key": key, "value": value, **tensors})
 
 
@@ -201,39 +256,28 @@ def prepare(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
+    **options: Unpack[Options],
+) -> tuple[torch.Size, torch.Tensor, torch.Tensor, torch.Tensor, Call]:
+    """The arguments of a call as the kernels take them, checked: lead (..., Hq), query, key, value, call."""
+    lead, q, k, v, mask = _four_dimensional(query, key, value, attn_mask, enable_gqa)
+    check_options(query, lead, k.shape[2], **options)
+    return lead, q, k, v, make_call(lead, q, mask, dropout_p, is_causal, scale, **options)
+
+
+def make_call(
+    lead: torch.Size,
+    q: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    *,
     causal_alignment: str = "top_left",
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     key_lengths: torch.Tensor | None = None,
-    deterministic: bool | None = None,
-) -> tuple[torch.Size, torch.Tensor, torch.Tensor, torch.Tensor, Call]:
-    """The arguments of a call as the kernels take them, checked: lead (..., Hq), query, key, value, call."""
-    lead, q, k, v, mask = _four_dimensional(query, key, value, attn_mask, enable_gqa)
-    check_rules(
-        query, lead, causal_alignment, window, softcap, alibi_slopes, sinks, key_lengths, deterministic, k.shape[2]
-    )
-    call = make_call(
-        lead, q, dropout_p, is_causal, scale, causal_alignment, window, softcap, mask, key_lengths, alibi_slopes, sinks,
-        deterministic,
-    )  # fmt: skip
-    return lead, q, k, v, call
-
-
-def make_call(
-    lead: torch.Size,
-    q: torch.Tensor,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    causal_alignment: str,
-    window: tuple[int | None, int | None] | None,
-    softcap: float | None,
-    mask: torch.Tensor | None = None,
-    key_lengths: torch.Tensor | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
     deterministic: bool | None = None,
 ) -> Call:
     """The call that checked arguments make: lengths int32 (B,), slopes and sinks (B or 1, Hq), float32 or, beside such
@@ -253,7 +297,7 @@ def make_call(
         if sinks is not None:
             sinks = sinks.to(dtype).reshape(1, heads)
     return Call(
-        attn_mask=mask,
+        attn_mask=attn_mask,
         key_lengths=key_lengths,
         alibi_slopes=alibi_slopes,
         sinks=sinks,

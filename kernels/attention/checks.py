@@ -14,7 +14,7 @@ INTEGERS = (int, torch.SymInt)
 LARGEST_SCALE = 1e38  # times log2(e) it is still a float32
 ALIGNMENTS = ("top_left", "bottom_right")
 
-__all__ = ["as_flag", "check", "check_rules", "leads_of"]
+__all__ = ["as_flag", "check", "check_options", "leads_of"]
 
 
 def check(
@@ -47,6 +47,8 @@ def as_flag(name: str, x: object) -> bool:
     Raises:
         TypeError: it is neither, nor a number.
     """
+    if x is True or x is False:
+        return x
     flag = as_number(x)
     if not isinstance(flag, (bool, int)):
         raise TypeError(f"{name} must be True or False, found {shown(x)}; pass one of them")
@@ -70,16 +72,29 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
             f"query, key and value must be on one device, found {device}, {key.device} and {value.device}; "
             f"move them with .to()"
         )
-    shapes = f"found query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if min(query.ndim, key.ndim, value.ndim) < 2:
-        raise ValueError(f"query, key and value must have at least two dimensions, (..., L, E); {shapes}")
+        raise ValueError(
+            f"query, key and value must have at least two dimensions, (..., L, E); "
+            f"{_shapes(query, key, value)}"
+        )
     if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"query and key must have the same last dimension E; {shapes}; project one of them")
+        raise ValueError(
+            f"query and key must have the same last dimension E; "
+            f"{_shapes(query, key, value)}; project one of them"
+        )
     if query.shape[-1] == 0 or value.shape[-1] == 0:
-        raise ValueError(f"the last dimensions E and Ev must be at least 1; {shapes}")
+        raise ValueError(f"the last dimensions E and Ev must be at least 1; {_shapes(query, key, value)}")
     if key.shape[-2] != value.shape[-2]:
-        raise ValueError(f"key and value must have the same length S (next to last dimension); {shapes}")
-    _check_leading(query, key, value, enable_gqa, shapes)
+        raise ValueError(
+            f"key and value must have the same length S (next to last dimension); "
+            f"{_shapes(query, key, value)}"
+        )
+    _check_leading(query, key, value, enable_gqa)
+
+
+def _shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
+    """What messages say of them."""
+    return f"found query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
 
 
 def leads_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> list[torch.Size]:
@@ -93,22 +108,31 @@ def leads_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable
     return [batch + lead[-1:] for lead in leads]
 
 
-def _check_leading(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool, shapes: str) -> None:
+def _check_leading(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> None:
     """The dimensions before the last two."""
     if query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and (not enable_gqa or query.ndim > 2):
         return
     if not enable_gqa:
         if not _broadcast(query.shape[:-2], key.shape[:-2], value.shape[:-2]):
             hint = "; for fewer key than query heads pass enable_gqa=True" if query.ndim > 2 else ""
-            raise ValueError(f"the leading dimensions of query, key and value must broadcast; {shapes}{hint}")
+            raise ValueError(
+                f"the leading dimensions of query, key and value must broadcast; "
+                f"{_shapes(query, key, value)}{hint}"
+            )
         return
     if min(query.ndim, key.ndim, value.ndim) < 3:
-        raise ValueError(f"enable_gqa=True needs a dimension of heads, (..., H, L, E); {shapes}")
+        raise ValueError(f"enable_gqa=True needs a dimension of heads, (..., H, L, E); {_shapes(query, key, value)}")
     heads = key.shape[-3]
     if value.shape[-3] != heads or heads == 0 or query.shape[-3] % heads:
-        raise ValueError(f"with enable_gqa=True query heads must be a multiple of key and value heads; {shapes}")
+        raise ValueError(
+            f"with enable_gqa=True query heads must be a multiple of key and value heads; "
+            f"{_shapes(query, key, value)}"
+        )
     if not _broadcast(query.shape[:-3], key.shape[:-3], value.shape[:-3]):
-        raise ValueError(f"the dimensions before the heads of query, key and value must broadcast; {shapes}")
+        raise ValueError(
+            f"the dimensions before the heads of query, key and value must broadcast; "
+            f"{_shapes(query, key, value)}"
+        )
 
 
 def _check_mask(
@@ -138,17 +162,18 @@ def _broadcast(*shapes: torch.Size) -> bool:
     return all(a == 1 or b == 1 or a == b for sizes in columns for a, b in itertools.combinations(sizes, 2))
 
 
-def check_rules(
+def check_options(
     query: torch.Tensor,
     lead: torch.Size,
-    causal_alignment: str,
-    window: tuple[int | None, int | None] | None,
-    softcap: float | None,
-    alibi_slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    key_lengths: torch.Tensor | None,
-    deterministic: bool | None,
     n_keys: int,
+    *,
+    causal_alignment: str = "top_left",
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    key_lengths: torch.Tensor | None = None,
+    deterministic: bool | None = None,
 ) -> None:
     """Raise TypeError or ValueError for an argument that PyTorch's attention does not have. lead: (..., Hq)."""
     if not isinstance(causal_alignment, str) or causal_alignment not in ALIGNMENTS:
@@ -192,7 +217,7 @@ def check_rules(
 def _check_lengths(key_lengths: torch.Tensor, n_keys: int) -> None:
     """The values, which only a CPU can be asked for at no cost; elsewhere they are clamped."""
     try:
-        found = [] if key_lengths.numel() == 0 else [int(key_lengths.min()), int(key_lengths.max())]
+        found = [] if key_lengths.numel() == 0 else [int(x) for x in key_lengths.aminmax()]
     except RuntimeError:  # no value to look at: vmap, fake tensors
         return
     if found and not 0 <= found[0] <= found[1] <= n_keys:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from kernels.attention import eager
-from kernels.attention.api import choose_backend, prepare
+from kernels.attention.api import Options, choose_backend, prepare
 from kernels.attention.checks import check
+from kernels.attention.cpu import route
 from kernels.attention.plan import needs_statistics, plan
 from kernels.backend import check_tensor_types, wants_gradient
 from kernels.subclasses import holds_others
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Explanation", "explain"]
 
@@ -49,7 +52,7 @@ def explain(
     need_weights: bool = False,
     return_lse: bool = False,
     backend: str = "auto",
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Explanation:
     """Say which kernel `scaled_dot_product_attention` would run for these arguments, and why not each faster one.
 
@@ -65,7 +68,7 @@ def explain(
         learned = wants_gradient(call.attn_mask, call.alibi_slopes)  # slopes that learn become a mask
         chosen = plan(q, k, v, call, "forward", needs_statistics(call, return_lse, learned))
         return Explanation(NAMES[chosen.kernel], {NAMES[name]: reason for name, reason in chosen.why_not.items()})
-    reason = eager.why_not_fused(q, k, v, call, return_lse, need_weights)
+    reason = route.why_not_fused(q, k, v, call, return_lse, need_weights)
     triton = NAMES["general"]
     if reason:
         return Explanation(FORMULA, {triton: choice.reason, FUSED: reason})

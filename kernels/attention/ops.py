@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.attention.call import KINDS, LEARNED, TENSORS, Call
-from kernels.attention.composed import composed_gradients
+from kernels.attention.formula import composed_gradients
 from kernels.attention.layout import empty_rows
 from kernels.attention.plan import plan
 from kernels.autograd import in_forward_mode

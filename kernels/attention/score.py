@@ -69,11 +69,18 @@ def find_head(call, b, h, number):
 
 
 @triton.jit
+def stays_product(call, EXACT: tl.constexpr):
+    """Whether nothing is done to products of Q and K, so that scaling them can wait, see the top of this page."""
+    return call.softcap is None and call.alibi_slopes is None and not EXACT
+
+
+@triton.jit
 def exponent_factor(call, EXACT: tl.constexpr):
-    """What scores are multiplied with for exp2, see the top of this page."""
-    if call.softcap is None and call.alibi_slopes is None and not EXACT:
+    """What scores are multiplied with for exp2."""
+    if stays_product(call, EXACT):
         return call.scale * LOG2_E
-    return LOG2_E
+    else:
+        return LOG2_E
 
 
 @triton.jit
@@ -109,7 +116,7 @@ def tile_scores(products, call, head, bounds, where, EXACT: tl.constexpr, WIDE: 
     scores = products
     if call.softcap is not None:
         scores = tanh(scores * (call.scale / call.softcap)) * call.softcap
-    elif call.alibi_slopes is not None or EXACT:
+    elif not stays_product(call, EXACT):
         scores *= call.scale
     capped = scores
     if call.alibi_slopes is not None:

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from kernels.attention import eager
-from kernels.attention.api import AttentionResult, choose_backend, make_call, triton_attention
-from kernels.attention.checks import INTEGERS, as_flag, check, check_rules
-from kernels.attention.layout import ordered_as
+from kernels.attention.api import AttentionResult, Options, choose_backend, make_call, triton_attention
 from kernels.attention.call import Call
+from kernels.attention.checks import INTEGERS, as_flag, check, check_options
+from kernels.attention.cpu import route
+from kernels.attention.layout import ordered_as
 from kernels.autograd import in_forward_mode, transformed
 from kernels.backend import as_autocast, as_number, check_tensor_types, shown, wants_gradient
 from kernels.subclasses import overridden
@@ -81,11 +81,13 @@ def varlen_attention(
     check(q, k, v, None, dropout_p, scale, enable_gqa)
     n_sequences = _check_starts(query, key, cu_seq_q, cu_seq_k, max_q, max_k)
     lead = torch.Size((n_sequences, query.shape[1]))
-    check_rules(query, lead, causal_alignment, window, softcap, alibi_slopes, sinks, None, None, max_k)
+    options: Options = {
+        "causal_alignment": causal_alignment, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+    }  # fmt: skip
+    check_options(query, lead, max_k, **options)
     q, k, v = as_autocast(q, k, v)
-    call = make_call(
-        lead, q, dropout_p, is_causal, scale, causal_alignment, window, softcap, alibi_slopes=alibi_slopes, sinks=sinks
-    )
+    call = make_call(lead, q, None, dropout_p, is_causal, scale, **options)
     call = call._replace(
         query_starts=cu_seq_q.int(), key_starts=cu_seq_k.int(), max_queries=max_q, max_keys=max_k
     )
@@ -99,7 +101,7 @@ def varlen_attention(
         if lengths[0] and lengths[1] and not transformed():
             output, lse = _one_by_one(q, k, v, lengths[0], lengths[1], call, return_lse)
         else:
-            output, lse, _ = eager.extended_attention(q, k, v, call, need_lse=return_lse, need_weights=False)
+            output, lse, _ = route.extended_attention(q, k, v, call, need_lse=return_lse, need_weights=False)
     output = output[0].transpose(0, 1)
     return AttentionResult(output, lse[0].transpose(0, 1), None) if lse is not None else output
 
@@ -168,7 +170,7 @@ def _one_by_one(
     for i, (one_q, one_k, one_v) in enumerate(zip(q.split(queries, 2), k.split(keys, 2), v.split(keys, 2))):
         if slopes is not None and slopes.shape[0] > 1:
             own = own._replace(alibi_slopes=slopes[i : i + 1])
-        output, lse, _ = eager.extended_attention(
+        output, lse, _ = route.extended_attention(
             one_q, one_k, one_v, own, need_lse=return_lse, need_weights=False
         )
         outputs.append(output)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch.overrides import has_torch_function_variadic
 
-from kernels import backend as where
 from kernels.autograd import in_forward_mode
 from kernels.backend import HALF, as_number, autocasts, check_tensor_types, choose
 from kernels.dropout import add_dropped
 from kernels.layer_norm.autograd import NormRules, apply_norm
-from kernels.layer_norm.checks import DTYPES, check, check_dropout, sizes_of
+from kernels.layer_norm.checks import check, check_dropout, sizes_of
 from kernels.layer_norm.eager import eager_norm
 from kernels.layer_norm.ops import sum_dtype
 from kernels.layer_norm.subclasses import on_what_they_hold
-from kernels.subclasses import PLAIN, holds_others, is_dtensor, overridden
+from kernels.subclasses import holds_others, is_dtensor, overridden
 
 __all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm"]
 
@@ -104,6 +102,33 @@ def rms_norm(
     return _norm(input, None, normalized_shape, weight, None, eps, False, save_output, backend)
 
 
+@overload
+def add_layer_norm(
+    input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = ..., bias: torch.Tensor | None = ...,
+    eps: float = ..., *,
+    prenorm: Literal[False] = ..., dropout_p: float = ..., normalized_shape: int | Sequence[int] | None = ...,
+    save_output: bool = ..., backend: str = ...,
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def add_layer_norm(
+    input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = ..., bias: torch.Tensor | None = ...,
+    eps: float = ..., *,
+    prenorm: Literal[True], dropout_p: float = ..., normalized_shape: int | Sequence[int] | None = ...,
+    save_output: bool = ..., backend: str = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+
+
+@overload
+def add_layer_norm(
+    input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = ..., bias: torch.Tensor | None = ...,
+    eps: float = ..., *,
+    prenorm: bool = ..., dropout_p: float = ..., normalized_shape: int | Sequence[int] | None = ...,
+    save_output: bool = ..., backend: str = ...,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+
+
 def add_layer_norm(
     input: torch.Tensor,
     residual: torch.Tensor,
@@ -142,6 +167,30 @@ def add_layer_norm(
         raise TypeError(NO_RESIDUAL)
     shape = _default_shape(input, weight, bias) if normalized_shape is None else normalized_shape
     return _norm(input, residual, shape, weight, bias, eps, True, save_output, backend, dropout_p, prenorm)
+
+
+@overload
+def add_rms_norm(
+    input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = ..., eps: float | None = ..., *,
+    prenorm: Literal[False] = ..., dropout_p: float = ..., normalized_shape: int | Sequence[int] | None = ...,
+    save_output: bool = ..., backend: str = ...,
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def add_rms_norm(
+    input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = ..., eps: float | None = ..., *,
+    prenorm: Literal[True], dropout_p: float = ..., normalized_shape: int | Sequence[int] | None = ...,
+    save_output: bool = ..., backend: str = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+
+
+@overload
+def add_rms_norm(
+    input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = ..., eps: float | None = ..., *,
+    prenorm: bool = ..., dropout_p: float = ..., normalized_shape: int | Sequence[int] | None = ...,
+    save_output: bool = ..., backend: str = ...,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
 def add_rms_norm(
@@ -195,8 +244,6 @@ def _norm(
     shape = sizes_of(normalized_shape)
     if eps is None and not centre:
         eps = FLOAT64_EPS if getattr(input, "dtype", None) == torch.float64 else FLOAT32_EPS
-    if _is_simple(input, residual, shape, weight, bias, eps, dropout_p, backend):
-        return _by_pytorch(input, residual, shape, weight, bias, eps, centre, dropout_p, prenorm, input.dtype)
     check_tensor_types({"input": input} if residual is None else {"input": input, "residual": residual})
     check_tensor_types({"weight": weight, "bias": bias}, or_none=True)
     eps, dropout_p = as_number(eps), as_number(dropout_p)
@@ -243,32 +290,3 @@ def _by_pytorch(
     if output.dtype != dtype:
         output = output.to(dtype)
     return (output, total) if prenorm else output
-
-
-def _is_simple(
-    input: torch.Tensor,
-    residual: torch.Tensor | None,
-    shape: tuple[int, ...],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: Any,
-    dropout_p: float,
-    backend: str,
-) -> bool:
-    """Whether a call is right, and PyTorch's on a CPU: what the rest would decide in twice the time of a small call."""
-    dtype, dense = input.dtype if type(input) in PLAIN else None, torch.strided
-    return (
-        dtype in DTYPES and input.is_cpu and input.layout is dense and not input.is_nested
-        and backend in ("auto", "torch") and not where.INTERPRETED and shape != ()
-        and input.shape[-len(shape):] == shape
-        and (weight is None or (type(weight) in PLAIN and weight.dtype is dtype and weight.is_cpu
-                                and weight.layout is dense and not weight.is_nested and weight.shape == shape))
-        and (bias is None or (type(bias) in PLAIN and bias.dtype is dtype and bias.is_cpu
-                              and bias.layout is dense and not bias.is_nested and bias.shape == shape))
-        and isinstance(eps, (int, float)) and 0 <= eps < math.inf
-        and (residual is None or (
-            type(residual) in PLAIN and residual.dtype is dtype and residual.is_cpu
-            and residual.layout is dense and not residual.is_nested and residual.shape == input.shape
-            and isinstance(dropout_p, (int, float)) and 0 <= dropout_p <= 1
-        ))
-    )  # fmt: skip

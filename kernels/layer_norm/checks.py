@@ -83,8 +83,7 @@ def _check_residual(input: torch.Tensor, residual: torch.Tensor) -> None:
 def _check_parameters(
     input: torch.Tensor, shape: tuple[int, ...], weight: torch.Tensor | None, bias: torch.Tensor | None
 ) -> None:
-    autocast = autocasts(input.device)
-    dtypes = []
+    dtype, device, dtypes = input.dtype, input.device, []
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is None:
             continue
@@ -94,15 +93,15 @@ def _check_parameters(
                 f"{name} must have the shape normalized_shape = {tuple(shape)}, found {tuple(parameter.shape)}; "
                 f"reshape it or pass None"
             )
-        if parameter.device != input.device:
+        if parameter.device != device:
             raise ValueError(
-                f"{name} must be on the input's device {input.device}, found {parameter.device}; move it with .to()"
+                f"{name} must be on the input's device {device}, found {parameter.device}; move it with .to()"
             )
-        if not autocast and parameter.dtype != input.dtype:
-            if parameter.dtype != torch.float32 or input.dtype not in HALF:
-                raise TypeError(
-                    f"{name} must have the input's dtype {input.dtype}, or float32 with a float16 or bfloat16 input, "
-                    f"found {parameter.dtype}; convert it with .to(input.dtype)"
-                )
-    if not autocast and len(dtypes) == 2 and dtypes[0] != dtypes[1]:
+        fits = parameter.dtype == dtype or (parameter.dtype == torch.float32 and dtype in HALF)
+        if not fits and not autocasts(device):
+            raise TypeError(
+                f"{name} must have the input's dtype {dtype}, or float32 with a float16 or bfloat16 input, "
+                f"found {parameter.dtype}; convert it with .to(input.dtype)"
+            )
+    if len(dtypes) == 2 and dtypes[0] != dtypes[1] and not autocasts(device):
         raise TypeError(f"weight and bias must share a dtype, found {dtypes[0]} and {dtypes[1]}; convert one of them")

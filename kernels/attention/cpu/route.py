@@ -1,8 +1,10 @@
-"""Attention through PyTorch's own kernels, with this package's rules where PyTorch's differ.
+"""Attention through PyTorch's own kernels, with this package's rules where PyTorch's differ: the way of every call on a
+CPU, and on a GPU of one with backend="torch" or that Triton cannot run.
 
 PyTorch lets NaN and Inf of keys that a query may not see into its result (zero times NaN is NaN), and refuses
 `attn_mask` together with `is_causal`. Here neither happens. Rules that PyTorch does not have become a mask for its
-kernels where they can, and otherwise run as the formula is written (`composed.py`).
+kernels where they can, and otherwise run as the formula is written. From here a call goes one of three ways: PyTorch's
+function (`fused.py`), many short sequences at once (`short.py`), the formula (`../formula.py`).
 """
 
 from __future__ import annotations
@@ -10,33 +12,21 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-from kernels import backend
-from kernels.attention.composed import alibi, allowed_pairs, composed_attention
-from kernels.attention.fused_cpu import fused_attention, takes
+from kernels.attention.cpu.fused import fused_attention
+from kernels.attention.cpu.short import is_short, short_attention
+from kernels.attention.formula import alibi, all_finite, allowed_pairs, composed_attention, without_idle_sides
 from kernels.attention.layout import for_query_heads, ordered_as, overlaps
 from kernels.attention.call import Call
-from kernels.attention.short_cpu import short_attention
 from kernels.autograd import transformed
 from kernels.backend import as_autocast, autocasts, wants_gradient, without_autocast
 
-# Where `short_attention` is faster on a CPU, measured on one thread. It makes more calls into PyTorch, so it needs many
-# queries, counted over all heads, and rows of keys that do not fill a vector, at which PyTorch's kernels are slow.
-VECTOR = 16
-ENOUGH = {  # queries, by (dropout, mask): forward alone, and with gradients
-    (False, False): (2400, 1400),
-    (False, True): (1100, 850),
-    (True, False): (520, 350),
-    (True, True): (520, 350),
-}
-ENOUGH_SCORES = 16384  # with dropout, which PyTorch's fused kernel does not have, also for rows of vectors
-MOST_SCORES = 65536  # of one head
-FEWEST = 3  # queries or keys of one head: below, its products are of vectors
-WIDEST = 32  # E or Ev without dropout
-SIMPLE = 1024  # numbers in a tensor below which the way to a kernel costs more than the kernel
-STRIDED = {torch.strided}
-TINY_PRODUCT = 400  # multiplications below which PyTorch's batched product is a plain loop
+# Of a call, what PyTorch's function takes or a mask for it can say; what else is asked for goes by the formula.
+MASK_SAYS = {
+    "attn_mask", "key_lengths", "alibi_slopes", "scale", "dropout_p", "left", "right", "bottom_right", "deterministic",
+    "key_starts", "max_queries", "max_keys",
+}  # fmt: skip
+NAMES = {"softcap": "a soft cap", "query_starts": "packed sequences"}
 
 
 def attention(
@@ -63,58 +53,20 @@ def attention(
     if overlaps(query):  # PyTorch's kernel gives its output the strides of the query
         query = query.contiguous()
     sees_all = attn_mask is None and not is_causal
-    if sees_all or _all_finite(key, value):
-        if _is_short(query, key, value, attn_mask, dropout_p):
+    if sees_all or all_finite(key, value):
+        if is_short(query, key, value, attn_mask, dropout_p):
             output = short_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
         else:
-            output = _fused(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            output = fused_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         return ordered_as(query, output)
     # Take keys with a NaN or Inf out, then give NaN to each query that may see one of them.
     bad = ~(torch.isfinite(key).all(-1) & torch.isfinite(value).all(-1))
     key, value = (x.masked_fill(bad.unsqueeze(-1), 0) for x in (key, value))
-    output = _fused(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    output = fused_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if enable_gqa:
         bad = for_query_heads(bad, -2, query.shape[-3])
     output = output.masked_fill(_may_see(bad, attn_mask, query.shape[-2]).unsqueeze(-1), math.nan)
     return ordered_as(query, output)
-
-
-def _fused(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> torch.Tensor:
-    """PyTorch's own function, on a CPU with the derivatives that it lacks."""
-    if takes(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
-        return fused_attention(query, key, value, attn_mask, is_causal, scale)
-    return scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
-
-
-def is_simple(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether a call without any option is right, and best served, by PyTorch's function: few numbers on a CPU."""
-    if not type(query) is type(key) is type(value) is torch.Tensor or torch.compiler.is_compiling():
-        return False
-    if {query.layout, key.layout, value.layout} != STRIDED:
-        return False
-    shape, dtype = query.shape, query.dtype
-    return (
-        query.is_cpu and key.is_cpu and value.is_cpu and not backend.INTERPRETED and key.shape == shape
-        and value.shape == shape and 1 <= query.numel() < SIMPLE and key.dtype == dtype and value.dtype == dtype
-        and dtype.is_floating_point and dtype.itemsize > 1 and len(shape) > 1 and query.is_contiguous()
-        and not torch.is_autocast_enabled("cpu") and not transformed()
-    )  # fmt: skip
-
-
-def simple_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """A call that `is_simple`."""
-    return _fused(query, key, value, None, 0.0, False, None, False)
 
 
 def extended_attention(
@@ -141,9 +93,8 @@ def extended_attention(
     """
     query, key, value = as_autocast(query, key, value)
     if why_not_fused(query, key, value, call, need_lse, need_weights):
-        output, lse, weights = composed_attention(query, key, value, call)
-        output = ordered_as(query, output)
-        return output, lse if need_lse else None, weights if need_weights else None
+        output, lse, weights = composed_attention(query, key, value, call, need_lse=need_lse)
+        return ordered_as(query, output), lse, weights if need_weights else None
     attn_mask, is_causal = _as_mask(call, query, key.shape[2])
     gqa = not query.shape[1] == key.shape[1]  # a bool also where sizes are symbols
     return attention(query, key, value, attn_mask, call.dropout_p, is_causal, call.scale, gqa), None, None
@@ -160,25 +111,22 @@ def why_formula(
         return ["what transforms of torch.func and forward mode ask for"]
     is_float = attn_mask is not None and attn_mask.dtype != torch.bool
     if is_float and query.is_cpu and torch.compiler.is_compiling() and torch.is_grad_enabled():
-        return ["the gradient under large masks (see FusedOnCpu) in compiled code, which cannot look at numbers"]
+        return ["the gradient under large masks (see cpu/fused.py) in compiled code, which cannot look at numbers"]
     return []
 
 
 def why_not_fused(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call, need_lse: bool,
-    need_weights: bool,
-) -> str:  # fmt: skip
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call, need_lse: bool, need_weights: bool
+) -> str:
     """The reason why PyTorch's kernels cannot run a call, whatever mask they are given; empty when they can."""
     slopes = call.alibi_slopes
-    missing = {
-        "a soft cap": bool(call.softcap),
-        "sinks": call.sinks is not None,
-        "packed sequences": call.query_starts is not None,
-        "the log-sum-exp": need_lse,
-        "the weights": need_weights,
-        "a gradient of slopes": wants_gradient(slopes),
-    }
-    asked = [name for name, is_asked in missing.items() if is_asked] + why_formula(query, key, value, call.attn_mask)
+    asked = [
+        NAMES.get(name, name)
+        for name, x in zip(call._fields, call)
+        if name not in MASK_SAYS and (isinstance(x, torch.Tensor) or x)
+    ]
+    asked += ["the log-sum-exp"] * need_lse + ["the weights"] * need_weights
+    asked += ["a gradient of slopes"] * wants_gradient(slopes) + why_formula(query, key, value, call.attn_mask)
     if asked:
         return f"it has no way to give {' and '.join(asked)}"
     if slopes is not None and query.device.type != "cpu" and query.dtype.itemsize <= 2:
@@ -189,15 +137,8 @@ def why_not_fused(
 def _as_mask(call: Call, query: torch.Tensor, n_keys: int) -> tuple[torch.Tensor | None, bool]:
     """The rules as PyTorch's `attn_mask`, (B or 1, Hq or 1, L or 1, S) or None, and `is_causal`."""
     n_queries = query.shape[2]
-    top_left = not call.bottom_right
-    if not torch.compiler.is_exporting():  # where lengths are symbols, of which nothing may be asked
-        offset = n_keys - n_queries if call.bottom_right else 0
-        top_left = offset == 0
-        # A side of the window that no query reaches, at a single query to decode above all, forbids nothing.
-        if call.right is not None and offset + call.right >= n_keys - 1:
-            call = call._replace(right=None)
-        if call.left is not None and offset + n_queries - 1 - call.left <= 0:
-            call = call._replace(left=None)
+    top_left = not call.bottom_right or (not torch.compiler.is_exporting() and n_queries == n_keys)
+    call = without_idle_sides(call, n_queries, n_keys)
     if call.key_lengths is None and call.alibi_slopes is None and call.left is None:
         if call.right is None or (call.right == 0 and top_left):
             return call.attn_mask, call.right is not None
@@ -208,37 +149,9 @@ def _as_mask(call: Call, query: torch.Tensor, n_keys: int) -> tuple[torch.Tensor
     if call.alibi_slopes is not None:
         distances = alibi(call, n_queries, n_keys, torch.promote_types(query.dtype, torch.float32))
         bias = distances if bias is None else distances + bias
-    return allowed if bias is None else torch.where(allowed, bias, -math.inf), False
-
-
-def _is_short(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None, dropout_p: float
-) -> bool:
-    """Whether `short_attention` takes the call, and faster than PyTorch's kernels would."""
-    if torch.compiler.is_compiling() or query.dtype != torch.float32:
-        return False
-    if query.ndim != 4 or not query.shape[:2] == key.shape[:2] == value.shape[:2]:
-        return False
-    n_queries, n_keys = query.shape[2], key.shape[2]
-    rows, scores = query.shape[0] * query.shape[1] * n_queries, n_queries * n_keys
-    without, with_gradients = ENOUGH[dropout_p > 0.0, attn_mask is not None]
-    if rows < with_gradients or min(n_queries, n_keys) < FEWEST:
-        return False
-    enough = rows >= without or wants_gradient(query, key, value)
-    if dropout_p:
-        enough = (enough if n_keys < VECTOR else rows * n_keys >= ENOUGH_SCORES) and scores <= MOST_SCORES
-    else:
-        sizes = query.shape[3], value.shape[3]
-        enough = enough and max(n_queries, n_keys) < VECTOR and max(sizes) <= WIDEST
-        enough = enough and scores * min(sizes) >= TINY_PRODUCT
-    if not enough or query.device.type != "cpu":
-        return False
-    try:
-        for tensor in (query, key, value):
-            tensor.data_ptr()
-        return attn_mask is None or (attn_mask.dtype == torch.bool and bool(attn_mask.any(-1).all()))
-    except RuntimeError:  # no memory, no numbers to look at: fake tensors
-        return False
+    if bias is None or allowed is None:
+        return allowed if bias is None else bias, False
+    return torch.where(allowed, bias, -math.inf), False
 
 
 def _as_pytorch_takes_it(attn_mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
@@ -267,17 +180,3 @@ def _may_see(bad: torch.Tensor, attn_mask: torch.Tensor | None, n_queries: int) 
         return seen[..., torch.arange(n_queries, device=bad.device).clamp(max=bad.shape[-1] - 1)]
     allowed = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -math.inf
     return (allowed & bad.unsqueeze(-2)).any(-1)
-
-
-def _all_finite(*tensors: torch.Tensor) -> bool:
-    """Whether all numbers are known to be finite. False where that cannot be asked: compiled, and of fake tensors.
-
-    One pass over each tensor; a sum that overflows costs speed only. Nor is a GPU asked, which would have to be waited
-    for.
-    """
-    if torch.compiler.is_compiling() or any(tensor.device.type != "cpu" for tensor in tensors):
-        return False
-    try:
-        return all(math.isfinite(tensor.detach().sum().item()) for tensor in tensors)
-    except RuntimeError:  # no value to look at
-        return False

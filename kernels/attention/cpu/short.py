@@ -14,7 +14,53 @@ from typing import Any
 
 import torch
 
+from kernels.backend import wants_gradient
 from kernels.dropout import keep_factors
+
+# Where it is faster than PyTorch's kernels, measured on one thread. It makes more calls into PyTorch, so it needs many
+# queries, counted over all heads, and rows of keys that do not fill a vector, at which PyTorch's kernels are slow.
+VECTOR = 16
+ENOUGH = {  # queries, by (dropout, mask): forward alone, and with gradients
+    (False, False): (2400, 1400),
+    (False, True): (1100, 850),
+    (True, False): (520, 350),
+    (True, True): (520, 350),
+}
+ENOUGH_SCORES = 16384  # with dropout, which PyTorch's fused kernel does not have, also for rows of vectors
+MOST_SCORES = 65536  # of one head
+FEWEST = 3  # queries or keys of one head: below, its products are of vectors
+WIDEST = 32  # E or Ev without dropout
+TINY_PRODUCT = 400  # multiplications below which PyTorch's batched product is a plain loop
+
+
+def is_short(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None, dropout_p: float
+) -> bool:
+    """Whether `short_attention` takes the call, and faster than PyTorch's kernels would."""
+    if torch.compiler.is_compiling() or query.dtype != torch.float32:
+        return False
+    if query.ndim != 4 or not query.shape[:2] == key.shape[:2] == value.shape[:2]:
+        return False
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    rows, scores = query.shape[0] * query.shape[1] * n_queries, n_queries * n_keys
+    without, with_gradients = ENOUGH[dropout_p > 0.0, attn_mask is not None]
+    if rows < with_gradients or min(n_queries, n_keys) < FEWEST:
+        return False
+    enough = rows >= without or wants_gradient(query, key, value)
+    if dropout_p:
+        enough = (enough if n_keys < VECTOR else rows * n_keys >= ENOUGH_SCORES) and scores <= MOST_SCORES
+    else:
+        sizes = query.shape[3], value.shape[3]
+        enough = enough and max(n_queries, n_keys) < VECTOR and max(sizes) <= WIDEST
+        enough = enough and scores * min(sizes) >= TINY_PRODUCT
+    if not enough or query.device.type != "cpu":
+        return False
+    try:
+        for tensor in (query, key, value):
+            tensor.data_ptr()
+        return attn_mask is None or (attn_mask.dtype == torch.bool and bool(attn_mask.any(-1).all()))
+    except RuntimeError:  # no memory, no numbers to look at: fake tensors
+        return False
 
 
 def short_attention(
