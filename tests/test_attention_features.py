@@ -142,7 +142,7 @@ def check(arguments: dict[str, Any], tiny: bool = False) -> None:
         assert_as_exact_as_torch(ours, theirs, exact, factor, name, magnitude)
 
 
-SIZES = (2, 4, 2, 37, 43, 12, 20)
+SIZES = (2, 2, 1, 37, 43, 12, 20)
 FEATURES: dict[str, dict[str, Any]] = {
     "bottom_right": {"causal_alignment": "bottom_right", "is_causal": True},
     "window": {"window": (5, 3)},
@@ -151,17 +151,17 @@ FEATURES: dict[str, dict[str, Any]] = {
     "causal window": {"window": (9, 30), "is_causal": True},
     "window at the bottom right": {"window": (3, 0), "causal_alignment": "bottom_right"},
     "softcap": {"softcap": 1.5},
-    "slopes": {"alibi_slopes": lambda: torch.rand(4)},
-    "slopes by batch entry": {"alibi_slopes": lambda: torch.rand(2, 4), "causal_alignment": "bottom_right"},
-    "sinks": {"sinks": lambda: torch.randn(4)},
+    "slopes": {"alibi_slopes": lambda: torch.rand(2)},
+    "slopes by batch entry": {"alibi_slopes": lambda: torch.rand(2, 2), "causal_alignment": "bottom_right"},
+    "sinks": {"sinks": lambda: torch.randn(2)},
     "key_lengths": {"key_lengths": lambda: torch.tensor([11, 43])},
-    "no keys in use": {"key_lengths": lambda: torch.tensor([0, 17]), "sinks": lambda: torch.randn(4)},
+    "no keys in use": {"key_lengths": lambda: torch.tensor([0, 17]), "sinks": lambda: torch.randn(2)},
     "lengths at the bottom right": {
         "key_lengths": lambda: torch.tensor([29, 40]), "is_causal": True, "causal_alignment": "bottom_right",
     },
     "all": {
-        "attn_mask": lambda: torch.randn(4, 37, 43), "is_causal": True, "window": (20, None), "softcap": 3.0,
-        "alibi_slopes": lambda: torch.rand(4), "sinks": lambda: torch.randn(4), "causal_alignment": "bottom_right",
+        "attn_mask": lambda: torch.randn(2, 37, 43), "is_causal": True, "window": (20, None), "softcap": 3.0,
+        "alibi_slopes": lambda: torch.rand(2), "sinks": lambda: torch.randn(2), "causal_alignment": "bottom_right",
         "key_lengths": lambda: torch.tensor([43, 31]),
     },
 }  # fmt: skip

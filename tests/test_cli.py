@@ -195,7 +195,7 @@ def test_the_run_that_is_asked_knows_the_problem_and_is_finished(runs: dict[str,
 ])
 def test_streams_that_break_are_no_traceback(ending: str, code: int, said: str, runs: dict[str, Path]) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(calcformer.__file__).parents[1])}
-    Path("problems.txt").write_text("1+1\n" * 20_000)  # more than a pipe holds
+    Path("problems.txt").write_text("1+1\n" * (20_000 if ending.startswith("|") else 2_000))  # more than a pipe holds
     command = f"{sys.executable} -m calcformer solve --run {runs['formula']} --input problems.txt {ending}"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], env=environment, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
