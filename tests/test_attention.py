@@ -89,7 +89,7 @@ def test_float_mask_and_its_gradient_for_every_broadcast(shape: tuple, is_causal
     check(p, triton_attention)
 
 
-@pytest.mark.parametrize(("shape", "is_causal"), zip(MASKS, itertools.cycle([False, True, True])), ids=str)
+@pytest.mark.parametrize(("shape", "is_causal"), list(zip(MASKS, itertools.cycle([False, True, True]))), ids=str)
 def test_bool_mask_for_every_broadcast(shape: tuple, is_causal: bool, device: str) -> None:
     p = problem((2, 2, 1, 37, 41, 16, 16), device=device, mask=bool_mask(*shape), is_causal=is_causal)
     check(p, triton_attention)
