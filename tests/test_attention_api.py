@@ -281,7 +281,7 @@ LAYOUTS = {
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(("features", "layout"), [
-    *zip(itertools.repeat("plain"), LAYOUTS), ("all", "transposed"), ("packed", "expanded"),
+    ("plain", "compact"), ("plain", "transposed"), ("plain", "expanded"), ("all", "transposed"), ("packed", "expanded"),
 ])  # fmt: skip
 def test_registered_operations_keep_their_promises(layout: str, features: str) -> None:
     q, k, v = (LAYOUTS[layout](x) for x in inputs(2, 2, 5, 8))
