@@ -64,8 +64,15 @@ def pytest_configure(config: pytest.Config) -> None:
         interpreter.prepare()
 
 
+QUICK = 7  # a prime, so that no option of a test falls out
+
+
+@pytest.hookimpl(tryfirst=True)  # before items are chosen by their marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what this session cannot run or was not asked for, with the reason."""
+    """Skip what this session cannot run or was not asked for, with the reason.
+
+    Of a test of many cases every seventh is in the quick tier, the others are slow.
+    """
     if "training" not in config.option.markexpr:
         for item in items:
             if item.get_closest_marker("training"):
@@ -80,6 +87,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if not item.get_closest_marker("gpu"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for same in cases.values():
+        for place, item in enumerate(same if len(same) >= 2 * QUICK else ()):
+            if place % QUICK:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)])

@@ -179,6 +179,7 @@ def test_each_feature(feature: str, dtype: torch.dtype, device: str) -> None:
     check({**call(SIZES, dtype, device), **made(FEATURES[feature], device)})
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True, phases=(Phase.generate,))
 @given(st.data())
 def test_any_combination_means_what_its_parts_mean(data: st.DataObject) -> None:

@@ -58,6 +58,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> bool:
 # Stages
 
 
+@pytest.mark.slow
 @posix
 def test_what_hangs_is_killed_with_all_it_started_and_the_next_stage_runs(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
@@ -187,9 +188,11 @@ def test_what_the_second_command_is_given_is_checked_before_anything_runs(tmp_pa
     assert "no search is called 'foward D128'; see --list" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @posix
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("seconds", [0.0, 5.0])  # while the processes start, and when they work
+@pytest.mark.parametrize(("sent", "seconds"), [  # while the processes start, and when they work
+    (signal.SIGINT, 0.0), (signal.SIGKILL, 0.0), (signal.SIGINT, 5.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0),
+])  # fmt: skip
 def test_a_signal_leaves_no_process_behind(sent: signal.Signals, seconds: float, tmp_path: Path) -> None:
     """Compiling has the most of them: workers of a worker."""
     command = [sys.executable, "-m", "bench.gpu_first", "--out", str(tmp_path), "--rehearse"]

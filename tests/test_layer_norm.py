@@ -547,6 +547,7 @@ def test_compiles_without_a_graph_break(normal, dynamic, backend):
     assert [name in graph for name, graph in zip(names, targets)] == [backend == "triton"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Dynamo and Inductor about themselves
 def test_compiles_with_inductor(normal):
     torch._dynamo.reset()

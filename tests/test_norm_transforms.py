@@ -256,6 +256,7 @@ def test_vmap_keeps_the_shape_of_an_empty_sum(device):
     assert output.shape == total.shape == x.shape
 
 
+@pytest.mark.slow
 @torch_warns
 @pytest.mark.parametrize("prenorm", [False, True], ids=["output", "output_and_sum"])
 @pytest.mark.parametrize("save_output", [False, True], ids=["from_sum", "from_output"])

@@ -200,6 +200,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield folder
 
 
+@pytest.mark.slow
 def test_failed_member_does_not_stop_the_others(swept: Path) -> None:
     results = json.loads((swept / "results.json").read_text())
     failed, *rows = results["rows"]
@@ -223,6 +224,7 @@ def test_members_are_runs(swept: Path) -> None:
     assert epoch == 2 and config.training.seed == 1 and config.preset == "formula"
 
 
+@pytest.mark.slow
 def test_finished_members_are_not_run_again(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = {path: path.stat().st_mtime_ns for path in swept.glob("valid-size=*/model.safetensors")}
     before = json.loads((swept / "results.json").read_text())

@@ -226,6 +226,7 @@ def test_flat_parameters_share_memory_with_their_parts() -> None:
 # Runs
 
 
+@pytest.mark.slow
 def test_learns_four_problems_by_heart(tmp_path: Path) -> None:
     config = small(train_size=4, batch_size=4, epochs=200, valid_every=200, width=32, heads=4, hidden=32, dropout=0.0,
                    learning_rate=3e-3)
