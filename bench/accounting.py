@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 Direction = Literal["forward", "backward"]
+DIRECTIONS: tuple[Direction, ...] = "forward", "backward"
 
 SEED = 20_260_101  # of the random inputs
 NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -62,6 +63,11 @@ class AttentionCase:
     def without_dropout(self) -> AttentionCase:
         return replace(self, dropout=0.0)
 
+    def small(self) -> AttentionCase:
+        """The same on a few numbers, for a rehearsal."""
+        length = min(self.length, 128)
+        return AttentionCase(8, 4, length, 16, self.is_causal, torch.float32, 0, self.mask, self.dropout)
+
     def work(self, direction: Direction) -> Work:
         """Forward: 2 products of S x S x D a head. Backward: 5 of them, the scores being made anew. Causal: half.
 
@@ -105,6 +111,10 @@ class NormCase:
         words = [self.kind, direction, f"M{self.rows} N{self.columns}"]
         words += [f"dropout {self.dropout}"] if self.dropout else []
         return " ".join(filter(None, [*words, NAMES[self.dtype]]))
+
+    def small(self) -> NormCase:
+        """The same on a few numbers, for a rehearsal."""
+        return NormCase(16, 64, torch.float32, self.kind, self.dropout)
 
     @property
     def centre(self) -> bool:

@@ -29,7 +29,8 @@ BACKENDS = {
 }
 GENERAL = "the general kernel"  # ours for any shape, where a special one would run
 FLASH = {"FlashAttention-3": "flash_attn_interface", "FlashAttention-4": "flash_attn.cute"}  # their modules
-PROVIDERS = ["kernels", GENERAL, *BACKENDS, *FLASH, "FlexAttention compiled"]
+FLEX = "FlexAttention compiled"
+PROVIDERS = ["kernels", GENERAL, *BACKENDS, *FLASH, FLEX]
 MATH_LENGTH = 2_048  # the longest sequence whose scores the math backend is asked to store: 70 GB at 4,096
 
 

@@ -25,12 +25,16 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import kernels
+from bench.benchmark import Benchmark, GpuStage
 from bench.compile_check import Chip, pretending
-from bench.record import name_row
+from bench.machine import leave_after_fault
+from bench.record import Context, brief, name_row
 from bench.timing import play_samples
 
-if TYPE_CHECKING:  # where there is no pytest-benchmark, bench/gpu_work.py measures
+if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
+
+BENCHMARK = Benchmark(first=[GpuStage("host time", need=7, seconds=12)])
 
 PROVIDERS: dict[str, Callable[..., Any]] = {
     "kernels": kernels.scaled_dot_product_attention,
@@ -86,6 +90,29 @@ def test_host_time(benchmark: BenchmarkFixture, case: str, provider: str, device
         benchmark(make_call(case, provider, device))
     else:
         play_samples(benchmark, measure(case, provider, device))
+
+
+def time_stage(stage: str, context: Context) -> None:
+    """The rows of a GPU run."""
+    rounds = 2 if context.rehearse else ROUNDS
+    for case in CASES:
+        for provider in PROVIDERS:
+            name = f"{group(case)}: {provider}"
+            try:
+                samples = measure(case, provider, context.device, rounds)
+            except Exception as error:  # noqa: BLE001
+                context.write("failed", case=name, problem=brief(error))
+                leave_after_fault(context.device)
+                continue
+            median = sorted(samples)[len(samples) // 2]
+            context.write("time", case=name, group=group(case), provider=provider, seconds=median, samples=samples,
+                          info={})  # fmt: skip
+            print(f"{group(case):<58} {provider:<24} {median * 1e6:12.1f} us", flush=True)
+
+
+def launches(stage: str, context: Context) -> list[tuple[str, Callable[[str], None]]]:
+    return [(case, lambda device, case=case: make_call(case, "kernels", torch.device(device))())  # type: ignore[misc]
+            for case in CASES]  # fmt: skip
 
 
 class Way(NamedTuple):

@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch.nn.functional import scaled_dot_product_attention
 
 import kernels
 from bench.accounting import AttentionCase
 from bench.attention import name_of
+from bench.benchmark import Benchmark
 from bench.check import require_right
 from bench.record import Job, time_row
 from bench.timing import Call, input_sets
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+BENCHMARK = Benchmark()
 
 PROVIDERS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "no loop": lambda q, k, v: kernels.reference.scaled_dot_product_no_loop_batch(q, k, v)[0],

@@ -78,6 +78,12 @@ class AttentionProblem(NamedTuple):
         dtype = str(self.dtype).removeprefix("torch.")
         return " ".join([*self.features, *(f"{name}{n}" for name, n in zip(names, self.sizes)), dtype])
 
+    def small(self) -> AttentionProblem:
+        """The same on a few numbers, for Triton's interpreter."""
+        _, heads, kv_heads, n_queries, n_keys, e, ev = self.sizes
+        n_keys = n_keys if "dropout" in self.features else min(n_keys, 41)
+        return self._replace(sizes=(1, heads // kv_heads, 1, min(n_queries, 33), n_keys, e, ev))
+
     def call(self, device: str) -> Call:
         torch.manual_seed(sum(self.sizes))
         arguments: dict[str, Any] = {"options": {}}
@@ -205,6 +211,10 @@ class NormProblem(NamedTuple):
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes if dtype)
         return " ".join([*words, f"M{self.shape[0]} N{self.shape[1]}", dtypes])
 
+    def small(self) -> NormProblem:
+        """The same on a few numbers, for Triton's interpreter."""
+        return self._replace(shape=(3, min(self.shape[1], 1_001)))
+
     def parts(self, device: str) -> tuple[Callable[..., Any], list[torch.Tensor | None], list[torch.Tensor]]:
         """Our function, its tensors and the upstream gradients."""
         torch.manual_seed(sum(self.shape))
@@ -318,15 +328,6 @@ PROBLEMS: dict[str, Callable[[], list[Problem]]] = {
     **{f"{direction}{size}": functools.partial(hopper, direction, size)
        for direction, sizes in plan.HOPPER_HEAD_SIZES.items() for size in sizes},
 }  # fmt: skip
-
-
-def small(problem: Problem) -> Problem:
-    """The same on a few numbers, for Triton's interpreter."""
-    if isinstance(problem, NormProblem):
-        return problem._replace(shape=(3, min(problem.shape[1], 1_001)))
-    b, heads, kv_heads, n_queries, n_keys, e, ev = problem.sizes
-    n_keys = n_keys if "dropout" in problem.features else min(n_keys, 41)
-    return problem._replace(sizes=(1, heads // kv_heads, 1, min(n_queries, 33), n_keys, e, ev))
 
 
 class Finding(NamedTuple):

@@ -2,11 +2,11 @@
 
     python -m bench.gpu_first --out FOLDER [--seconds 480]
 
-Compiles all kernels on all cores, compares each with float64, then times attention, short sequences, norms, a training
-step and a call's way to the GPU against PyTorch's own. Each stage has its own processes and ends by force at its time:
-one that hangs, crashes or is wrong costs its own figures and no others. FOLDER then holds two files: rows.jsonl, one
-result a line, written as it comes, and log.txt. A summary is printed at the end. Without a GPU, --rehearse goes through
-all of it on the CPU, on a few numbers; times then mean nothing.
+Compiles all kernels on all cores, compares each with float64, then times what the benchmarks (bench_*.py) ask for, in
+the order of need, against PyTorch's own. Each stage has its own processes and ends by force at its time: one that
+hangs, crashes or is wrong costs its own figures and no others. FOLDER then holds two files: rows.jsonl, one result a
+line, written as it comes, and log.txt. A summary is printed at the end. Without a GPU, --rehearse goes through all of
+it on the CPU, on a few numbers; times then mean nothing.
 
 What to do with the results: bench/README.md.
 """
@@ -23,26 +23,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from bench.benchmark import gpu_stages, warm_ups
 from bench.rows import Row, commit, read_rows
-from bench.stages import LOG, ROWS, Stage, run_stages
+from bench.stages import LOG, ROWS, Stage, one_after_another, run_stages
 from bench.summary import summarise
 
 HOPPER = {"forward": ("forward64", "forward128", "forward256"), "backward": ("backward64", "backward128")}
-# Name, end in seconds, and pieces of work (bench/gpu_work.py) that run side by side.
-PLAN = [
-    ("compile", 60, ("look", "compile", "warm-up-flex", "warm-up-norms", "warm-up-training")),
-    ("correctness", 95, ("general", "short", "norms")),
-    ("Hopper forward", 118, HOPPER["forward"]),
-    ("Hopper backward", 141, HOPPER["backward"]),
-    ("attention forward", 196, ("attention-forward",)),
-    ("attention backward", 256, ("attention-backward",)),
-    ("short sequences", 288, ("short-sequences",)),
-    ("norms", 334, ("norms-timed",)),
-    ("training", 386, ("training",)),
-    ("compiled training", 460, ("compiled-training",)),
-    ("host time", 472, ("host-time",)),
-]
-END = 480  # a summary is printed until then
+END, STAGES_END = 480, 472  # seconds; between them the summary is printed
 LEAST = 60  # seconds with which any of it makes sense
 NEEDED = "torch", "triton", "numpy", "safetensors", "tqdm", "pytest", "hypothesis"
 
@@ -53,6 +40,18 @@ def commands(work: tuple[str, ...], out: Path, rehearse: bool) -> tuple[tuple[st
     """The processes of some pieces of work."""
     rest = ("--rows", str(out / ROWS), *(("--rehearse",) if rehearse else ()))
     return tuple((sys.executable, "-m", "bench.gpu_work", name, *rest) for name in work)
+
+
+def make_stages(out: Path, rehearse: bool) -> list[Stage]:
+    """Whether every kernel is right, then what the benchmarks ask for."""
+    plan = [  # name, seconds, and pieces of work (bench/gpu_work.py) that run side by side
+        ("compile", 60, ("look", "compile", *warm_ups())),
+        ("correctness", 35, ("general", "short", "norms")),
+        ("Hopper forward", 23, HOPPER["forward"]),
+        ("Hopper backward", 23, HOPPER["backward"]),
+        *((stage.name, stage.seconds, (work,)) for work, stage in gpu_stages("first").items()),
+    ]
+    return one_after_another((name, seconds, commands(work, out, rehearse)) for name, seconds, work in plan)
 
 
 def environment(stage: Stage, rows: list[Row]) -> dict[str, str]:
@@ -100,7 +99,7 @@ def prepare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Pat
     return out
 
 
-def run(stages: list[Stage], out: Path, seconds: float, environment: Environment) -> int:
+def run(plan: list[Stage], out: Path, seconds: float, environment: Environment) -> int:
     """Run the stages and print what the rows say, also where the run is stopped; the exit code."""
 
     stopped: list[int] = []
@@ -114,7 +113,7 @@ def run(stages: list[Stage], out: Path, seconds: float, environment: Environment
             signal.signal(number, stop)
     code = 0
     try:
-        if not run_stages(stages, out, seconds, environment, stopped):
+        if not run_stages(plan, out, seconds, environment, stopped):
             print((out / LOG).read_text(errors="replace").strip().splitlines()[-1], file=sys.stderr)
             for file in ROWS, LOG:
                 (out / file).unlink()
@@ -132,8 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = parser_of("gpu_first", __doc__, END)
     options = parser.parse_args(argv)
     out = prepare(parser, options)
-    stages = [Stage(name, end, commands(work, out, options.rehearse)) for name, end, work in PLAN]
-    return run(stages, out, options.seconds * PLAN[-1][1] / END, environment)
+    return run(make_stages(out, options.rehearse), out, options.seconds * STAGES_END / END, environment)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python -m bench.gpu_second --out FOLDER [--seconds 230] [--first FILE] [WORD ... [or WORD ...]]
 
 Searches tiles (python -m bench.tune) for the kernels that WORDs name, "forward D128 or key_value D128"; without any,
-for those by which ours lost most in FILE, the rows of bench.gpu_first. Then it times the three main shapes again and
-runs the tests on the GPU, all cores side by side, those first that failed in the newest of bench/results, until the
-time is used up. Stages end by force at their time; FOLDER gets rows.jsonl and log.txt, as by bench.gpu_first.
+for those by which ours lost most in FILE, the rows of bench.gpu_first. Then it times what the benchmarks (bench_*.py)
+want timed again, the three main shapes of attention, and runs the tests on the GPU, all cores side by side, those first
+that failed in the newest of bench/results, until the time is used up. Stages end by force at their time; FOLDER gets
+rows.jsonl and log.txt, as by bench.gpu_first.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bench.benchmark import gpu_stages
 from bench.gpu_first import commands, environment, parser_of, prepare, run
 from bench.rows import ROOT, Row, newest_with, read_rows, standings
-from bench.stages import ROWS, Stage, cores
+from bench.stages import ROWS, Stage, cores, one_after_another
 
 SEARCHES = 5  # at most; each takes about 20 seconds
-ENDS = {"tiles": 110, "main shapes": 150, "tests": 225}
-END = 230
+TILES, TESTS = 110, 75  # seconds for them, beside what the benchmarks ask for
+END, STAGES_END = 230, 225
 
 
 def lost_searches(rows: list[Row]) -> list[str]:
@@ -47,7 +49,7 @@ def make_stages(words: list[str], out: Path, rehearse: bool) -> list[Stage]:
     """The stages; rehearsed: one search, compiled only, and the tests of one file, without a GPU."""
     rows = str(out / ROWS)
     words = ["short", "forward", "L5", "D16"] if rehearse else words
-    tune = (sys.executable, "-m", "bench.tune", *words, "--rows", rows, "--time-limit", str(ENDS["tiles"] - 20))
+    tune = (sys.executable, "-m", "bench.tune", *words, "--rows", rows, "--time-limit", str(TILES - 20))
     side_by_side = ("-n", "2" if rehearse else str(cores())) if importlib.util.find_spec("xdist") else ()
     limits = ("--timeout=60", "--timeout-method=thread") if importlib.util.find_spec("pytest_timeout") else ()
     last = newest_with("test")
@@ -56,12 +58,13 @@ def make_stages(words: list[str], out: Path, rehearse: bool) -> list[Stage]:
         "bench.pytest_rows", "-p", "no:cacheprovider", "--rows", rows, *(("--last", str(last)) if last else ()),
         *side_by_side, *limits,
     )  # fmt: skip
-    look, main_shapes = commands(("look",), out, rehearse), commands(("main-shapes",), out, rehearse)
-    return [
-        Stage("tiles", ENDS["tiles"], (*look, *((tune,) if words else ()))),
-        Stage("main shapes", ENDS["main shapes"], main_shapes),
-        Stage("tests", ENDS["tests"], (tests,)),
-    ]
+    look = commands(("look",), out, rehearse)
+    return one_after_another([
+        ("tiles", TILES, (*look, *((tune,) if words else ()))),
+        *((stage.name, stage.seconds, commands((work,), out, rehearse))
+          for work, stage in gpu_stages("second").items()),
+        ("tests", TESTS, (tests,)),
+    ])  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -81,9 +84,9 @@ def main(argv: list[str] | None = None) -> int:
             parser.error((done.stderr.strip().splitlines() or ["bench.tune --list failed"])[-1].partition("error: ")[2])
     out = prepare(parser, options)
     print(f"first run: {first or 'none'}\ntile searches: {' '.join(words) or 'none'}", flush=True)
-    stages = make_stages(words, out, options.rehearse)
+    plan = make_stages(words, out, options.rehearse)
     # The Hopper kernels that were right in the first run.
-    return run(stages, out, options.seconds * ENDS["tests"] / END, lambda stage, _: environment(stage, rows))
+    return run(plan, out, options.seconds * STAGES_END / END, lambda stage, _: environment(stage, rows))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,26 @@
-"""From a provider's calls to a row of figures, for pytest-benchmark and for bench/rows.py."""
+"""From a provider's calls to a row of figures, for pytest-benchmark and, on a GPU run, for bench/rows.py."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
+from bench import machine
 from bench.accounting import Work
 from bench.ceilings import ceilings
 from bench.check import WrongResult
+from bench.rows import read_rows, write_row
 from bench.timing import Call, Samples, measure, play_samples
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
 T = TypeVar("T")
+SECONDS = 0.1  # of samples a row, on a GPU run
 
 
 class Refused(Exception):
@@ -114,3 +118,75 @@ def figures(samples: Samples, work: Work, device: torch.device) -> dict[str, flo
         "share_of_ceiling": limits.floor(work) / seconds,
         "bound": limits.bound(work),
     }
+
+
+# On a GPU run
+
+
+def brief(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+class Context(NamedTuple):
+    """Where a piece of work writes its rows, on which device it runs, and whether it is only rehearsed."""
+
+    rows: Path
+    device: torch.device
+    rehearse: bool
+
+    def write(self, kind: str, **fields: Any) -> None:
+        write_row(self.rows, kind, **fields)
+
+    def untried(self, work: str, cases: Sequence[T], name: Callable[[T], str] = str) -> Iterator[T]:
+        """The cases that no earlier start of this piece of work has tried: one that crashed it is not tried twice."""
+        tried = {row["case"] for row in read_rows(self.rows) if row["kind"] == "trying" and row["work"] == work}
+        for case in cases:
+            if name(case) not in tried:
+                self.write("trying", work=work, case=name(case))
+                yield case
+
+    def synchronize(self) -> None:
+        """Wait for the GPU, which raises what went wrong on it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def some(self, cases: Sequence[Any]) -> list[Any]:
+        """All cases; in a rehearsal up to four of them, each `small()`."""
+        return [case.small() for case in cases[:: max(1, len(cases) // 3)]] if self.rehearse else list(cases)
+
+
+Prepared = tuple[str, str, Callable[[], Job]]  # group, provider, and what prepares it
+
+
+def time_all(work: str, context: Context, jobs: Iterable[Prepared]) -> None:
+    """Measure them one after the other, a row each."""
+    for group, provider, prepare in context.untried(work, list(jobs), lambda job: f"{job[0]}: {job[1]}"):
+        line = f"{group:<58} {provider:<24}"
+        try:
+            job = prepare()
+            samples, info = measure_job(job, context.device, 0.01 if context.rehearse else SECONDS)
+            context.write("time", case=f"{group}: {provider}", group=group, provider=job.provider,
+                          seconds=samples.median, samples=samples.seconds, info=info)  # fmt: skip
+            print(f"{line} {samples.median * 1e6:12.1f} us", flush=True)
+        except Refused as refusal:
+            context.write("refused", case=f"{group}: {provider}", problem=str(refusal))
+        except WrongResult as wrong:
+            context.write("wrong", case=f"{group}: {provider}", problem=str(wrong))
+            print(f"{line} WRONG: {wrong}", flush=True)
+        except Exception as error:  # noqa: BLE001 - ours, or out of memory: the next row may fare better
+            context.write("failed", case=f"{group}: {provider}", problem=brief(error))
+            print(f"{line} {brief(error)}", flush=True)
+        machine.leave_after_fault(context.device)
+
+
+def compile_peers(context: Context, jobs: Iterable[Prepared]) -> None:
+    """Have Inductor compile what these jobs need, into its cache; what is refused or wrong is told when it is timed."""
+    for _, _, prepare in jobs:
+        try:
+            job = prepare()
+            with torch.no_grad():  # as when it is timed: another variant for Inductor
+                job.calls[0]()
+        except Exception as error:  # noqa: BLE001 - it is told when it is timed
+            print(brief(error), flush=True)
+        machine.leave_after_fault(context.device)

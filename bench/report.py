@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.benchmark import Table, benchmarks
 from bench.rows import RESULTS, ROOT, age, is_bound, is_ours, read_rows, standings
 
 PICTURE = "attention.png"
@@ -41,41 +42,6 @@ class Result(NamedTuple):
     rows: list[Row]
 
 
-class Table(NamedTuple):
-    """A table of README: the groups that a pattern matches, whose one group is the column; the figure in a cell."""
-
-    title: str
-    pattern: str
-    figure: str
-
-
-def title(kind: str) -> str:
-    """A kind of norm at the beginning of a sentence."""
-    return "RMS norm" if kind == "rms norm" else kind.capitalize().replace("rms", "RMS")
-
-
-WIDE = r"S\d+ D128"
-TABLES = [
-    *(Table(f"Attention {direction}, D = {size}, {mask}, TFLOP/s by sequence length",
-            rf"attention {direction} B\d+ H\d+ S(\d+) D{size} {mask} bf16", "tflops_per_second")
-      for direction in ("forward", "backward") for size in (64, 128, 256) for mask in ("full", "causal")),
-    *(Table(f"Short sequences {direction}, 32,768 heads of {size}, GB/s by sequence length",
-            rf"attention {direction} B8192 H4 S(\d+) D{size} (?:full|causal) bf16", "gb_per_second")
-      for direction in ("forward", "backward") for size in (16, 32, 64)),
-    *(Table(f"Attention {direction} with shared heads, masks and dropout, TFLOP/s",
-            rf"attention {direction} B\d+ H\d+ "
-            rf"(Hkv\d+ {WIDE} causal|{WIDE} full (?:padding|bias)|{WIDE} causal dropout .*) bf16", "tflops_per_second")
-      for direction in ("forward", "backward")),
-    *(Table(f"{title(kind)} {direction}, GB/s by row width", rf"{re.escape(kind)} {direction} M\d+ N(\d+) bf16",
-            "gb_per_second")
-      for kind in ("layer norm", "rms norm", "add + layer norm", "add + rms norm")
-      for direction in ("forward", "backward")),
-    *(Table(f"Dropout 0.1, sum and layer norm {direction}, GB/s by row width",
-            rf"add \+ layer norm {direction} M\d+ N(\d+) dropout 0\.1 bf16", "gb_per_second")
-      for direction in ("forward", "backward")),
-    Table("A training step of the S1 model, examples a second by batch", r"S1 training step B(\d+) fp32 on GPU",
-          "examples_per_second"),
-]  # fmt: skip
 CURVES = "forward", 128  # direction and head size of the plot
 
 
@@ -161,8 +127,9 @@ def make_section(results: Sequence[Result]) -> str:
     lines = [f"Measured on {'; '.join(machines)}; raw figures in `bench/results/`.", ""]
     if plot_rows(rows):
         lines += [f"![attention in TFLOP/s by sequence length](bench/results/{PICTURE})", ""]
-    for table in TABLES:
-        lines += make_table(table, rows)
+    for benchmark in benchmarks().values():
+        for table in benchmark.tables:
+            lines += make_table(table, rows)
     return "\n".join([*lines, *losses(rows)]).rstrip() + "\n"
 
 

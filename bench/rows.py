@@ -1,7 +1,7 @@
 """Rows of results, one JSON object a line, each written as soon as it is known: whatever stops a run, they are there.
 
 A row's "kind" says what else is in it. "case" is what was at work, "problem" why it is not right (empty: it is), "work"
-one of the pieces of work of bench/gpu_work.py:
+one of the pieces of work of bench/gpu_work.py, or a stage of a benchmark:
 
 | kind | what it says |
 |---|---|

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -37,6 +37,15 @@ class Stage(NamedTuple):
     name: str
     end: float
     commands: tuple[tuple[str, ...], ...]
+
+
+def one_after_another(plan: Iterable[tuple[str, float, tuple[tuple[str, ...], ...]]]) -> list[Stage]:
+    """Stages by name, seconds for them, and commands."""
+    found, end = [], 0.0
+    for name, seconds, commands in plan:
+        end += seconds
+        found.append(Stage(name, end, commands))
+    return found
 
 
 def cores() -> int:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench import attention, layer_norm, timing, training_speed
+from bench import attention, timing, training_speed
+from bench import bench_layer_norm as layer_norm
 from bench.accounting import AttentionCase, NormCase, Work, attention_cases, norm_cases, short_cases
 from bench.ceilings import Ceilings
 from bench.check import WrongResult, relative_error, require_right

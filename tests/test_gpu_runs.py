@@ -3,13 +3,15 @@ called so; and a rehearsal of all of it on the CPU."""
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,22 @@ import torch
 
 pytest.importorskip("triton")
 
+import bench  # noqa: E402
 import kernels  # noqa: E402
-from bench import ahead, correctness, gpu_first, gpu_plan, gpu_second, gpu_work, stages  # noqa: E402
+from bench import (  # noqa: E402
+    bench_attention,
+    bench_layer_norm,
+    benchmark,
+    correctness,
+    gpu_first,
+    gpu_second,
+    gpu_work,
+    record,
+    report,
+    stages,
+)
+from bench.benchmark import gpu_stages  # noqa: E402
+from bench.record import Context  # noqa: E402
 from bench.rows import ROOT, Row, by_group, newest_with, read_rows, standings, write_row  # noqa: E402
 from bench.stages import ROWS, Stage, run_stages  # noqa: E402
 from bench.summary import summarise  # noqa: E402
@@ -301,33 +317,33 @@ def test_the_newest_results_go_by_date(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def context(tmp_path: Path) -> gpu_plan.Context:
-    return gpu_plan.Context(tmp_path / ROWS, torch.device("cpu"), rehearse=True)
+def context(tmp_path: Path) -> Context:
+    return Context(tmp_path / ROWS, torch.device("cpu"), rehearse=True)
 
 
-def rows_of(context: gpu_plan.Context, *kinds: str) -> list[Row]:
+def rows_of(context: Context, *kinds: str) -> list[Row]:
     return [row for row in read_rows(context.rows) if row["kind"] in kinds]
 
 
-def test_a_wrong_kernel_is_called_wrong_and_not_timed(context: gpu_plan.Context, monkeypatch: pytest.MonkeyPatch
+def test_a_wrong_kernel_is_called_wrong_and_not_timed(context: Context, monkeypatch: pytest.MonkeyPatch
                                                       ) -> None:
     right = kernels.scaled_dot_product_attention
     monkeypatch.setattr(kernels, "scaled_dot_product_attention", lambda *x, **options: 1.05 * right(*x, **options))
-    case = gpu_plan.ATTENTION[0]
-    jobs = gpu_work.attention_jobs(context, [case], "forward", ["kernels", "torch math"])
-    gpu_work.time_all("attention-forward", context, jobs)
+    case = bench_attention.WHOLE[0]
+    jobs = bench_attention.jobs(context, [case], "forward", ["kernels", "torch math"])
+    record.time_all("attention forward", context, jobs)
     assert [row["provider"] for row in rows_of(context, "time")] == ["torch math"]
     wrong, = rows_of(context, "wrong")
     assert wrong["case"].endswith(": kernels") and "from the exact one" in wrong["problem"]
     assert any("WRONG, not timed" in line for line in summarise(read_rows(context.rows)))
 
-    monkeypatch.setattr(gpu_plan.Context, "some", lambda self, cases: [gpu_plan.rehearsed(case) for case in cases[:2]])
+    monkeypatch.setattr(Context, "some", lambda self, cases: [case.small() for case in cases[:2]])
     gpu_work.judge("short", context)
     verdict, = rows_of(context, "verdict")
     assert not verdict["passed"] and len(verdict["failed"]) == 2 and "output: error" in verdict["failed"][0]
 
 
-def test_a_case_that_crashed_is_not_tried_again_and_is_not_right(context: gpu_plan.Context) -> None:
+def test_a_case_that_crashed_is_not_tried_again_and_is_not_right(context: Context) -> None:
     problems = context.some(correctness.short())
     context.write("trying", work="short", case=str(problems[0]))  # and then the process died
     gpu_work.judge("short", context)
@@ -337,15 +353,15 @@ def test_a_case_that_crashed_is_not_tried_again_and_is_not_right(context: gpu_pl
     assert verdict["failed"] == [f"{problems[0]}: crashed"]
 
 
-def test_a_peer_that_fails_or_refuses_leaves_the_rest(context: gpu_plan.Context) -> None:
+def test_a_peer_that_fails_or_refuses_leaves_the_rest(context: Context) -> None:
     def refuse() -> Any:
-        raise gpu_work.Refused("not for me")
+        raise record.Refused("not for me")
 
     def fail() -> Any:
         raise MemoryError("too large")
 
-    prepare = gpu_work.norm_jobs(context, ["torch eager"])
-    gpu_work.time_all("norms", context, [("a", "x", refuse), ("a", "y", fail), next(iter(prepare))])
+    prepare = bench_layer_norm.jobs(context, ["torch eager"])
+    record.time_all("norms", context, [("a", "x", refuse), ("a", "y", fail), next(iter(prepare))])
     assert [(row["kind"], row["problem"]) for row in rows_of(context, "refused", "failed")] == [
         ("refused", "not for me"), ("failed", "MemoryError: too large")]  # fmt: skip
     assert len(rows_of(context, "time")) == 1
@@ -370,7 +386,7 @@ def test_each_kind_of_problem_has_a_name_of_its_own_and_rejects_what_is_wrong(mo
 def test_what_is_compiled_ahead_is_what_is_launched(tmp_path: Path) -> None:
     """The same kernels come out for tensors without memory and for real ones."""
     code = """
-        from bench import ahead, correctness, gpu_plan
+        from bench import correctness
         from bench.compile_check import Chip, compiling
         import functools, torch
 
@@ -391,11 +407,112 @@ def test_what_is_compiled_ahead_is_what_is_launched(tmp_path: Path) -> None:
 
 
 def test_everything_that_is_timed_or_judged_can_be_launched_ahead() -> None:
-    whole = gpu_plan.Context(Path(), torch.device("cpu"), rehearse=False)
-    for work in ahead.COMPILED:
-        assert len(ahead.launches(work, whole)) >= 4, work
-    for _, end, work in gpu_first.PLAN:
-        assert set(work) <= set(gpu_work.WORK) and end < gpu_first.END
+    """But for training, whose kernels its warming up compiles."""
+    whole = Context(Path(), torch.device("cpu"), rehearse=False)
+    counts = {work: len(gpu_work.launches(work, whole)) for work in (*correctness.PROBLEMS, *gpu_stages("first"))}
+    assert {work for work, count in counts.items() if count < 4} == {
+        "bench_attention::attention backward", "bench_training::training", "bench_training::compiled training"}
+
+
+# Benchmarks say themselves what is done with them
+
+
+def test_every_stage_has_its_work_and_enough_time() -> None:
+    out = Path("out")
+    first, second = gpu_first.make_stages(out, False), gpu_second.make_stages(["forward", "D128"], out, False)
+    for found, module in (first, gpu_first), (second, gpu_second):
+        assert found[-1].end <= 1.2 * module.STAGES_END, "every stage would get less than five sixths of its time"
+        work = [command[3] for stage in found for command in stage.commands if command[2] == "bench.gpu_work"]
+        assert work and set(work) <= set(gpu_work.pieces_of_work())
+    assert gpu_first.END + gpu_second.END <= 12 * 60
+    assert [stage.name for stage in first][:6] == [
+        "compile", "correctness", "Hopper forward", "Hopper backward", "attention forward", "attention backward"]
+    assert [stage.name for stage in second] == ["tiles", "main shapes", "tests"]
+
+
+def test_benchmarks_have_what_they_declare_and_do_without_pytest_benchmark() -> None:
+    """The machine with the GPU lacks it."""
+    code = """
+        import importlib, sys
+        sys.modules["pytest_benchmark"] = None
+        from bench.benchmark import benchmarks
+        for name, found in benchmarks().items():
+            module = importlib.import_module(f"bench.{name}")
+            assert module.BENCHMARK == found
+            assert hasattr(module, "time_stage") == bool(found.first or found.second), name
+            assert hasattr(module, "warm_up") == found.warms_up, name
+    """
+    done = subprocess.run(python(code), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+class Pool(contextlib.nullcontext):
+    """Remembers what it is asked to do."""
+
+    asked: list[tuple[Any, ...]] = []
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def submit(self, *asked: Any) -> concurrent.futures.Future[None]:
+        self.asked.append(asked)
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        done.set_result(None)
+        return done
+
+
+@pytest.fixture
+def softmax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The example of bench/README.md, as if it lay in bench/."""
+    text = (ROOT / "bench" / "README.md").read_text()
+    file = tmp_path / "more" / "bench_softmax.py"
+    file.parent.mkdir()
+    file.write_text(text.partition("```python\n")[2].partition("```")[0])
+    monkeypatch.setattr("bench.__path__", [*bench.__path__, str(file.parent)])
+    yield file
+    sys.modules.pop("bench.bench_softmax", None)
+
+
+def test_a_benchmark_is_one_file(softmax: Path, context: Context) -> None:
+    """Found by the GPU run, the report and pytest, and nothing else was changed."""
+    found = gpu_first.make_stages(context.rows.parent, True)
+    place = [stage.name for stage in found].index("softmax")
+    assert found[place].end == found[place - 1].end + 10
+    work = found[place].commands[0][3]
+    context.write("machine", gpu="A GPU", torch="2.0", triton="3.0", commit="abc")
+    gpu_work.pieces_of_work()[work](context)
+    assert {row["group"] for row in rows_of(context, "time")} == {"softmax M64 N64 fp32", "softmax M64 N1024 fp32"}
+    assert not rows_of(context, "failed", "wrong", "refused")
+    section = report.make_section(report.read_results(context.rows.parent))
+    assert "| Softmax, GB/s by row width | 64 | 1,024 |\n|---|---|---|\n| torch eager | " in section
+    assert "\n| formula | " in section
+    command = ["-m", "pytest", "-q", "-p", "bench.conftest", "-c", os.devnull, "--benchmark-disable", str(softmax)]
+    variables = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *command], env=variables, capture_output=True, text=True, cwd=softmax.parent)
+    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("text, told", [
+    ("", "bench_a.py must have a line BENCHMARK = Benchmark(...)"),
+    ("BENCHMARK = 3", "bench_a.py must have a line BENCHMARK = Benchmark(...)"),
+    ("NEED = 1\nBENCHMARK = Benchmark(first=[GpuStage('a', NEED, 3)])", "(name 'NEED' is not defined); it may"),
+    ("BENCHMARK = Benchmark(first=[GpuStage('a', 1)])", "missing 1 required positional argument: 'seconds'"),
+])  # fmt: skip
+def test_what_a_benchmark_says_wrong_is_told(text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "bench_a.py").write_text(text)
+    with pytest.raises(ValueError) as error:
+        benchmark.read_benchmark(tmp_path / "bench_a.py")
+    assert told in str(error.value)
+
+
+def test_a_benchmark_that_cannot_be_imported_costs_the_others_nothing(softmax: Path, context: Context,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    softmax.write_text(softmax.read_text() + "\nimport no_such_package\n")
+    monkeypatch.setattr(gpu_work, "worker_pool", lambda *_: Pool())
+    gpu_work.compile_all(context)
+    row, = rows_of(context, "compile")
+    assert row["work"] == "bench_softmax::softmax" and "no_such_package" in row["failures"][0]
+    assert len(Pool.asked) > 4
 
 
 # All of it
@@ -418,7 +535,7 @@ def test_rehearsal_of_both_commands(tmp_path: Path) -> None:
         assert "BEGUN, NOT ENDED" not in done.stdout
     rows = read_rows(first / ROWS)
     assert next(row for row in rows if row["kind"] == "machine")["commit"] == "abc"
-    assert len({row["stage"] for row in rows if row["kind"] == "stage"}) == len(gpu_first.PLAN)
+    assert len({row["stage"] for row in rows if row["kind"] == "stage"}) == len(gpu_first.make_stages(first, True))
     verdicts = {row["kernel"]: row["passed"] for row in rows if row["kind"] == "verdict"}
     assert [verdicts.pop(name) for name in ("general", "short", "norms")] == [True] * 3
     assert len(verdicts) == 5 and not any(verdicts.values())  # no Hopper chip

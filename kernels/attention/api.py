@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 
-from kernels.attention.call import FAR, TENSORS, Call
+from kernels.attention.call import FAR, NO_TENSORS, TENSORS, Call
 from kernels.attention.checks import as_flag, check, check_options, leads_of
 from kernels.attention.cpu import route
 from kernels.attention.cpu.fused import fused_attention, is_simple
@@ -330,7 +330,7 @@ def triton_attention(
     keep_statistics = torch.compiler.is_exporting() or bool(
         needs_statistics(call, return_lse, wants_gradient(call.attn_mask))
     )
-    numbers = call.with_tensors(None for _ in call.tensors)
+    numbers = call.with_tensors(NO_TENSORS)
     output, lse, *_ = differentiable(Attention, q, k, v, *call.tensors, numbers, keep_statistics, return_lse)
     return output, lse
 

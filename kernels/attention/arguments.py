@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
 from kernels import launch
-from kernels.attention.call import FAR, Call
+from kernels.attention.call import FAR, NO_TENSORS, Call
 from kernels.attention.pieces import Dropout, Shape, Strided
 from kernels.backend import INTERPRETED
+from kernels.launch import LAYOUTS
 
 
 def strided(x: torch.Tensor, call: Call) -> Strided:
@@ -31,14 +33,23 @@ def broadcast(x: torch.Tensor) -> Strided:
 
 def for_kernel(call: Call) -> Call:
     """The call as kernels take it: Triton makes constants of None and of 1, so it compiles what is asked for alone."""
-    given: list[Any] = [x if x is None else broadcast(x) for x in call.tensors]
-    given += [(1 if x else None) if isinstance(x, bool) else x for x in call[len(given) :]]
-    dropout = None
-    if call.seed is not None:
-        keep_scale = 1.0 / (1.0 - call.dropout_p) if call.dropout_p < 1.0 else 0.0  # at probability 1 it keeps none
-        dropout = Dropout(min(round(call.dropout_p * 2**32), 2**32 - 1) - 2**31, keep_scale)
-    right = FAR if call.right is None and call.left is not None else call.right
-    return Call(*given)._replace(dropout_p=dropout, right=right)  # type: ignore[arg-type]
+    tensors = call.tensors
+    given: list[Any] = [x if x is None else broadcast(x) for x in tensors]
+    return Call(*given, *_numbers(call[len(tensors) :]))
+
+
+@functools.lru_cache(LAYOUTS)
+def _numbers(numbers: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The numbers of a call: flags as 1 or None, dropout as `Dropout`, and where there is a left side, a right one."""
+    asked = Call._make((*NO_TENSORS, *numbers))
+    p, right, dropout = asked.dropout_p, asked.right, None
+    if p > 0.0:
+        keep_scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0  # at probability 1 it keeps none
+        dropout = Dropout(min(round(p * 2**32), 2**32 - 1) - 2**31, keep_scale)
+    if asked.left is not None and right is None:
+        right = FAR
+    asked = asked._replace(dropout_p=dropout, right=right)  # type: ignore[arg-type]
+    return tuple((1 if x else None) if isinstance(x, bool) else x for x in asked[len(NO_TENSORS) :])
 
 
 def shape_of(query: torch.Tensor, key: torch.Tensor, call: Call) -> Shape:

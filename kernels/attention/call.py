@@ -81,4 +81,5 @@ class Call(NamedTuple):
 
 KINDS = {name: str(kind) for name, kind in typing.get_type_hints(Call).items()}
 TENSORS = tuple(name for name, kind in KINDS.items() if "Tensor" in kind)  # the fields that are tensors: the first ones
+NO_TENSORS = (None,) * len(TENSORS)
 LEARNED = ("attn_mask", "sinks")  # those that the kernels make gradients of

@@ -23,6 +23,7 @@ from kernels.attention.tiles import (
     max_short,
     what_is_asked,
 )
+from kernels.launch import LAYOUTS
 
 __all__ = ["HOPPER_HEAD_SIZES", "KERNELS", "Plan", "forced", "plan"]
 
@@ -179,12 +180,18 @@ def why_not_short(
         return f"they take heads of up to {MAX_SHORT_HEAD_SIZE}, found {head_size}"
     lengths, longest = (query.shape[2], key.shape[2]), max_short(head_size, query.element_size(), capability)
     if max(lengths) > longest:
-        numbers = "float32 numbers" if query.dtype == torch.float32 else "16-bit numbers"
-        what = f"{longest} queries and keys of {head_size} {numbers}"
-        return f"they take up to {what} here, found {lengths[0]} and {lengths[1]}"
+        return _too_long(longest, head_size, query.dtype, *lengths)
     if is_wide(query, key, value, call.attn_mask):
         return "rows stand too far apart in memory for their offsets"
     return ""
+
+
+@functools.lru_cache(LAYOUTS)
+def _too_long(longest: int, head_size: int, dtype: torch.dtype, n_queries: int, n_keys: int) -> str:
+    """A reason for most calls, and so made once."""
+    numbers = "float32 numbers" if dtype == torch.float32 else "16-bit numbers"
+    what = f"{longest} queries and keys of {head_size} {numbers}"
+    return f"they take up to {what} here, found {n_queries} and {n_keys}"
 
 
 def takes_tma(x: torch.Tensor) -> bool:
@@ -217,9 +224,6 @@ def why_not_hopper(
         return f"it takes heads of {', '.join(map(str, head_sizes))}, values as wide as keys, found {e} and {ev}"
     if query.shape[2] < HOPPER_QUERIES or 0 in (*query.shape, *key.shape):
         return f"it takes {HOPPER_QUERIES} queries or more, found {query.shape[2]}"
-    for name, x in zip(call._fields, call):
-        if name not in HOPPER_KNOWS and (isinstance(x, torch.Tensor) or x):
-            return f"it knows no {name}"
     if call.scale <= 0.0:
         return f"it takes a scale above 0, found {call.scale}"
     if direction == "backward" and call.deterministic:
@@ -228,6 +232,9 @@ def why_not_hopper(
     may_run = measured.HOPPER if asked is None else hopper_calls(asked)
     if (direction, e) not in may_run and _forced.kernel != "hopper":
         return "no GPU has shown that it is right and faster here: the environment variable KERNELS_HOPPER=1 lets it"
+    for name, asked_for in zip(call._fields, call):
+        if name not in HOPPER_KNOWS and (isinstance(asked_for, torch.Tensor) or asked_for):
+            return f"it knows no {name}"
     for name, x in ("query", query), ("key", key), ("value", value):
         if not takes_tma(x):
             return f"TMA wants rows at multiples of 16 bytes, found {name} with strides {tuple(x.stride())}"

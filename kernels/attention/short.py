@@ -28,10 +28,11 @@ from kernels.launch import cdiv, launch_on
 class Rows(NamedTuple):
     """Rows of queries, or of keys, of this program's tiles, (HEADS, ROWS, 1) each.
 
-    place: in its sequence. b, h: batch entry and key head; of rows that are not there, those of one that is. there:
-    whether there is such a row.
+    part: which of its tile's sequences a row belongs to. place: where it stands there. b, h: batch entry and key head;
+    of rows that are not there, those of one that is. there: whether there is such a row.
     """
 
+    part: Any
     place: Any
     b: Any
     h: Any
@@ -56,7 +57,7 @@ def split(row, length, PACK: tl.constexpr):
 
 @triton.jit
 def find_rows(length, shape, ROWS: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr):
-    """The rows of this program's tiles, for sequences of this length, and which part of its tile each belongs to."""
+    """The rows of this program's tiles, for sequences of this length."""
     n_kv_heads = shape.n_heads // shape.group
     n_sequences = shape.batch * n_kv_heads
     part, place = split(tl.arange(0, ROWS)[None, :, None], length, PACK)
@@ -64,14 +65,14 @@ def find_rows(length, shape, ROWS: tl.constexpr, HEADS: tl.constexpr, PACK: tl.c
     sequence = tile * PACK + part
     there = (sequence < n_sequences) & (place < length) & (part < PACK)
     sequence = tl.minimum(sequence, n_sequences - 1)
-    return Rows(place, sequence // n_kv_heads, sequence % n_kv_heads, there), part
+    return Rows(part, place, sequence // n_kv_heads, sequence % n_kv_heads, there)
 
 
 @triton.jit
-def find_columns(part_of_query, S, BLOCK_S: tl.constexpr, PACK: tl.constexpr):
-    """The columns of scores."""
+def find_columns(queries, S, BLOCK_S: tl.constexpr, PACK: tl.constexpr):
+    """The columns of the scores of these queries."""
     part, place = split(tl.arange(0, BLOCK_S)[None, None, :], S, PACK)
-    return Columns(place, (part_of_query == part) & (part < PACK))
+    return Columns(place, (queries.part == part) & (part < PACK))
 
 
 @triton.jit
@@ -179,9 +180,9 @@ def short_forward_kernel(
     PACK: tl.constexpr,
 ):
     """Output of the queries of HEADS * PACK key heads. Arguments as of forward_kernel."""
-    queries, part = find_rows(shape.L, shape, BLOCK_L, HEADS, PACK)
-    keys, _ = find_rows(shape.S, shape, BLOCK_S, HEADS, PACK)
-    columns = find_columns(part, shape.S, BLOCK_S, PACK)
+    queries = find_rows(shape.L, shape, BLOCK_L, HEADS, PACK)
+    keys = find_rows(shape.S, shape, BLOCK_S, HEADS, PACK)
+    columns = find_columns(queries, shape.S, BLOCK_S, PACK)
     bounds = bounds_of_rows(call, shape, queries.b)
     used = keys.there & (keys.place < keys_in_use(call, keys.b, shape.S))
     k = load_tiles(key, keys, keys.h, used, E, BLOCK_E)

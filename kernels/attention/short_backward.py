@@ -56,9 +56,9 @@ def short_backward_kernel(
     PACK: tl.constexpr,
 ):
     """dk and dv of HEADS * PACK key heads, and dq of their queries. grad: dO. The rest as in short_forward_kernel."""
-    queries, part = find_rows(shape.L, shape, BLOCK_L, HEADS, PACK)
-    keys, _ = find_rows(shape.S, shape, BLOCK_S, HEADS, PACK)
-    columns = find_columns(part, shape.S, BLOCK_S, PACK)
+    queries = find_rows(shape.L, shape, BLOCK_L, HEADS, PACK)
+    keys = find_rows(shape.S, shape, BLOCK_S, HEADS, PACK)
+    columns = find_columns(queries, shape.S, BLOCK_S, PACK)
     bounds = bounds_of_rows(call, shape, queries.b)
     used = keys.there & (keys.place < keys_in_use(call, keys.b, shape.S))
     k = load_tiles(key, keys, keys.h, used, E, BLOCK_E)
