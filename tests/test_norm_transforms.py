@@ -256,6 +256,7 @@ def test_vmap_keeps_the_shape_of_an_empty_sum(device):
     assert output.shape == total.shape == x.shape
 
 
+@pytest.mark.slow
 @torch_warns
 @pytest.mark.parametrize("prenorm", [False, True], ids=["output", "output_and_sum"])
 @pytest.mark.parametrize("save_output", [False, True], ids=["from_sum", "from_output"])
@@ -453,8 +454,8 @@ class Normed(torch.nn.Module):
 @torch_warns
 @each_function
 @either_backend
-@pytest.mark.parametrize("dropout_p", [0.0, 0.05, 0.5])
-@pytest.mark.parametrize("way", ["strict", "not strict", "compiled"])
+@pytest.mark.parametrize(("way", "dropout_p"), [
+    ("strict", 0.0), ("not strict", 0.0), ("compiled", 0.0), ("strict", 0.05), ("not strict", 0.5), ("compiled", 0.5)])
 def test_any_number_of_rows_by_one_graph(normal, device, name, backend, dropout_p, way):
     """On both sides of what a CPU takes for a small call."""
     if dropout_p and "add" not in name:
@@ -469,7 +470,7 @@ def test_any_number_of_rows_by_one_graph(normal, device, name, backend, dropout_
         rows = {0: torch.export.Dim("L", min=2, max=4096)}
         run = torch.export.export(model, (normal(37, 7), normal(37, 7)), dynamic_shapes=(rows, rows),
                                   strict=way == "strict").module()
-    for length in (3, 700, 4096):
+    for length in (3, 700, 4096) if backend == "torch" else (3, 53, 128):
         x, residual = normal(length, 7), normal(length, 7)
         output = run(x, residual)
         if dropout_p:

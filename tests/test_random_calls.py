@@ -35,7 +35,7 @@ from hypothesis import strategies as st  # noqa: E402
 import kernels  # noqa: E402
 from kernels.attention.plan import forced  # noqa: E402
 from kernels.attention.tiles import Tile  # noqa: E402
-from tests.interpreter import round_bfloat16_to_nearest  # noqa: E402
+from tests import interpreter  # noqa: E402
 from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch, size_of_terms  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -574,7 +574,7 @@ def main() -> int:
     parser.add_argument("--call", type=ast.literal_eval, help="one call: seed and options, as they are printed")
     given_arguments = parser.parse_args()
     torch.set_num_threads(1)
-    round_bfloat16_to_nearest()
+    interpreter.prepare()
     if given_arguments.call:
         seed, options = given_arguments.call
         print(failure(seed, options)[1] or "right")

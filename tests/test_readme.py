@@ -20,17 +20,27 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text()
          for where in ("*.md", "docs/*.md", "*/README.md", "tests/*/README.md") for path in sorted(ROOT.glob(where))
          if not path.parent.name.startswith(".")}  # fmt: skip
 README, CONTRIBUTING = PAGES["README.md"], PAGES["CONTRIBUTING.md"]
-EXAMPLES = [pytest.param(code, id=f"{name}-{place}") for name in ("README.md", "docs/drop-in.md")
-            for place, code in enumerate(re.findall(r"```python\n(.*?)```", PAGES[name], re.DOTALL))]  # fmt: skip
+EXAMPLES = {f"{name}-{place}": code for name in ("README.md", "docs/drop-in.md")
+            for place, code in enumerate(re.findall(r"```python\n(.*?)```", PAGES[name], re.DOTALL))}  # fmt: skip
+END = "-- the end of an example"
 
 
-@pytest.mark.parametrize("code", EXAMPLES)
-def test_example_runs_and_prints_what_it_says(code: str) -> None:
+@pytest.fixture(scope="module")
+def printed() -> dict[str, list[str]]:
+    """What each example prints, one after the other in one process."""
+    run = f"import sys\nfor code in eval(sys.stdin.read()):\n    exec(code, {{}})\n    print({END!r}, flush=True)"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "-W", "error", "-c", run], input=repr(list(EXAMPLES.values())),
+                          capture_output=True, text=True, env=environment)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return dict(zip(EXAMPLES, (part.splitlines() for part in done.stdout.split(END + "\n")), strict=False))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_runs_and_prints_what_it_says(name: str, printed: dict[str, list[str]]) -> None:
+    code = EXAMPLES[name]
     promised = re.findall(r"print\(.*\)  # (.*)", code) + re.findall(r"^# (.*)", code, re.MULTILINE)
-    assert done.stdout.splitlines() == promised
+    assert printed[name] == promised
 
 
 def test_two_commands_are_one_line_each_and_those_of_ci() -> None:

@@ -57,7 +57,8 @@ def assert_formula(arguments: dict[str, Any], rtol: float = 1e-4, atol: float = 
 @pytest.mark.parametrize("length", [*range(1, 20), 31, 32, 33, 63, 64])
 def test_every_length(length: int, device: str) -> None:
     """More sequences than a program takes, and not a multiple; a batch entry ends within a tile."""
-    check(problem((3, 7, 7, length, length, 16, 16), device=device, is_causal=length % 2 == 1), by_place)
+    heads = 7 if length < 8 else 3
+    check(problem((3, heads, heads, length, length, 16, 16), device=device, is_causal=length % 2 == 1), by_place)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -72,7 +73,7 @@ def test_sizes_and_dtypes(sizes: tuple[int, ...], dtype: torch.dtype, device: st
 
 
 @pytest.mark.parametrize("feature", [name for name in FEATURES if "sinks" not in FEATURES[name]])
-@pytest.mark.parametrize("sizes", [(2, 4, 2, 7, 5, 12, 20), (2, 4, 2, 37, 43, 12, 16)], ids=["packed", "alone"])
+@pytest.mark.parametrize("sizes", [(2, 2, 1, 7, 5, 12, 20), (2, 2, 1, 37, 43, 12, 16)], ids=["packed", "alone"])
 def test_each_feature(sizes: tuple[int, ...], feature: str, device: str) -> None:
     options = made(FEATURES[feature], device)
     if "key_lengths" in options:

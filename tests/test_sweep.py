@@ -200,6 +200,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield folder
 
 
+@pytest.mark.slow
 def test_failed_member_does_not_stop_the_others(swept: Path) -> None:
     results = json.loads((swept / "results.json").read_text())
     failed, *rows = results["rows"]
@@ -223,6 +224,7 @@ def test_members_are_runs(swept: Path) -> None:
     assert epoch == 2 and config.training.seed == 1 and config.preset == "formula"
 
 
+@pytest.mark.slow
 def test_finished_members_are_not_run_again(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = {path: path.stat().st_mtime_ns for path in swept.glob("valid-size=*/model.safetensors")}
     before = json.loads((swept / "results.json").read_text())
@@ -248,14 +250,14 @@ def test_nothing_finished_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixt
     sweep = Sweep.of(TINY, {})
     (tmp_path / "out" / "sweep.json").write_text(sweep.to_json())
     with pytest.raises(InputError, match="no run of .* could be finished; the first one: .*run already exists"):
-        run_sweep(sweep, tmp_path / "out", bar=True)
+        run_sweep(sweep, tmp_path / "out", jobs=1, bar=True)
     assert "run: " in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_member_that_cannot_be_continued_is_kept(tmp_path: Path) -> None:
     sweep = tiny_sweep({})
-    run_sweep(sweep, tmp_path / "out", bar=False)
+    run_sweep(sweep, tmp_path / "out", jobs=1, bar=False)
     weights = tmp_path / "out" / "seed=0" / "model.safetensors"
     before = weights.read_bytes()
     weights.with_name("resume.safetensors").write_bytes(b"")
@@ -263,21 +265,21 @@ def test_member_that_cannot_be_continued_is_kept(tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "out" / "results.json").read_text())["rows"][0]["runs"][0]["figures"]
     for content, kept in (log.read_bytes(), figures), (b"", {"seconds": 0}):  # finished: it keeps what can be had
         log.write_bytes(content)
-        row, = run_sweep(sweep, tmp_path / "out", bar=False)["rows"]
+        row, = run_sweep(sweep, tmp_path / "out", jobs=1, bar=False)["rows"]
         assert weights.read_bytes() == before and row["runs"][0]["figures"] == kept
     weights.unlink()
-    results = run_sweep(sweep, tmp_path / "out", bar=False)
+    results = run_sweep(sweep, tmp_path / "out", jobs=1, bar=False)
     assert "resume.safetensors is damaged" in results["rows"][0]["runs"][0]["failed"]
 
 
 @pytest.mark.slow
 def test_member_whose_log_or_weights_are_lost_is_mended(tmp_path: Path) -> None:
     sweep = tiny_sweep({})
-    run_sweep(sweep, tmp_path / "out", bar=False)
+    run_sweep(sweep, tmp_path / "out", jobs=1, bar=False)
     before = json.loads((tmp_path / "out" / "results.json").read_text())["rows"][0]["mean"]
     (tmp_path / "out" / "seed=0" / "metrics.jsonl").write_bytes(b"")
     (tmp_path / "out" / "seed=1" / "model.safetensors").write_bytes(b"")
-    row, = run_sweep(sweep, tmp_path / "out", bar=False)["rows"]
+    row, = run_sweep(sweep, tmp_path / "out", jobs=1, bar=False)["rows"]
     assert row["mean"]["exact_match"] == before["exact_match"] and row["mean"]["valid_loss"] == before["valid_loss"]
 
 

@@ -226,6 +226,7 @@ def test_flat_parameters_share_memory_with_their_parts() -> None:
 # Runs
 
 
+@pytest.mark.slow
 def test_learns_four_problems_by_heart(tmp_path: Path) -> None:
     config = small(train_size=4, batch_size=4, epochs=200, valid_every=200, width=32, heads=4, hidden=32, dropout=0.0,
                    learning_rate=3e-3)
@@ -447,21 +448,31 @@ LOGS = {
 }
 
 
-@pytest.mark.parametrize("damage", LOGS)
-@pytest.mark.parametrize("finished", [True, False], ids=["finished", "unfinished"])
-def test_log_by_other_hands_harms_nothing(damage: str, finished: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-                                          ) -> None:
-    whole, folder = train(small(), tmp_path / "whole", bar=False), tmp_path / "whole"
-    if not finished:
-        def epoch(trainer: loop.Trainer, number: int) -> dict[str, Any]:
-            if number == 4:
-                raise KeyboardInterrupt
-            return whole_epoch(trainer, number)
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One run that is finished, and one that was stopped after 3 of its 4 epochs."""
+    folders = {name: tmp_path_factory.mktemp(name) / "run" for name in ("finished", "unfinished")}
 
-        whole_epoch, folder = loop.Trainer.epoch, tmp_path / "stopped"
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(loop.Trainer, "epoch", epoch)
-            train(small(), folder, bar=False)
+    def epoch(trainer: loop.Trainer, number: int) -> dict[str, Any]:
+        if number == 4:
+            raise KeyboardInterrupt
+        return whole_epoch(trainer, number)
+
+    whole_epoch = loop.Trainer.epoch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kernels.backend.INTERPRETED", False)
+        train(small(), folders["finished"], bar=False)
+        patch.setattr(loop.Trainer, "epoch", epoch)
+        with pytest.raises(KeyboardInterrupt):
+            train(small(), folders["unfinished"], bar=False)
+    return folders
+
+
+@pytest.mark.parametrize("damage", LOGS)
+@pytest.mark.parametrize("state", ["finished", "unfinished"])
+def test_log_by_other_hands_harms_nothing(damage: str, state: str, ended: dict[str, Path], tmp_path: Path) -> None:
+    whole, folder = RunLog(ended["finished"] / "metrics.jsonl").read()[-1], tmp_path / "run"
+    shutil.copytree(ended[state], folder)
     path = folder / "metrics.jsonl"
     lines = LOGS[damage](path.read_bytes().splitlines())
     path.write_bytes(b"".join(line + b"\n" for line in lines))

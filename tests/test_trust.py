@@ -105,6 +105,7 @@ def test_kills_at_any_moment_change_nothing(kind: str, tmp_path: Path, whole: Ca
     assert_same_run(folder, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resume.safetensors", "model.safetensors"])
 @pytest.mark.parametrize("moment", ["half written", "not renamed"])
 @pytest.mark.parametrize("epoch", [2, 4])

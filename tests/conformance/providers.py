@@ -45,10 +45,10 @@ def our_triton(device: str) -> Attention:
 def interpret() -> None:
     """Switch Triton's interpreter on, before any kernel is imported, as tests/conftest.py does."""
     if os.environ.get("TRITON_INTERPRET") != "1":
-        from tests.conftest import _round_bfloat16_to_nearest
+        from tests import interpreter
 
         os.environ["TRITON_INTERPRET"] = "1"
-        _round_bfloat16_to_nearest()
+        interpreter.prepare()
 
 
 def of_torch(backend: SDPBackend) -> Callable[[str], Attention]:
