@@ -168,11 +168,11 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     device = machine.pick_device()
     if options.rehearse:
-        from tests.interpreter import round_bfloat16_to_nearest
+        from tests.interpreter import prepare
 
         device = torch.device("cpu")
         torch.set_num_threads(1)
-        round_bfloat16_to_nearest()
+        prepare()
     elif device.type == "cpu":
         print(f"there is no CUDA GPU here, found torch {torch.__version__}; --rehearse tries everything on the CPU")
         return NO_GPU
