@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if hasattr(config, "workerinput"):  # of pytest-xdist; the environment says it of what a test starts, too
         config.pluginmanager.register(Worker())
     elif config.getoption("--rows"):
         config.pluginmanager.register(Writer(config.getoption("--rows")))

@@ -225,8 +225,11 @@ def scaled_dot_product_attention(
 
 def _are_defaults(options: Options) -> bool:
     """Whether nothing of it is asked for."""
+    alignment = options["causal_alignment"]
+    if not (type(alignment) is str and alignment == "top_left"):
+        return False
     for x in options.values():
-        if x is not None and not (type(x) is str and x == "top_left"):
+        if x is not None and x is not alignment:
             return False
     return True
 
