@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from kernels.attention.layout import for_query_heads
-from kernels.attention.call import Call
+from kernels.attention.call import LEARNED, Call
 from kernels.backend import without_autocast
 
 Result = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
@@ -105,7 +105,7 @@ def composed_gradients(
         for i, x in zip(learned, tensors):
             given[i] = x
         query, key, value, *others = given
-        own = call._replace(**dict(zip(("attn_mask", "sinks"), others)))
+        own = call._replace(**dict(zip(LEARNED, others)))
         output, lse, _ = composed_attention(query, key, value, own, need_lse=grads[1] is not None)
         return tuple(x for x, grad in zip((output, lse), grads) if x is not None and grad is not None)
 

@@ -174,6 +174,15 @@ def product_of_rows(
 
 
 @triton.jit
+def keys_in_use(call, b, n_keys):
+    """How many of n_keys keys the batch entries b use."""
+    if call.key_lengths is not None:
+        in_use = tl.load(call.key_lengths.ptr + b * call.key_lengths.stride_b).to(tl.int32)
+        n_keys = tl.maximum(tl.minimum(n_keys, in_use), 0)
+    return n_keys
+
+
+@triton.jit
 def batch_bounds(call, shape, b):
     """`Bounds` of batch entry b."""
     first_q = tl.zeros((), tl.int64)
@@ -184,9 +193,7 @@ def batch_bounds(call, shape, b):
         first_k = tl.load(call.key_starts.ptr + b).to(tl.int64)
         n_queries = (tl.load(call.query_starts.ptr + b + 1) - first_q).to(tl.int32)
         n_keys = (tl.load(call.key_starts.ptr + b + 1) - first_k).to(tl.int32)
-    if call.key_lengths is not None:
-        in_use = tl.load(call.key_lengths.ptr + b * call.key_lengths.stride_b).to(tl.int32)
-        n_keys = tl.maximum(tl.minimum(n_keys, in_use), 0)
+    n_keys = keys_in_use(call, b, n_keys)
     offset = 0
     if call.bottom_right is not None:
         offset = n_keys - n_queries

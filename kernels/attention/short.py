@@ -19,7 +19,7 @@ import triton.language as tl
 
 from kernels.attention.arguments import dot_precision, for_kernel, shape_of, strided
 from kernels.attention.call import Call
-from kernels.attention.pieces import dot, dropout_factors, zero_nonfinite
+from kernels.attention.pieces import dot, dropout_factors, keys_in_use, zero_nonfinite
 from kernels.attention.score import CARE, Bounds, Where, exponent_factor, exponentials, find_head, tile_scores
 from kernels.attention.tiles import ShortTile, block_of
 from kernels.launch import cdiv, launch_on
@@ -76,19 +76,9 @@ def find_columns(queries, S, BLOCK_S: tl.constexpr, PACK: tl.constexpr):
 
 
 @triton.jit
-def keys_in_use(call, b, S):
-    """How many keys the batch entries b have."""
-    n_keys = b * 0 + S
-    if call.key_lengths is not None:
-        in_use = tl.load(call.key_lengths.ptr + b * call.key_lengths.stride_b).to(tl.int32)
-        n_keys = tl.maximum(tl.minimum(n_keys, in_use), 0)
-    return n_keys
-
-
-@triton.jit
 def bounds_of_rows(call, shape, b):
     """`Bounds` of the batch entries b."""
-    n_keys = keys_in_use(call, b, shape.S)
+    n_keys = keys_in_use(call, b, b * 0 + shape.S)
     offset = 0
     if call.bottom_right is not None:
         offset = n_keys - shape.L

@@ -14,13 +14,12 @@ import triton.language as tl
 from kernels.attention.arguments import for_kernel, shape_of, strided
 from kernels.attention.call import Call
 from kernels.attention.layout import is_wide
-from kernels.attention.pieces import dropout_factors, zero_nonfinite
+from kernels.attention.pieces import dropout_factors, keys_in_use, zero_nonfinite
 from kernels.attention.score import CARE, find_head, score_gradient
 from kernels.attention.short import (
     bounds_of_rows,
     find_columns,
     find_rows,
-    keys_in_use,
     load_tiles,
     products,
     row_exponentials,
