@@ -1,8 +1,10 @@
 """Compile every kernel for real GPUs on a machine without one, and read registers and spills from the machine code.
 
     python -m bench.compile_check [--arch 80 90 100 120] [--tiles] [--quick] [--only WORD] [--jobs N] [--spills-allowed]
+                                  [--write] [--anew]
 
-Prints one line a kernel: tile, registers a thread, bytes of spills, shared memory, kind of matrix instruction, and what
+Calls whose kernels are made from what bench/compiled.txt says were seen to fit, and are not compiled again: see `made_from`.
+Prints one line a kernel it compiles: tile, registers a thread, bytes of spills, shared memory, kind of matrix instruction, and what
 its loop costs (bench/loop_cost.py). Exits with 1 if a kernel does not compile or needs more shared memory than the chip
 has; if a norm kernel, or a 16-bit attention kernel with heads of at most 128, spills: the latter in its steady loop, or
 more than a few bytes outside of it; if warps make each other's products without a reason in WASTED; if a loop is dearer
@@ -13,8 +15,11 @@ or if a Hopper kernel waits for every product at once.
 from __future__ import annotations
 
 import argparse
+import ast
 import concurrent.futures
+import hashlib
 import importlib
+import inspect
 import itertools
 import os
 import re
@@ -55,6 +60,7 @@ WASTED = {
     (80, "mask_kernel", 256): "tiles of more queries take more shared memory than there is",
 }
 IN_FLIGHT = "WARPGROUP.DEPBAR.LE gsb0, 0x1"  # in the machine code: a wait that leaves one product running
+RECORD = Path(__file__).with_name("compiled.txt")
 MATRIX_INSTRUCTIONS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}  # name: in PTX
 
 
@@ -162,14 +168,65 @@ def compile_case(case: Case) -> list[Result]:
     return results
 
 
-def compile_cases(cases: list[Case], jobs: int) -> Iterator[Result]:
-    """What the kernels of these cases come to, compiled anew."""
+def made_from(case: Case) -> str:
+    """A digest of what decides on the machine code of a case: sources, types, constants and options of its kernels.
+
+    The sources are those of all functions that a kernel calls, without comments and layout, wherever they stand; beside
+    them Triton's version and what a kernel is judged by. A case that cannot be launched has a digest of its own.
+    """
+    from triton import __version__
+    from triton.runtime.jit import JITCallable, JITFunction
+
+    parts = [__version__, inspect.getsource(judge), str((SHARED_MEMORY, SPILLS, OUTSIDE, sorted(WASTED)))]
+
+    def note(
+        self: Any, key: Any, signature: Any, device: int, constants: Any, options: Any, attributes: Any, warmup: bool
+    ) -> None:  # in place of compiling
+        asked = {name: value for name, value in vars(options).items() if name != "extern_libs"}  # which has a path
+        parts.append(f"{self.fn.__name__} {self.cache_key} {signature} {constants} {asked} {attributes}")
+
+    def found(kernel: str, options: dict[str, Any], result: Any) -> None:
+        if isinstance(result, Exception):
+            parts.append(f"{kernel}: {result!r}")
+
+    with (
+        mock.patch.object(JITFunction, "_do_compile", note),
+        mock.patch.object(JITCallable, "src", property(code_alone)),
+        mock.patch.object(JITCallable, "starting_line_number", property(lambda _: 0, lambda *_: None), create=True),
+        compiling(Chip(case.arch), found),
+    ):
+        launch(case)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def code_alone(function: Any) -> str:
+    """A JIT function's source without docstring, comments and layout."""
+    tree = ast.parse(function._src)
+    body = tree.body[0].body  # type: ignore[attr-defined]
+    if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        body[0] = ast.Pass()
+    return ast.unparse(tree)
+
+
+def prepare_to_compile() -> None:
+    """Settings of the processes that compile, before Triton is imported there."""
     os.environ["TRITON_INTERPRET"] = "0"
     os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="compile_check_")  # whatever was compiled before
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 asks; earlier ones fuse anyway
+
+
+def digests(cases: list[Case], jobs: int) -> list[str]:
+    """`made_from` of each case."""
+    prepare_to_compile()
     with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
-        for results in pool.map(compile_case, cases, chunksize=2):
-            yield from results
+        return list(pool.map(made_from, cases, chunksize=16))
+
+
+def compile_cases(cases: list[Case], jobs: int) -> Iterator[list[Result]]:
+    """What the kernels of each of these cases come to, compiled anew."""
+    prepare_to_compile()
+    with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
+        yield from pool.map(compile_case, cases, chunksize=2)
 
 
 def judge(case: Case, kernel: str, options: dict[str, Any], compiled: Any) -> Result:
@@ -238,6 +295,24 @@ def disassemble(cubin: bytes) -> str:
     return ask("nvdisasm", "-c", cubin)
 
 
+def name_of(case: Case, spills_allowed: bool) -> str:
+    """A case in the record: for which Triton and chip, and whether spills were let pass."""
+    import triton
+
+    return f"{triton.__version__} {case.arch} {case.label}{', spills allowed' if spills_allowed else ''}"
+
+
+def read_record() -> dict[str, str]:
+    """Which cases were seen to fit, and what their kernels were made from."""
+    lines = RECORD.read_text().splitlines() if RECORD.exists() else []
+    return {name: digest for digest, _, name in (line.partition(" ") for line in lines)}
+
+
+def write_record(known: dict[str, str]) -> None:
+    """One case a line, in order."""
+    RECORD.write_text("".join(f"{digest} {name}\n" for name, digest in sorted(known.items())))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the check; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -247,26 +322,39 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="WORD", help="only the features with this word in their name")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--spills-allowed", action="store_true", help="print spills, but do not fail for them")
+    parser.add_argument("--anew", action="store_true", help="compile what is known to fit too")
+    parser.add_argument("--write", action="store_true", help=f"enter what fits in bench/{RECORD.name}")
     options = parser.parse_args(argv)
     cases = [case for case in all_cases(options.arch, options.quick, options.tiles) if options.only in case.feature]
     import triton
 
-    version, table = recorded()
-    print(f"triton {triton.__version__}, {len(cases)} calls")
+    found = dict(zip((name_of(case, options.spills_allowed) for case in cases), digests(cases, options.jobs)))
+    known = read_record()
+    stale = [
+        (case, name) for case, name in zip(cases, found) if options.anew or known.get(name) != found[name]
+    ]
+    print(f"triton {triton.__version__}, {len(cases)} calls, {len(cases) - len(stale)} of them known to fit")
     print(" sm  kernel                  case                            tile  warps  regs spills shared matrix  loop")
+    version, table = recorded()
     total = faults = 0
-    for result in compile_cases(cases, options.jobs):
-        fault = result.fault or (why_dearer(result, table) if version == triton.__version__ else "")
-        if options.spills_allowed and fault.startswith("spills"):
-            fault = ""
-        print(
-            f"{result.arch:>3}  {result.kernel:<23} {result.case:<27} {result.tile:>8} {result.num_warps:>6} "
-            f"{result.registers:>5} {result.spills:>6} {result.shared:>6} {result.matrix:<7} "
-            f"{str(result.cost or ''):<60} {fault and 'FAULT: ' + fault}".rstrip(),
-            flush=True,
-        )
-        total += 1
-        faults += bool(fault)
+    for (_, name), results in zip(stale, compile_cases([case for case, _ in stale], options.jobs)):
+        fits = True
+        for result in results:
+            fault = result.fault or (why_dearer(result, table) if version == triton.__version__ else "")
+            if options.spills_allowed and fault.startswith("spills"):
+                fault = ""
+            print(
+                f"{result.arch:>3}  {result.kernel:<23} {result.case:<27} {result.tile:>8} {result.num_warps:>6} "
+                f"{result.registers:>5} {result.spills:>6} {result.shared:>6} {result.matrix:<7} "
+                f"{str(result.cost or ''):<60} {fault and 'FAULT: ' + fault}".rstrip(),
+                flush=True,
+            )
+            total += 1
+            faults += bool(fault)
+            fits = fits and not fault
+        if fits and options.write:
+            known[name] = found[name]
+            write_record(known)
     print(f"{total - faults} kernels fit, {faults} do not")
     return 1 if faults else 0
 

@@ -18,6 +18,7 @@ for each byte that travels to or from memory, and the share of the memory's spee
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import sys
@@ -289,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
     words = {word for case in cases for word in case.label.split()} & set(options.words)  # the others are of the result
     cases = [case for case in cases if words <= set(case.label.split())]
     lines = []
-    for result in compile_cases(cases, options.jobs):
+    for result in itertools.chain.from_iterable(compile_cases(cases, options.jobs)):
         if isinstance(result.cost, Cost):
             line = line_of(result)
             if all(word in line.replace("|", " ").split() for word in options.words):

@@ -72,20 +72,20 @@ def short_backward_kernel(
         do = load_tiles(grad, queries, h, queries.there, EV, BLOCK_EV)
         scores, capped = short_scores(q, k, call, head, bounds, queries.place, columns, EXACT, PACK, PRECISION)
         weights, row_sum = row_exponentials(scores, call, EXACT)
-        allowed = scores != float("-inf")
-        weights = tl.where(allowed, weights / row_sum, 0.0)  # not NaN throughout where the query is
+        forbidden = scores == float("-inf")  # as `score_gradient` asks, so that scores need not be kept for it
+        weights = tl.where(forbidden, 0.0, weights / row_sum)  # not NaN throughout where the query is
         dp = products(do, tl.permute(v, (0, 2, 1)), None, PRECISION)
         dropped = weights
         if call.seed is not None:
             factors = dropout_factors(call, head, queries.place, columns.place, PACK > 1)
             dp *= factors
             dropped = weights * factors
-        dp = tl.where(allowed, dp, 0.0)  # it is NaN where a forbidden value is
+        dp = tl.where(forbidden, 0.0, dp)  # it is NaN where a forbidden value is
         delta = tl.sum(weights * dp, 2)[:, :, None]
         ds = score_gradient(weights, dp, delta, scores, capped, call, True, CARE).to(k.dtype)
         if PACK > 1:  # NaN of one sequence must not reach the next one; its own get it through ds and dropped
             finite = tl.min((tl.abs(do) < float("inf")).to(tl.int32), 2)[:, :, None]
-            dropped = tl.where(allowed & (finite == 0), float("nan"), dropped)
+            dropped = tl.where((finite == 0) & ~forbidden, float("nan"), dropped)
             do = zero_nonfinite(do)
             q = zero_nonfinite(q)
         acc_v = products(tl.permute(dropped.to(do.dtype), (0, 2, 1)), do, acc_v, PRECISION)
