@@ -78,9 +78,9 @@ def label(provider: str, case: AttentionCase, inputs: Inputs, direction: Directi
     if provider != "kernels":
         return provider
     x = inputs
-    forward = name_of(kernels.explain(
-        x.query, x.key, x.value, x.mask, case.dropout, case.is_causal, enable_gqa=case.groups > 1
-    ))  # fmt: skip
+    forward = name_of(
+        kernels.explain(x.query, x.key, x.value, x.mask, case.dropout, case.is_causal, enable_gqa=case.groups > 1)
+    )
     if direction == "forward" or forward not in ("kernels (general)", "kernels (hopper)"):
         return forward
     asked = call.Call(x.mask, dropout_p=case.dropout, right=0 if case.is_causal else None)

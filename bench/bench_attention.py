@@ -29,18 +29,36 @@ BENCHMARK = Benchmark(
     second=[GpuStage("main shapes", need=1, seconds=40)],
     warms_up=True,
     tables=[
-        *(Table(f"Attention {direction}, D = {size}, {mask}, TFLOP/s by sequence length",
-                rf"attention {direction} B\d+ H\d+ S(\d+) D{size} {mask} bf16", "tflops_per_second")
-          for direction in ("forward", "backward") for size in (64, 128, 256) for mask in ("full", "causal")),
-        *(Table(f"Short sequences {direction}, 32,768 heads of {size}, GB/s by sequence length",
-                rf"attention {direction} B8192 H4 S(\d+) D{size} (?:full|causal) bf16", "gb_per_second")
-          for direction in ("forward", "backward") for size in (16, 32, 64)),
-        *(Table(f"Attention {direction} with shared heads, masks and dropout, TFLOP/s",
+        *(
+            Table(
+                f"Attention {direction}, D = {size}, {mask}, TFLOP/s by sequence length",
+                rf"attention {direction} B\d+ H\d+ S(\d+) D{size} {mask} bf16",
+                "tflops_per_second",
+            )
+            for direction in ("forward", "backward")
+            for size in (64, 128, 256)
+            for mask in ("full", "causal")
+        ),
+        *(
+            Table(
+                f"Short sequences {direction}, 32,768 heads of {size}, GB/s by sequence length",
+                rf"attention {direction} B8192 H4 S(\d+) D{size} (?:full|causal) bf16",
+                "gb_per_second",
+            )
+            for direction in ("forward", "backward")
+            for size in (16, 32, 64)
+        ),
+        *(
+            Table(
+                f"Attention {direction} with shared heads, masks and dropout, TFLOP/s",
                 rf"attention {direction} B\d+ H\d+ (Hkv\d+ S\d+ D128 causal|S\d+ D128 full (?:padding|bias)"
-                r"|S\d+ D128 causal dropout .*) bf16", "tflops_per_second")
-          for direction in ("forward", "backward")),
+                r"|S\d+ D128 causal dropout .*) bf16",
+                "tflops_per_second",
+            )
+            for direction in ("forward", "backward")
+        ),
     ],
-)  # fmt: skip
+)
 
 ROWS = [
     pytest.param(case, provider, id=f"{case}-{provider}", marks=marks)

@@ -42,7 +42,7 @@ def recompute_greedy(model: EncoderDecoder, source: torch.Tensor, length: int, v
     said[:, 0] = vocabulary.bos_id
     finished = torch.zeros(source.shape[0], dtype=torch.bool, device=source.device)
     for place in range(length):
-        scores = model.decode(said[:, :place + 1], memory)[:, -1]
+        scores = model.decode(said[:, : place + 1], memory)[:, -1]
         if vocabulary.pad_id is not None:
             scores[:, vocabulary.pad_id] = -torch.inf
         token = scores.argmax(dim=-1)
@@ -110,8 +110,9 @@ def s1(device: torch.device) -> S1:
 
 
 @pytest.mark.parametrize(("batch", "way", "provider"), ROWS)
-def test_decoding(benchmark: BenchmarkFixture, batch: int, way: str, provider: str, device: torch.device, s1: S1
-                  ) -> None:
+def test_decoding(
+    benchmark: BenchmarkFixture, batch: int, way: str, provider: str, device: torch.device, s1: S1
+) -> None:
     if benchmark.disabled and batch > 100:
         pytest.skip("the smoke test decodes few problems")
     where = "GPU" if device.type == "cuda" else "CPU"

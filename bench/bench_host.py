@@ -105,14 +105,17 @@ def time_stage(stage: str, context: Context) -> None:
                 leave_after_fault(context.device)
                 continue
             median = sorted(samples)[len(samples) // 2]
-            context.write("time", case=name, group=group(case), provider=provider, seconds=median, samples=samples,
-                          info={})  # fmt: skip
+            context.write(
+                "time", case=name, group=group(case), provider=provider, seconds=median, samples=samples, info={}
+            )
             print(f"{group(case):<58} {provider:<24} {median * 1e6:12.1f} us", flush=True)
 
 
 def launches(stage: str, context: Context) -> list[tuple[str, Callable[[str], None]]]:
-    return [(case, lambda device, case=case: make_call(case, "kernels", torch.device(device))())  # type: ignore[misc]
-            for case in CASES]  # fmt: skip
+    return [
+        (case, lambda device, case=case: make_call(case, "kernels", torch.device(device))())  # type: ignore[misc]
+        for case in CASES
+    ]
 
 
 class Way(NamedTuple):
@@ -141,8 +144,11 @@ class Way(NamedTuple):
             self.forward()
 
     def calls(self) -> dict[str, Callable[[], object]]:
-        return {"no gradient": self.forward_without_gradients, "forward": self.forward,
-                "and backward": self.forward_and_backward}  # fmt: skip
+        return {
+            "no gradient": self.forward_without_gradients,
+            "forward": self.forward,
+            "and backward": self.forward_and_backward,
+        }
 
     def forward_and_backward(self) -> None:
         torch.autograd.grad(self.forward(), list(self.tensors.values()), self.upstream)

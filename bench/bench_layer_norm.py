@@ -28,15 +28,26 @@ BENCHMARK = Benchmark(
     first=[GpuStage("norms", need=4, seconds=46)],  # 38 s are expected
     warms_up=True,
     tables=[
-        *(Table(f"{title} {direction}, GB/s by row width", rf"{kind} {direction} M\d+ N(\d+) bf16", "gb_per_second")
-          for title, kind in (("Layer norm", "layer norm"), ("RMS norm", "rms norm"),
-                              ("Add + layer norm", r"add \+ layer norm"), ("Add + RMS norm", r"add \+ rms norm"))
-          for direction in ("forward", "backward")),
-        *(Table(f"Dropout 0.1, sum and layer norm {direction}, GB/s by row width",
-                rf"add \+ layer norm {direction} M\d+ N(\d+) dropout 0\.1 bf16", "gb_per_second")
-          for direction in ("forward", "backward")),
+        *(
+            Table(f"{title} {direction}, GB/s by row width", rf"{kind} {direction} M\d+ N(\d+) bf16", "gb_per_second")
+            for title, kind in (
+                ("Layer norm", "layer norm"),
+                ("RMS norm", "rms norm"),
+                ("Add + layer norm", r"add \+ layer norm"),
+                ("Add + RMS norm", r"add \+ rms norm"),
+            )
+            for direction in ("forward", "backward")
+        ),
+        *(
+            Table(
+                f"Dropout 0.1, sum and layer norm {direction}, GB/s by row width",
+                rf"add \+ layer norm {direction} M\d+ N(\d+) dropout 0\.1 bf16",
+                "gb_per_second",
+            )
+            for direction in ("forward", "backward")
+        ),
     ],
-)  # fmt: skip
+)
 
 COPY = "device copy"  # the ceiling: the same bytes, read and written without arithmetic
 COMPILED = "torch.compile"
@@ -121,9 +132,7 @@ def _kernels(case: NormCase, x: Inputs) -> Results:
             return (kernels.layer_norm(x.input, (case.columns,), x.weight, x.bias, EPS),)
         return (kernels.rms_norm(x.input, (case.columns,), x.weight, EPS),)
     if case.centre:
-        return kernels.add_layer_norm(
-            x.input, x.residual, x.weight, x.bias, EPS, dropout_p=case.dropout, prenorm=True
-        )  # fmt: skip
+        return kernels.add_layer_norm(x.input, x.residual, x.weight, x.bias, EPS, dropout_p=case.dropout, prenorm=True)
     return kernels.add_rms_norm(x.input, x.residual, x.weight, EPS, dropout_p=case.dropout, prenorm=True)
 
 
@@ -272,8 +281,11 @@ def jobs(context: Context, providers: Sequence[str]) -> Iterator[Prepared]:
     for case in context.some(ON_GPU_RUN):
         for direction in DIRECTIONS:
             for provider in providers:
-                yield case.group(direction), provider, functools.partial(prepare, provider, case, direction,
-                                                                         context.device)  # fmt: skip
+                yield (
+                    case.group(direction),
+                    provider,
+                    functools.partial(prepare, provider, case, direction, context.device),
+                )
 
 
 def time_stage(stage: str, context: Context) -> None:

@@ -26,9 +26,14 @@ if TYPE_CHECKING:
 BENCHMARK = Benchmark(
     first=[GpuStage("training", need=5, seconds=52), GpuStage("compiled training", need=6, seconds=74)],
     warms_up=True,
-    tables=[Table("A training step of the S1 model, examples a second by batch",
-                  r"S1 training step B(\d+) fp32 on GPU", "examples_per_second")],
-)  # fmt: skip
+    tables=[
+        Table(
+            "A training step of the S1 model, examples a second by batch",
+            r"S1 training step B(\d+) fp32 on GPU",
+            "examples_per_second",
+        )
+    ],
+)
 
 # Ways to train, by stage; 40 and 58 s are expected.
 STAGES = {
@@ -51,8 +56,11 @@ def test_step(benchmark: BenchmarkFixture, batch_size: int, way: str, provider: 
     if benchmark.disabled and (way != WAYS[0] or batch_size != BATCH):
         pytest.skip("the smoke test trains in one way")
     where = "GPU" if device.type == "cuda" else f"CPU, {way}"
-    name_row(benchmark, f"S1 training step B{batch_size} fp32 on {where}",
-             f"{provider}, {way}" if device.type == "cuda" else provider)
+    name_row(
+        benchmark,
+        f"S1 training step B{batch_size} fp32 on {where}",
+        f"{provider}, {way}" if device.type == "cuda" else provider,
+    )
     speeds = measured(batch_size, benchmark.disabled)
     if (provider, way) not in speeds:
         pytest.skip("it cannot be compiled here")
@@ -104,9 +112,13 @@ def time_stage(stage: str, context: Context) -> None:
         for speeds in training_speed.turns(context.device, seconds, ways, batch_size, without, left_out):
             for (provider, way), speed in speeds.items():
                 context.write(
-                    "time", case=f"{group}: {provider}, {way}", group=group, provider=f"{provider}, {way}",
-                    seconds=batch_size / speed.examples_per_second, samples=speed.seconds,
+                    "time",
+                    case=f"{group}: {provider}, {way}",
+                    group=group,
+                    provider=f"{provider}, {way}",
+                    seconds=batch_size / speed.examples_per_second,
+                    samples=speed.seconds,
                     info={"examples_per_second": speed.examples_per_second},
-                )  # fmt: skip
+                )
             told = (f"{', '.join(key)} {speed.examples_per_second:,.0f}/s" for key, speed in speeds.items())
             print(f"{group}: {'; '.join(told)}", flush=True)

@@ -93,8 +93,9 @@ def benchmarks() -> dict[str, Benchmark]:
 
 def gpu_stages(run: Literal["first", "second"]) -> dict[str, GpuStage]:
     """Stages of bench.gpu_first or bench.gpu_second in the order of need, by file and name: "bench_host::host time"."""
-    found = {f"{file}::{stage.name}": stage for file, benchmark in benchmarks().items()
-             for stage in getattr(benchmark, run)}  # fmt: skip
+    found = {
+        f"{file}::{stage.name}": stage for file, benchmark in benchmarks().items() for stage in getattr(benchmark, run)
+    }
     return dict(sorted(found.items(), key=lambda pair: pair[1].need))
 
 

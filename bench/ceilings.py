@@ -1,6 +1,6 @@
 """What this machine can do at most: a large copy and a large matrix product on random numbers.
 
-    python -m bench.ceilings
+python -m bench.ceilings
 """
 
 from __future__ import annotations

@@ -78,8 +78,9 @@ SHORT_LENGTHS = (5, 12, 32, 64)  # sharing tiles, and alone in tiles of 16, 32 a
 SHORT: dict[str, Any] = {"dtypes": ("bf16", "fp32"), "sizes": (16, 32, 64, 128), "kernel": "short"}
 SHORT_RULES = {"softcap": 30.0, "left": 5, "right": 2, "bottom_right": True, "dropout_p": 0.1}
 FEATURES |= {f"short {n}": Feature((), {"right": 0}, n, **SHORT) for n in SHORT_LENGTHS}
-FEATURES |= {f"short {n} all": Feature(("seed", "mask", "lengths", "slopes"), SHORT_RULES, n, **SHORT)
-             for n in SHORT_LENGTHS}  # fmt: skip
+FEATURES |= {
+    f"short {n} all": Feature(("seed", "mask", "lengths", "slopes"), SHORT_RULES, n, **SHORT) for n in SHORT_LENGTHS
+}
 HOPPER: dict[str, Any] = {"sizes": (64, 128, 256), "kernel": "hopper"}
 FEATURES |= {
     "hopper": Feature((), {}, dtypes=("bf16", "fp16"), **HOPPER),
@@ -121,8 +122,18 @@ NORMS = {
 }
 QUICK_FEATURES = ("plain", "causal", "all", "short 5", "short 32", "hopper causal")
 TABLE_FEATURES = (
-    "plain", "causal", "window", "mask", "bool mask", "softcap", "slopes", "dropout", "all", "hopper", "hopper causal",
-)  # fmt: skip
+    "plain",
+    "causal",
+    "window",
+    "mask",
+    "bool mask",
+    "softcap",
+    "slopes",
+    "dropout",
+    "all",
+    "hopper",
+    "hopper causal",
+)
 # Between them, every tile that can be chosen.
 TILE_FEATURES = ("plain", "causal", "mask", "dropout", "all", "few", *(f"short {n}" for n in SHORT_LENGTHS))
 
@@ -183,15 +194,17 @@ def launch_attention(case: Case) -> None:
     n_keys = feature.length if feature.kernel == "short" else LENGTH
     k, v = (empty(1 if packed else 2, n_keys, 4, case.size, dtype=dtype).transpose(1, 2) for _ in range(2))
     some = {
-        "attn_mask": {"mask": empty(1, 4, feature.length, n_keys, dtype=dtype),
-                      "bool mask": empty(2, 1, 1, n_keys, dtype=torch.bool)},
+        "attn_mask": {
+            "mask": empty(1, 4, feature.length, n_keys, dtype=dtype),
+            "bool mask": empty(2, 1, 1, n_keys, dtype=torch.bool),
+        },
         "key_lengths": {"lengths": empty(2, dtype=torch.int32)},
         "alibi_slopes": {"slopes": empty(1, 4)},
         "sinks": {"sinks": empty(1, 4)},
         "query_starts": {"starts": empty(9, dtype=torch.int32)},
         "key_starts": {"starts": empty(9, dtype=torch.int32)},
         "seed": {"seed": empty(1, dtype=torch.int64)},
-    }  # fmt: skip
+    }
     given = {
         field: tensor for field, kinds in some.items() for kind, tensor in kinds.items() if kind in feature.tensors
     }
@@ -242,6 +255,19 @@ def launch_norm(case: Case) -> None:
     separate = norm.dropout or not norm.residual  # else input and residual share a gradient
     launch_forward(output, residual, seed, weight, bias, output, keeps_sum, mean, row, 1e-5, dropout_p, wide)
     launch_backward(
-        output, asked, x, seed, weight, bias, mean, row, output if separate else None, residual, weight, bias,
-        dropout_p, norm.centre, norm.from_output,
-    )  # fmt: skip
+        output,
+        asked,
+        x,
+        seed,
+        weight,
+        bias,
+        mean,
+        row,
+        output if separate else None,
+        residual,
+        weight,
+        bias,
+        dropout_p,
+        norm.centre,
+        norm.from_output,
+    )

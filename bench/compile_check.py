@@ -3,13 +3,13 @@
     python -m bench.compile_check [--arch 80 90 100 120] [--tiles] [--quick] [--only WORD] [--jobs N] [--spills-allowed]
                                   [--write] [--anew]
 
-Calls whose kernels are made from what bench/compiled.txt says were seen to fit, and are not compiled again: see `made_from`.
-Prints one line a kernel it compiles: tile, registers a thread, bytes of spills, shared memory, kind of matrix instruction, and what
-its loop costs (bench/loop_cost.py). Exits with 1 if a kernel does not compile or needs more shared memory than the chip
-has; if a norm kernel, or a 16-bit attention kernel with heads of at most 128, spills: the latter in its steady loop, or
-more than a few bytes outside of it; if warps make each other's products without a reason in WASTED; if a loop is dearer
-than docs/compiled.md says; if an attention kernel whose tile allows warp-group matrix instructions on sm_90 has none,
-or if a Hopper kernel waits for every product at once.
+Calls that were seen to fit, as bench/compiled.txt says, and whose kernels have not changed since are not compiled
+again: see `made_from`. Prints one line a kernel that it compiles: tile, registers a thread, bytes of spills, shared
+memory, kind of matrix instruction, and what its loop costs (bench/loop_cost.py). Exits with 1 if a kernel does not
+compile or needs more shared memory than the chip has; if a norm kernel, or a 16-bit attention kernel with heads of at
+most 128, spills: the latter in its steady loop, or more than a few bytes outside of it; if warps make each other's
+products without a reason in WASTED; if a loop is dearer than docs/compiled.md says; if an attention kernel whose tile
+allows warp-group matrix instructions on sm_90 has none, or if a Hopper kernel waits for every product at once.
 """
 
 from __future__ import annotations
@@ -252,8 +252,11 @@ def judge(case: Case, kernel: str, options: dict[str, Any], compiled: Any) -> Re
     allowed = SPILLS.get((kernel, case.feature == "hopper all"), 0)
     if isinstance(cost, Cost) and cost.spilled == 0 and not is_hopper:
         allowed = OUTSIDE
-    may_waste = is_hopper or case.feature == "few" or any(
-        (arch, name) == (chip, kernel) and size <= case.size for arch, name, size in WASTED)  # fmt: skip
+    may_waste = (
+        is_hopper
+        or case.feature == "few"
+        or any((arch, name) == (chip, kernel) and size <= case.size for arch, name, size in WASTED)
+    )
     fault = ""
     if shared > SHARED_MEMORY[case.arch]:
         fault = f"needs {shared} bytes of shared memory, has {SHARED_MEMORY[case.arch]}"
@@ -268,9 +271,7 @@ def judge(case: Case, kernel: str, options: dict[str, Any], compiled: Any) -> Re
     elif is_hopper and IN_FLIGHT not in text:
         fault = "waits for every product at once"
     tile = "x".join(str(options[side]) for side in sides if side in options)
-    return Result(
-        case.arch, case.label, kernel, tile, num_warps, registers, spills, shared, matrix, cost, fault
-    )  # fmt: skip
+    return Result(case.arch, case.label, kernel, tile, num_warps, registers, spills, shared, matrix, cost, fault)
 
 
 def ask(tool: str, flag: str, cubin: bytes) -> str:
@@ -330,9 +331,7 @@ def main(argv: list[str] | None = None) -> int:
 
     found = dict(zip((name_of(case, options.spills_allowed) for case in cases), digests(cases, options.jobs)))
     known = read_record()
-    stale = [
-        (case, name) for case, name in zip(cases, found) if options.anew or known.get(name) != found[name]
-    ]
+    stale = [(case, name) for case, name in zip(cases, found) if options.anew or known.get(name) != found[name]]
     print(f"triton {triton.__version__}, {len(cases)} calls, {len(cases) - len(stale)} of them known to fit")
     print(" sm  kernel                  case                            tile  warps  regs spills shared matrix  loop")
     version, table = recorded()

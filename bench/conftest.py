@@ -16,8 +16,13 @@ from bench.timing import clock
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
-    group.addoption("--threads", type=int, default=1, help="CPU threads (1: more of them wait for each other wherever "
-                    "another program runs); the training benchmark has thread counts of its own")
+    group.addoption(
+        "--threads",
+        type=int,
+        default=1,
+        help="CPU threads (1: more of them wait for each other wherever "
+        "another program runs); the training benchmark has thread counts of its own",
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

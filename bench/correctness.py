@@ -256,41 +256,70 @@ def general() -> list[Problem]:
     small: Sizes = (2, 4, 2, 203, 267, 64, 64)
     few: Sizes = (2, 8, 2, 1, 523, 128, 128)
     return [
-        AttentionProblem(plain, ("causal",)), AttentionProblem(plain), AttentionProblem(small, ("causal",)),
-        AttentionProblem((2, 2, 2, 203, 203, 256, 256), ("causal",)), AttentionProblem(plain, ("padding",)),
-        AttentionProblem(plain, ("bias",)), AttentionProblem(small, ("key-bias",)), AttentionProblem(small, ("mask",)),
+        AttentionProblem(plain, ("causal",)),
+        AttentionProblem(plain),
+        AttentionProblem(small, ("causal",)),
+        AttentionProblem((2, 2, 2, 203, 203, 256, 256), ("causal",)),
+        AttentionProblem(plain, ("padding",)),
+        AttentionProblem(plain, ("bias",)),
+        AttentionProblem(small, ("key-bias",)),
+        AttentionProblem(small, ("mask",)),
         AttentionProblem((2, 3, 3, 131, 128, 128, 128), ("dropout", "causal")),
         AttentionProblem((2, 3, 3, 131, 64, 64, 64), ("dropout",)),
-        AttentionProblem(small, ("bias", "causal")), AttentionProblem(few), AttentionProblem(few, ("padding",)),
-        AttentionProblem(small, ("causal",), F16), AttentionProblem(small, ("causal",), F32),
-        AttentionProblem(small, ("causal", "tf32"), F32), AttentionProblem((2, 4, 2, 131, 83, 80, 40), ("causal",)),
-        AttentionProblem(small, ("window",)), AttentionProblem(small, ("softcap",)),
-        AttentionProblem(small, ("slopes", "causal")), AttentionProblem(small, ("sinks", "causal")),
+        AttentionProblem(small, ("bias", "causal")),
+        AttentionProblem(few),
+        AttentionProblem(few, ("padding",)),
+        AttentionProblem(small, ("causal",), F16),
+        AttentionProblem(small, ("causal",), F32),
+        AttentionProblem(small, ("causal", "tf32"), F32),
+        AttentionProblem((2, 4, 2, 131, 83, 80, 40), ("causal",)),
+        AttentionProblem(small, ("window",)),
+        AttentionProblem(small, ("softcap",)),
+        AttentionProblem(small, ("slopes", "causal")),
+        AttentionProblem(small, ("sinks", "causal")),
         AttentionProblem(small, ("lengths", "bottom-right", "causal")),
         AttentionProblem(small, ("mask", "window", "softcap", "slopes", "sinks", "lengths", "bottom-right")),
-        AttentionProblem(small, ("packed",)), AttentionProblem(small, ("spread",)),
+        AttentionProblem(small, ("packed",)),
+        AttentionProblem(small, ("spread",)),
         AttentionProblem((1, 2, 2, 131, 67, 320, 320), ("causal",)),
-    ]  # fmt: skip
+    ]
 
 
 def short() -> list[Problem]:
     """The kernels for short sequences."""
-    shapes = [(5, 16, True), (9, 16, False), (9, 32, False), (16, 32, False), (17, 64, True), (32, 32, True),
-              (33, 64, False), (64, 64, False), (64, 128, True)]  # fmt: skip
+    shapes = [
+        (5, 16, True),
+        (9, 16, False),
+        (9, 32, False),
+        (16, 32, False),
+        (17, 64, True),
+        (32, 32, True),
+        (33, 64, False),
+        (64, 64, False),
+        (64, 128, True),
+    ]
     cases = [AttentionProblem((7, 4, 4, n, n, size, size), ("causal",) if causal else ()) for n, size, causal in shapes]
     odd: Sizes = (5, 6, 2, 9, 13, 24, 16)
     nine: Sizes = (7, 4, 4, 9, 9, 16, 16)
     return [
-        *cases, AttentionProblem(nine, ("padding",)), AttentionProblem(nine, ("mask",)),
+        *cases,
+        AttentionProblem(nine, ("padding",)),
+        AttentionProblem(nine, ("mask",)),
         AttentionProblem((3, 4, 4, 47, 47, 32, 32), ("padding",)),
         AttentionProblem((7, 4, 4, 16, 16, 16, 16), ("dropout",)),
         AttentionProblem((3, 4, 4, 64, 64, 64, 64), ("dropout", "causal")),
-        AttentionProblem(nine, (), F32), AttentionProblem(nine, ("padding",), F32), AttentionProblem(nine, (), F16),
-        AttentionProblem((7, 4, 4, 31, 31, 16, 16), ("causal",), F32), AttentionProblem(odd),
-        AttentionProblem(odd, ("causal", "bottom-right")), AttentionProblem(odd, ("window", "softcap")),
-        AttentionProblem(odd, ("slopes", "lengths")), AttentionProblem(odd, ("spread",)),
-        AttentionProblem((7, 16, 4, 16, 16, 64, 64), ("causal",)), AttentionProblem((1, 1, 1, 1, 1, 16, 16)),
-    ]  # fmt: skip
+        AttentionProblem(nine, (), F32),
+        AttentionProblem(nine, ("padding",), F32),
+        AttentionProblem(nine, (), F16),
+        AttentionProblem((7, 4, 4, 31, 31, 16, 16), ("causal",), F32),
+        AttentionProblem(odd),
+        AttentionProblem(odd, ("causal", "bottom-right")),
+        AttentionProblem(odd, ("window", "softcap")),
+        AttentionProblem(odd, ("slopes", "lengths")),
+        AttentionProblem(odd, ("spread",)),
+        AttentionProblem((7, 16, 4, 16, 16, 64, 64), ("causal",)),
+        AttentionProblem((1, 1, 1, 1, 1, 16, 16)),
+    ]
 
 
 def norms() -> list[Problem]:
@@ -302,11 +331,15 @@ def norms() -> list[Problem]:
         *(NormProblem((37, n), False) for n in (256, 1_001, 4_096, 8_192)),
         *(NormProblem((37, n), True, whole, 0.1) for n in (256, 1_001, 4_096, 8_192)),
         *(NormProblem((37, n), False, whole) for n in (1_001, 8_192)),
-        NormProblem((37, 1_024), True, mixed, 0.1), NormProblem((37, 1_024), True, mixed),
-        NormProblem((4_099, 256), True, (BF16, None, F32)), NormProblem((37, 1_024), True, (F32, None, F32)),
-        NormProblem((37, 1_024), True, (F16, None, F16)), NormProblem((37, 1_024), save_output=True),
-        NormProblem((37, 4_096), False, whole, 0.1, save_output=True), NormProblem((1, 1_024)),
-    ]  # fmt: skip
+        NormProblem((37, 1_024), True, mixed, 0.1),
+        NormProblem((37, 1_024), True, mixed),
+        NormProblem((4_099, 256), True, (BF16, None, F32)),
+        NormProblem((37, 1_024), True, (F32, None, F32)),
+        NormProblem((37, 1_024), True, (F16, None, F16)),
+        NormProblem((37, 1_024), save_output=True),
+        NormProblem((37, 4_096), False, whole, 0.1, save_output=True),
+        NormProblem((1, 1_024)),
+    ]
 
 
 def hopper(direction: str, size: int) -> list[Problem]:
@@ -314,20 +347,30 @@ def hopper(direction: str, size: int) -> list[Problem]:
     asked = ((direction, size),)
     d, tall = (size, size), 203 if size == 256 else 331
     sizes: list[tuple[Sizes, tuple[str, ...]]] = [
-        ((1, 2, 2, 128, 128, *d), ()), ((2, 4, 4, tall, tall, *d), ()), ((2, 4, 4, tall, tall, *d), ("causal",)),
-        ((2, 4, 2, 1_000, 700, *d), ("causal",)), ((2, 4, 4, 192, 331, *d), ("window",)),
-        ((2, 4, 2, tall, tall, *d), ("lengths", "causal", "bottom-right")), ((2, 4, 4, tall, tall, *d), ("softcap",)),
-        ((2, 4, 4, 384, 384, *d), ("causal", "scale")), ((1, 33, 11, 515, 515, *d), ("causal",)),
-    ]  # fmt: skip
+        ((1, 2, 2, 128, 128, *d), ()),
+        ((2, 4, 4, tall, tall, *d), ()),
+        ((2, 4, 4, tall, tall, *d), ("causal",)),
+        ((2, 4, 2, 1_000, 700, *d), ("causal",)),
+        ((2, 4, 4, 192, 331, *d), ("window",)),
+        ((2, 4, 2, tall, tall, *d), ("lengths", "causal", "bottom-right")),
+        ((2, 4, 4, tall, tall, *d), ("softcap",)),
+        ((2, 4, 4, 384, 384, *d), ("causal", "scale")),
+        ((1, 33, 11, 515, 515, *d), ("causal",)),
+    ]
     problems = [AttentionProblem(shape, features, BF16, asked) for shape, features in sizes]
     return [*problems, AttentionProblem((2, 4, 4, tall, tall, *d), ("causal",), F16, asked)]
 
 
 PROBLEMS: dict[str, Callable[[], list[Problem]]] = {
-    "general": general, "short": short, "norms": norms,
-    **{f"{direction}{size}": functools.partial(hopper, direction, size)
-       for direction, sizes in plan.HOPPER_HEAD_SIZES.items() for size in sizes},
-}  # fmt: skip
+    "general": general,
+    "short": short,
+    "norms": norms,
+    **{
+        f"{direction}{size}": functools.partial(hopper, direction, size)
+        for direction, sizes in plan.HOPPER_HEAD_SIZES.items()
+        for size in sizes
+    },
+}
 
 
 class Finding(NamedTuple):

@@ -61,9 +61,11 @@ def environment(stage: Stage, rows: list[Row]) -> dict[str, str]:
     hopper = " ".join(name for names in HOPPER.values() for name in names if name in passed)
     interpreted = stage.name == "correctness" and "--rehearse" in stage.commands[0]
     return {
-        "KERNELS_HOPPER": hopper or "0", "PYTHONUNBUFFERED": "1",
-        "TRITON_DEFAULT_FP_FUSION": "1", "TRITON_INTERPRET": "01"[interpreted],
-    }  # fmt: skip
+        "KERNELS_HOPPER": hopper or "0",
+        "PYTHONUNBUFFERED": "1",
+        "TRITON_DEFAULT_FP_FUSION": "1",
+        "TRITON_INTERPRET": "01"[interpreted],
+    }
 
 
 def parser_of(name: str, description: str | None, end: float) -> argparse.ArgumentParser:

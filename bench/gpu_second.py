@@ -54,17 +54,34 @@ def make_stages(words: list[str], out: Path, rehearse: bool) -> list[Stage]:
     limits = ("--timeout=60", "--timeout-method=thread") if importlib.util.find_spec("pytest_timeout") else ()
     last = newest_with("test")
     tests = (
-        sys.executable, "-m", "pytest", "tests/test_short.py" if rehearse else "tests", "-m", "gpu", "-q", "-p",
-        "bench.pytest_rows", "-p", "no:cacheprovider", "--rows", rows, *(("--last", str(last)) if last else ()),
-        *side_by_side, *limits,
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/test_short.py" if rehearse else "tests",
+        "-m",
+        "gpu",
+        "-q",
+        "-p",
+        "bench.pytest_rows",
+        "-p",
+        "no:cacheprovider",
+        "--rows",
+        rows,
+        *(("--last", str(last)) if last else ()),
+        *side_by_side,
+        *limits,
+    )
     look = commands(("look",), out, rehearse)
-    return one_after_another([
-        ("tiles", TILES, (*look, *((tune,) if words else ()))),
-        *((stage.name, stage.seconds, commands((work,), out, rehearse))
-          for work, stage in gpu_stages("second").items()),
-        ("tests", TESTS, (tests,)),
-    ])  # fmt: skip
+    return one_after_another(
+        [
+            ("tiles", TILES, (*look, *((tune,) if words else ()))),
+            *(
+                (stage.name, stage.seconds, commands((work,), out, rehearse))
+                for work, stage in gpu_stages("second").items()
+            ),
+            ("tests", TESTS, (tests,)),
+        ]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

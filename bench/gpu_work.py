@@ -87,9 +87,14 @@ def compile_ahead(work: str, place: int, context: Context, chip: Chip) -> None:
     except Exception as error:  # a launcher that cannot even be called
         failures.append(brief(error))
     context.write(
-        "compile", work=work, case=name, kernels=sorted(kernels), seconds=time.monotonic() - started,
-        cpu_seconds=cpu_seconds() - cpu, failures=failures,
-    )  # fmt: skip
+        "compile",
+        work=work,
+        case=name,
+        kernels=sorted(kernels),
+        seconds=time.monotonic() - started,
+        cpu_seconds=cpu_seconds() - cpu,
+        failures=failures,
+    )
 
 
 def compile_all(context: Context) -> None:
@@ -105,8 +110,11 @@ def compile_all(context: Context) -> None:
             context.write("compile", work=work, case="all", kernels=[], cpu_seconds=0.0, failures=[brief(error)])
     works = [work for work, count in counts.items() if count]
     with worker_pool(cores()) as pool:
-        tasks = [pool.submit(compile_ahead, work, place, context, chip)
-                 for work in (works[-2:] if context.rehearse else works) for place in range(counts[work])]  # fmt: skip
+        tasks = [
+            pool.submit(compile_ahead, work, place, context, chip)
+            for work in (works[-2:] if context.rehearse else works)
+            for place in range(counts[work])
+        ]
         for task in tasks:
             task.result()
 

@@ -63,8 +63,14 @@ HALF_RATE = frozenset(
 MULTIPLY = frozenset("IMAD".split())  # at half rate, too, beside the others
 QUARTER_RATE = frozenset("F2F SHFL POPC".split())  # at an eighth to a quarter; taken for a quarter
 FLOAT = frozenset("FMUL FADD FFMA".split())
-PRODUCTS = {"forward_kernel": 2, "query_kernel": 3, "key_value_kernel": 4, "mask_kernel": 2,
-            "hopper_forward_kernel": 2, "hopper_backward_kernel": 5}  # fmt: skip
+PRODUCTS = {
+    "forward_kernel": 2,
+    "query_kernel": 3,
+    "key_value_kernel": 4,
+    "mask_kernel": 2,
+    "hopper_forward_kernel": 2,
+    "hopper_backward_kernel": 5,
+}
 
 
 class Loop(NamedTuple):
@@ -169,9 +175,7 @@ class Cost(NamedTuple):
         return f"{four} serial {self.serial:4.0f} overlap {self.overlap:4.0f} spilled {self.spilled}"
 
 
-def loop_cost(
-    text: str, kernel: str, size: int, block_q: int, block_k: int, num_warps: int, arch: int
-) -> Cost | None:  # fmt: skip
+def loop_cost(text: str, kernel: str, size: int, block_q: int, block_k: int, num_warps: int, arch: int) -> Cost | None:
     """Cost of an attention kernel of heads of `size` on a chip; None where no loop has matrix products.
 
     Args:
@@ -248,9 +252,16 @@ def line_of(result: Result) -> str:
     assert isinstance(cost, Cost)
     cycles = " ".join(f"{x:.0f}" for x in cost[:4])
     columns = (
-        result.arch, result.kernel, result.case, f"{result.tile}, {result.num_warps}", result.registers,
-        f"{result.spills}, {cost.spilled}", cycles, f"{cost.serial:.0f}", f"{cost.overlap:.0f}",
-    )  # fmt: skip
+        result.arch,
+        result.kernel,
+        result.case,
+        f"{result.tile}, {result.num_warps}",
+        result.registers,
+        f"{result.spills}, {cost.spilled}",
+        cycles,
+        f"{cost.serial:.0f}",
+        f"{cost.overlap:.0f}",
+    )
     return "| " + " | ".join(map(str, columns)) + " |"
 
 

@@ -166,8 +166,15 @@ def time_all(work: str, context: Context, jobs: Iterable[Prepared]) -> None:
         try:
             job = prepare()
             samples, info = measure_job(job, context.device, 0.01 if context.rehearse else SECONDS)
-            context.write("time", case=f"{group}: {provider}", group=group, provider=job.provider,
-                          seconds=samples.median, samples=samples.seconds, info=info)  # fmt: skip
+            context.write(
+                "time",
+                case=f"{group}: {provider}",
+                group=group,
+                provider=job.provider,
+                seconds=samples.median,
+                samples=samples.seconds,
+                info=info,
+            )
             print(f"{line} {samples.median * 1e6:12.1f} us", flush=True)
         except Refused as refusal:
             context.write("refused", case=f"{group}: {provider}", problem=str(refusal))

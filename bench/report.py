@@ -54,8 +54,15 @@ def read_result(path: Path) -> Result:
         rows = [Row(row["group"], row["provider"], row["info"], row["seconds"]) for row in timed]
         return Result(path.name, machine, rows)
     report = json.loads(path.read_text())
-    rows = [Row(entry["group"] or "", entry["extra_info"].get("provider", entry["name"]), entry["extra_info"],
-                entry["stats"]["median"]) for entry in report["benchmarks"]]  # fmt: skip
+    rows = [
+        Row(
+            entry["group"] or "",
+            entry["extra_info"].get("provider", entry["name"]),
+            entry["extra_info"],
+            entry["stats"]["median"],
+        )
+        for entry in report["benchmarks"]
+    ]
     return Result(path.name, report["machine_info"]["bench"], rows)
 
 
@@ -71,8 +78,11 @@ def read_results(folder: Path) -> list[Result]:
     for result in results:
         for group in {row.group for row in result.rows}:
             older = counting.get(group, {})
-            counting[group] = {provider: file for provider, file in older.items()
-                               if not is_ours(provider) and gpus[file] == result.machine["gpu"]}  # fmt: skip
+            counting[group] = {
+                provider: file
+                for provider, file in older.items()
+                if not is_ours(provider) and gpus[file] == result.machine["gpu"]
+            }
         for row in result.rows:
             counting[row.group][row.provider] = result.name
     for place, result in enumerate(results):
@@ -121,8 +131,9 @@ def make_section(results: Sequence[Result]) -> str:
         return NOTHING + "\n"
     machines = dict.fromkeys(
         f"{result.machine['gpu']}, PyTorch {result.machine['torch']}, Triton {result.machine['triton']}, "
-        f"commit {result.machine['commit']}" for result in results
-    )  # fmt: skip
+        f"commit {result.machine['commit']}"
+        for result in results
+    )
     rows = [row for result in results for row in result.rows]
     lines = [f"Measured on {'; '.join(machines)}; raw figures in `bench/results/`.", ""]
     if plot_rows(rows):
@@ -145,8 +156,12 @@ def plot_rows(rows: Iterable[Row]) -> dict[str, Figures]:
     """The curves of the plot, by mask and provider; none of a mask of which one length was measured."""
     direction, size = CURVES
     rows = list(rows)
-    found = {mask: cells(Table("", rf"attention {direction} B\d+ H\d+ S(\d+) D{size} {mask} bf16",
-                               "tflops_per_second"), rows) for mask in ("full", "causal")}  # fmt: skip
+    found = {
+        mask: cells(
+            Table("", rf"attention {direction} B\d+ H\d+ S(\d+) D{size} {mask} bf16", "tflops_per_second"), rows
+        )
+        for mask in ("full", "causal")
+    }
     return {mask: curves for mask, curves in found.items() if any(len(figures) > 1 for figures in curves.values())}
 
 
@@ -165,8 +180,14 @@ def draw(results: Sequence[Result], path: Path) -> None:
         for provider, figures in curves.items():
             lengths = sorted(figures)
             ours = provider.startswith("kernels")
-            axis.plot(lengths, [figures[n] for n in lengths], marker="o", label=provider, linewidth=3 if ours else 1.5,
-                      zorder=3 if ours else 2)
+            axis.plot(
+                lengths,
+                [figures[n] for n in lengths],
+                marker="o",
+                label=provider,
+                linewidth=3 if ours else 1.5,
+                zorder=3 if ours else 2,
+            )
         if ceiling:
             axis.axhline(ceiling, color="black", linestyle=":", label="matrix product")
         axis.set_xscale("log", base=2)

@@ -28,8 +28,15 @@ class S1Transformer(nn.Module):
         length = max(task.source_length, task.target_length)
         self.register_buffer("positions", sinusoid(length, config.width), persistent=False)
         self.dropout = nn.Dropout(config.dropout)
-        self.transformer = nn.Transformer(config.width, config.heads, config.encoder_layers, config.decoder_layers,
-                                          config.hidden, config.dropout, batch_first=True)
+        self.transformer = nn.Transformer(
+            config.width,
+            config.heads,
+            config.encoder_layers,
+            config.decoder_layers,
+            config.hidden,
+            config.dropout,
+            batch_first=True,
+        )
         self.prediction = nn.Linear(config.width, size)
 
     def forward(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -39,8 +46,14 @@ class S1Transformer(nn.Module):
         later = torch.ones(length, length, dtype=torch.bool, device=target.device).triu(1)
         x = self.dropout(self.source_embedding(source) + self.positions[: source.shape[1]])
         y = self.dropout(self.target_embedding(target) + self.positions[:length])
-        y = self.transformer(x, y, tgt_mask=later, src_key_padding_mask=source_padding,
-                             tgt_key_padding_mask=target_padding, memory_key_padding_mask=source_padding)
+        y = self.transformer(
+            x,
+            y,
+            tgt_mask=later,
+            src_key_padding_mask=source_padding,
+            tgt_key_padding_mask=target_padding,
+            memory_key_padding_mask=source_padding,
+        )
         return self.prediction(y)
 
 
@@ -53,8 +66,17 @@ class TransformerTrainer:
         compiled: None leaves the model eager, else torch.compile's mode; "reduce-overhead" replays CUDA graphs.
     """
 
-    def __init__(self, task: Task, data: DataConfig, model: ModelConfig, device: torch.device, learning_rate: float,
-                 batch_size: int, lean: bool = False, compiled: str | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        task: Task,
+        data: DataConfig,
+        model: ModelConfig,
+        device: torch.device,
+        learning_rate: float,
+        batch_size: int,
+        lean: bool = False,
+        compiled: str | None = None,
+    ) -> None:
         assert data.task == "formula"
         self.examples = task.split()[0].to(device)
         self.batch_size, self.lean, self.device = batch_size, lean, device

@@ -133,9 +133,15 @@ def run_stage(
 def start(command: Sequence[str], log: IO[bytes], environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """Start a command as a process group of its own that does not outlive this process."""
     return subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=log,
-        stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=functools.partial(die_with_parent, os.getpid()),
-    )  # fmt: skip
+        command,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=functools.partial(die_with_parent, os.getpid()),
+    )
 
 
 def tell(out: Path, stage: Stage, command: Sequence[str], result: str, seconds: float, starts: int) -> None:
@@ -150,9 +156,12 @@ def tell(out: Path, stage: Stage, command: Sequence[str], result: str, seconds: 
 
 
 def run_stages(
-    stages: Sequence[Stage], out: Path, seconds: float, environment: Callable[[Stage, list[Row]], dict[str, str]],
+    stages: Sequence[Stage],
+    out: Path,
+    seconds: float,
+    environment: Callable[[Stage, list[Row]], dict[str, str]],
     stopped: Sequence[int] = (),
-) -> bool:  # fmt: skip
+) -> bool:
     """Run them in order. The ends are stretched so that the last one is at `seconds`.
 
     Args:

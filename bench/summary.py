@@ -72,8 +72,10 @@ def tiles(rows: list[Row], file: str) -> Iterator[str]:
             continue
         best = min(timed, key=lambda tile: timed[tile])
         gain = timed[own] / timed[best]
-        yield (f"tiles of {name}: {'x'.join(map(str, own))} in the table, best {'x'.join(map(str, best))}, "
-               f"{gain:.2f} of its speed, of {len(tries)}")  # fmt: skip
+        yield (
+            f"tiles of {name}: {'x'.join(map(str, own))} in the table, best {'x'.join(map(str, best))}, "
+            f"{gain:.2f} of its speed, of {len(tries)}"
+        )
         if gain >= GAIN:
             words = name.split()
             if words[0] == "short":
@@ -93,8 +95,12 @@ def comparisons(rows: list[Row]) -> Iterator[str]:
         yield f"{ratio:6.2f}  {group}: {ours} against {peer}"
     for group in sorted(set(groups) - {group for _, group, _, _ in compared}):
         yield f"     –  {group}: only {', '.join(groups[group])}"
-    pairs = [(group, name, providers) for group, providers in groups.items() for name in SPECIAL
-             if name in providers and GENERAL in providers]  # fmt: skip
+    pairs = [
+        (group, name, providers)
+        for group, providers in groups.items()
+        for name in SPECIAL
+        if name in providers and GENERAL in providers
+    ]
     if pairs:
         yield "our special kernels over our general one:"
     for group, name, providers in pairs:

@@ -39,8 +39,11 @@ TURNS = 2, 40  # fewest and most
 # Ways on a CPU; those after the first two are calcformer's only. BFLOAT16 and COMPILED run on one thread.
 ONE, TWO, PAIR, BFLOAT16 = "1 thread", "2 threads", "2 processes", "bfloat16"
 EAGER, GRAPH, COMPILED, COMPILED_GRAPH = "eager", "CUDA graph", "compiled", "compiled, CUDA graph"  # ways on a GPU
-SETTINGS: dict[str, dict[str, Any]] = {PAIR: {"processes": 2}, BFLOAT16: {"precision": "bfloat16"},
-                                       COMPILED: {"compile": True}}  # fmt: skip
+SETTINGS: dict[str, dict[str, Any]] = {
+    PAIR: {"processes": 2},
+    BFLOAT16: {"precision": "bfloat16"},
+    COMPILED: {"compile": True},
+}
 MODES = {COMPILED: "default", COMPILED_GRAPH: "reduce-overhead"}  # of torch.compile, for the peer
 
 
@@ -76,10 +79,18 @@ def examples_in(batch_size: int) -> int:
 def s1_config(device: torch.device, batch_size: int = BATCH, **changes: Any) -> RunConfig:
     """The S1 preset on one process, on the problems of a round, and without validation between epochs."""
     never = 1_000_000
-    return PRESETS["formula"].with_settings({
-        "train_size": examples_in(batch_size), "valid_size": 1, "epochs": never, "valid_every": never,
-        "device": device.type, "processes": 1, "batch_size": batch_size, **changes,
-    })  # fmt: skip
+    return PRESETS["formula"].with_settings(
+        {
+            "train_size": examples_in(batch_size),
+            "valid_size": 1,
+            "epochs": never,
+            "valid_every": never,
+            "device": device.type,
+            "processes": 1,
+            "batch_size": batch_size,
+            **changes,
+        }
+    )
 
 
 def cases(device: torch.device, ways: Sequence[str]) -> list[tuple[str, str]]:
@@ -118,8 +129,16 @@ def build_epochs(
 
                 epochs[provider, way] = ours
             else:
-                peer = TransformerTrainer(task, config.data, config.model, device, config.training.learning_rate,
-                                          batch_size, provider == LEAN, MODES.get(way))  # fmt: skip
+                peer = TransformerTrainer(
+                    task,
+                    config.data,
+                    config.model,
+                    device,
+                    config.training.learning_rate,
+                    batch_size,
+                    provider == LEAN,
+                    MODES.get(way),
+                )
                 epochs[provider, way] = peer.epoch
         yield epochs
 
@@ -168,9 +187,13 @@ def warm_up(epochs: dict[tuple[str, str], Epoch], left_out: LeftOut = complain) 
 
 
 def turns(
-    device: torch.device, seconds: float, ways: Sequence[str], batch_size: int = BATCH,
-    without: Collection[tuple[str, str]] = (), left_out: LeftOut = complain,
-) -> Iterator[Speeds]:  # fmt: skip
+    device: torch.device,
+    seconds: float,
+    ways: Sequence[str],
+    batch_size: int = BATCH,
+    without: Collection[tuple[str, str]] = (),
+    left_out: LeftOut = complain,
+) -> Iterator[Speeds]:
     """Train in turns for about `seconds`, after warming up; what is known so far after the second turn, and each.
 
     Args:
@@ -212,8 +235,10 @@ def best(speeds: Speeds, provider: str) -> float:
 def table(speeds: Speeds) -> str:
     """A line for each provider and way, then ours over the peers: with one thread, in each way, in the best ways."""
     some = next(iter(speeds.values()))
-    lines = [f"Medians of {len(some.seconds)} rounds of {some.examples} examples, in turns",
-             f"{'provider':<40} {'on':<20} examples/s   slowest   fastest"]
+    lines = [
+        f"Medians of {len(some.seconds)} rounds of {some.examples} examples, in turns",
+        f"{'provider':<40} {'on':<20} examples/s   slowest   fastest",
+    ]
     for (provider, way), speed in speeds.items():
         low, high = (speed.examples / pick(speed.seconds) for pick in (max, min))
         lines.append(f"{provider:<40} {way:<20} {speed.examples_per_second:>10,.0f}  {low:>8,.0f}  {high:>8,.0f}")
@@ -224,13 +249,16 @@ def table(speeds: Speeds) -> str:
             continue
         if way == ONE:
             same = speeds[OURS, ONE]
-            lines.append(f"calcformer is {same.examples_per_second / theirs.examples_per_second:.2f} x as fast as "
-                         f"{peer} with one thread each "
-                         f"({same.examples_per_cpu_second / theirs.examples_per_cpu_second:.2f} by CPU time), "
-                         f"{ours / best(speeds, peer):.2f} x with each in its best way")
+            lines.append(
+                f"calcformer is {same.examples_per_second / theirs.examples_per_second:.2f} x as fast as "
+                f"{peer} with one thread each "
+                f"({same.examples_per_cpu_second / theirs.examples_per_cpu_second:.2f} by CPU time), "
+                f"{ours / best(speeds, peer):.2f} x with each in its best way"
+            )
         elif way in (EAGER, COMPILED, COMPILED_GRAPH):
-            lines.append(f"calcformer in its best way is {ours / theirs.examples_per_second:.2f} x as fast as {peer}, "
-                         f"{way}")
+            lines.append(
+                f"calcformer in its best way is {ours / theirs.examples_per_second:.2f} x as fast as {peer}, {way}"
+            )
     return "\n".join(lines)
 
 

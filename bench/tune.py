@@ -109,10 +109,18 @@ class Try(NamedTuple):
 
 def searches(words: list[str]) -> list[Search]:
     """All of them; those called so; or those that have all of these words in their names. "or" parts alternatives."""
-    every = [Search(f"short {kernel}", size, length)
-             for kernel in ("forward", "backward") for length in SHORT_LENGTHS for size in SHORT_SIZES]  # fmt: skip
-    every = [Search(kernel, size, 4096, asked) for asked in TIMED
-             for kernel in ("forward", "query", "key_value") for size in SIZES] + every  # fmt: skip
+    every = [
+        Search(f"short {kernel}", size, length)
+        for kernel in ("forward", "backward")
+        for length in SHORT_LENGTHS
+        for size in SHORT_SIZES
+    ]
+    every = [
+        Search(kernel, size, 4096, asked)
+        for asked in TIMED
+        for kernel in ("forward", "query", "key_value")
+        for size in SIZES
+    ] + every
     found: list[Search] = []
     for part in " ".join(words).split(" or "):
         exact = [search for search in every if str(search) == part]
@@ -172,9 +180,14 @@ def compile_candidate(search: Search, tile: Tile | ShortTile, arch: int) -> Try:
             problem = f"spills {spills} bytes"
         if not search.is_short and arch in RATES:
             cost = loop_cost(
-                disassemble(compiled.asm["cubin"]), kernel, search.size, options["BLOCK_Q"], options["BLOCK_K"],
-                compiled.metadata.num_warps, arch,
-            )  # fmt: skip
+                disassemble(compiled.asm["cubin"]),
+                kernel,
+                search.size,
+                options["BLOCK_Q"],
+                options["BLOCK_K"],
+                compiled.metadata.num_warps,
+                arch,
+            )
             predictions.append(cost.serial if cost and not cost.spilled else 0.0)
 
     launch = prepare(search, "meta")

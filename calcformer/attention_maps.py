@@ -50,11 +50,12 @@ def attention_maps(solver: Solver, question: str) -> AttentionMaps:
     ids = torch.tensor([source], device=solver.device)
     said = greedy_decode(solver.model, ids, solver.task.target_length - 1, vocabulary)[0].tolist()
     if vocabulary.eos_id in said:
-        said = said[:said.index(vocabulary.eos_id) + 1]
+        said = said[: said.index(vocabulary.eos_id) + 1]
     target = [vocabulary.bos_id, *said[:-1]]
     weights = attention_weights(solver.model, ids, torch.tensor([target], device=solver.device))
-    encoder, decoder, cross = ([layer.float().cpu() for layer in layers]
-                               for layers in (weights.encoder, weights.decoder, weights.cross))
+    encoder, decoder, cross = (
+        [layer.float().cpu() for layer in layers] for layers in (weights.encoder, weights.decoder, weights.cross)
+    )
     tokens = vocabulary.decode
     answer = solver.answers([question])[0]
     return AttentionMaps(answer, tokens(source), tokens(target), tokens(said), encoder, decoder, cross)
@@ -74,9 +75,11 @@ def save_maps(maps: AttentionMaps, folder: Path) -> list[Path]:
     problem = f"{maps.answer.problem} = {maps.answer.said} ({verdict})"
     steps = [f"{token} → {next_token}" for token, next_token in zip(maps.target, maps.said)]
     reads, says = "attends to", "token read → said"
-    kinds = (("encoder-self", maps.encoder, maps.source, maps.source, ("token", reads)),
-             ("decoder-self", maps.decoder, steps, maps.target, (says, reads)),
-             ("decoder-cross", maps.cross, steps, maps.source, (says, reads)))
+    kinds = (
+        ("encoder-self", maps.encoder, maps.source, maps.source, ("token", reads)),
+        ("decoder-self", maps.decoder, steps, maps.target, (says, reads)),
+        ("decoder-cross", maps.cross, steps, maps.source, (says, reads)),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for kind, layers, queries, keys, labels in kinds:
@@ -109,12 +112,19 @@ def head_view(run: str | PathLike[str], question: str, device: str = "auto") -> 
 
 def head_view_arguments(maps: AttentionMaps) -> dict[str, Any]:
     """See `head_view`."""
-    return {"encoder_attention": maps.encoder, "decoder_attention": maps.decoder, "cross_attention": maps.cross,
-            "encoder_tokens": maps.source, "decoder_tokens": maps.target}
+    return {
+        "encoder_attention": maps.encoder,
+        "decoder_attention": maps.decoder,
+        "cross_attention": maps.cross,
+        "encoder_tokens": maps.source,
+        "decoder_tokens": maps.target,
+    }
 
 
 def save_head_view(maps: AttentionMaps, path: Path) -> None:
     """Write the arguments of `head_view` as JSON: each layer as nested lists, to be made a tensor again."""
-    content = {name: [item.tolist() if isinstance(item, torch.Tensor) else item for item in items]
-               for name, items in head_view_arguments(maps).items()}
+    content = {
+        name: [item.tolist() if isinstance(item, torch.Tensor) else item for item in items]
+        for name, items in head_view_arguments(maps).items()
+    }
     write_atomically(path, json.dumps(content).encode())

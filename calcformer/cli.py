@@ -38,32 +38,52 @@ def say(text: str) -> None:
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="calcformer", description="Train a transformer to calculate, measure it, and ask it.",
-                    allow_abbrev=False)
+    parser = Parser(
+        prog="calcformer", description="Train a transformer to calculate, measure it, and ask it.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"calcformer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train a model", allow_abbrev=False, description="Train a model. "
-                                f"In brackets stand the defaults: {' / '.join(PRESETS)}, or one where they agree.")
-    train.add_argument("--preset", choices=tuple(PRESETS), default=argparse.SUPPRESS,
-                       help=f"named settings ({DEFAULT})")
+    train = commands.add_parser(
+        "train",
+        help="train a model",
+        allow_abbrev=False,
+        description=f"Train a model. In brackets stand the defaults: {' / '.join(PRESETS)}, or one where they agree.",
+    )
+    train.add_argument(
+        "--preset", choices=tuple(PRESETS), default=argparse.SUPPRESS, help=f"named settings ({DEFAULT})"
+    )
     train.add_argument("--out", type=path, help="run folder to write (runs/PRESET-N)")
     train.add_argument("--resume", type=path, metavar="RUN", help="continue a run from its last finished epoch")
     add_settings(train)
 
-    sweep = commands.add_parser("sweep", help="train many runs and compare them", allow_abbrev=False, description=(
-        "Train a run for every combination of the values given, side by side, and compare them in a table and a "
-        "picture. The same command with the same --out, or --resume, goes on where it was stopped. Any setting that "
-        "train has can be given; in brackets stand the defaults of the presets."))
+    sweep = commands.add_parser(
+        "sweep",
+        help="train many runs and compare them",
+        allow_abbrev=False,
+        description=(
+            "Train a run for every combination of the values given, side by side, and compare them in a table and a "
+            "picture. The same command with the same --out, or --resume, goes on where it was stopped. Any setting "
+            "that train has can be given; in brackets stand the defaults of the presets."
+        ),
+    )
     sweep.add_argument("--study", choices=tuple(STUDIES), help="a report's comparison, its figures beside ours")
-    sweep.add_argument("--preset", choices=tuple(PRESETS), default=argparse.SUPPRESS,
-                       help=f"named settings ({DEFAULT})")
-    sweep.add_argument("--vary", action="append", default=[], metavar="SETTING=VALUE,VALUE",
-                       help="values to compare, such as learning-rate=1e-3,1e-4; several --vary for all combinations")
-    sweep.add_argument("--seeds", type=whole(1, MOST_SEEDS), metavar="N",
-                       help="train each with N seeds, from --seed on (1)")
-    sweep.add_argument("--jobs", type=whole(0, 1024), default=0, metavar="N",
-                       help="runs at a time, 0 for one a CPU core (0)")
+    sweep.add_argument(
+        "--preset", choices=tuple(PRESETS), default=argparse.SUPPRESS, help=f"named settings ({DEFAULT})"
+    )
+    sweep.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="SETTING=VALUE,VALUE",
+        help="values to compare, such as learning-rate=1e-3,1e-4; several --vary for all combinations",
+    )
+    sweep.add_argument(
+        "--seeds", type=whole(1, MOST_SEEDS), metavar="N", help="train each with N seeds, from --seed on (1)"
+    )
+    sweep.add_argument(
+        "--jobs", type=whole(0, 1024), default=0, metavar="N", help="runs at a time, 0 for one a CPU core (0)"
+    )
     sweep.add_argument("--out", type=path, help="sweep folder to write (runs/STUDY-N or runs/sweep-N)")
     sweep.add_argument("--resume", type=path, metavar="SWEEP", help="continue a sweep")
     add_settings(sweep)
@@ -71,37 +91,74 @@ def build_parser() -> Parser:
     evaluate = commands.add_parser("evaluate", help="measure a run on its held-out problems", allow_abbrev=False)
     evaluate.add_argument("run", type=path, metavar="RUN", help="run folder")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
-    evaluate.add_argument("--problems", type=whole(1, LARGEST_SET), metavar="N",
-                          help="held-out problems to draw (as many as the run was validated with)")
-    evaluate.add_argument("--exhaustive", action="store_true",
-                          help="also answer all problems that were not trained on; mistakes go to RUN/mistakes.txt")
-    evaluate.add_argument("--processes", type=whole(1, 1024), metavar="N",
-                          help="CPU processes for --exhaustive (as many as the run was trained with)")
+    evaluate.add_argument(
+        "--problems",
+        type=whole(1, LARGEST_SET),
+        metavar="N",
+        help="held-out problems to draw (as many as the run was validated with)",
+    )
+    evaluate.add_argument(
+        "--exhaustive",
+        action="store_true",
+        help="also answer all problems that were not trained on; mistakes go to RUN/mistakes.txt",
+    )
+    evaluate.add_argument(
+        "--processes",
+        type=whole(1, 1024),
+        metavar="N",
+        help="CPU processes for --exhaustive (as many as the run was trained with)",
+    )
 
-    solve = commands.add_parser("solve", help="answer problems", allow_abbrev=False, description=(
-        "Answer problems, say how probable the answers are, and whether they are right. Without any problem they come "
-        "from standard input, one a line; on a terminal they are asked for. Where one cannot be read none is "
-        "answered."))
-    solve.add_argument("questions", nargs="*", metavar="PROBLEM",
-                       help="such as 649+864, or 'NEGATIVE 30 subtract NEGATIVE 34' for a run on expressions")
-    solve.add_argument("--input", type=path, metavar="FILE",
-                       help="a file of problems, one a line, - for standard input")
-    solve.add_argument("--run", type=path, metavar="RUN",
-                       help="run folder (of those in runs/ that know such problems the newest finished one)")
+    solve = commands.add_parser(
+        "solve",
+        help="answer problems",
+        allow_abbrev=False,
+        description=(
+            "Answer problems, say how probable the answers are, and whether they are right. Without any problem they "
+            "come from standard input, one a line; on a terminal they are asked for. Where one cannot be read none is "
+            "answered."
+        ),
+    )
+    solve.add_argument(
+        "questions",
+        nargs="*",
+        metavar="PROBLEM",
+        help="such as 649+864, or 'NEGATIVE 30 subtract NEGATIVE 34' for a run on expressions",
+    )
+    solve.add_argument(
+        "--input", type=path, metavar="FILE", help="a file of problems, one a line, - for standard input"
+    )
+    solve.add_argument(
+        "--run",
+        type=path,
+        metavar="RUN",
+        help="run folder (of those in runs/ that know such problems the newest finished one)",
+    )
     solve.add_argument("--json", action="store_true", help="print one JSON object")
 
-    attention = commands.add_parser("attention", help="draw what every head attends to while a run answers",
-                                    allow_abbrev=False)
+    attention = commands.add_parser(
+        "attention", help="draw what every head attends to while a run answers", allow_abbrev=False
+    )
     attention.add_argument("questions", nargs="+", metavar="PROBLEM", help="as for solve")
     attention.add_argument("--run", type=path, metavar="RUN", help="run folder, as for solve")
-    attention.add_argument("--out", type=path, metavar="FOLDER",
-                           help="where each problem gets a folder of pictures (RUN/attention)")
-    attention.add_argument("--bertviz", type=path, metavar="FILE",
-                           help="write a problem's weights and tokens as JSON, named as in BertViz's head_view")
+    attention.add_argument(
+        "--out", type=path, metavar="FOLDER", help="where each problem gets a folder of pictures (RUN/attention)"
+    )
+    attention.add_argument(
+        "--bertviz",
+        type=path,
+        metavar="FILE",
+        help="write a problem's weights and tokens as JSON, named as in BertViz's head_view",
+    )
 
     for command in evaluate, solve:
-        command.add_argument("--beam", type=whole(1, 100), default=1, metavar="WIDTH",
-                             help="follow the WIDTH best beginnings of an answer instead of the best one (1)")
+        command.add_argument(
+            "--beam",
+            type=whole(1, 100),
+            default=1,
+            metavar="WIDTH",
+            help="follow the WIDTH best beginnings of an answer instead of the best one (1)",
+        )
     for command in evaluate, solve, attention:
         command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     return parser
@@ -123,11 +180,15 @@ def run_train(arguments: argparse.Namespace) -> int:
     try:
         last = training.train(config, out) if resumed is None else training.resume(resumed)
     except Stopped as stopped:
-        tell(f"calcformer: stopped after epoch {stopped.finished}; continue with: calcformer train --resume "
-             f"{stopped.folder}")
+        tell(
+            f"calcformer: stopped after epoch {stopped.finished}; continue with: calcformer train --resume "
+            f"{stopped.folder}"
+        )
         return 130
-    say(f"{last['run']}: exact match {last['exact_match']:.4f}, token accuracy {last['valid_token_accuracy']:.4f}, "
-        f"loss {last['valid_loss']:.4f} on held-out problems")
+    say(
+        f"{last['run']}: exact match {last['exact_match']:.4f}, token accuracy {last['valid_token_accuracy']:.4f}, "
+        f"loss {last['valid_loss']:.4f} on held-out problems"
+    )
     return 0
 
 
@@ -139,8 +200,11 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     jobs, out, resumed = settings.pop("jobs"), settings.pop("out"), settings.pop("resume")
     study, vary, seeds = settings.pop("study"), parse_vary(settings.pop("vary")), settings.pop("seeds")
     if resumed is not None:
-        given = [name for name, value in {"study": study, "vary": vary, "seeds": seeds, "out": out, **settings}.items()
-                 if value not in (None, {})]
+        given = [
+            name
+            for name, value in {"study": study, "vary": vary, "seeds": seeds, "out": out, **settings}.items()
+            if value not in (None, {})
+        ]
         if given:
             raise InputError(f"--resume continues a sweep as it is; leave out --{given[0].replace('_', '-')}")
         out, plan = resumed, sweep.read_sweep(resumed)
@@ -152,8 +216,10 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     try:
         results = sweep.run_sweep(plan, out, jobs)
     except Stopped as stopped:
-        tell(f"calcformer: stopped with {stopped.finished} of {len(plan.members())} runs finished; continue with: "
-             f"calcformer sweep --resume {stopped.folder}")
+        tell(
+            f"calcformer: stopped with {stopped.finished} of {len(plan.members())} runs finished; continue with: "
+            f"calcformer sweep --resume {stopped.folder}"
+        )
         return 130
     say(f"{comparison.make_table(results)}written to {results['folder']}")
     return 0
@@ -164,8 +230,8 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 
     from calcformer.evaluation import evaluate_run, report
     from calcformer.exhaustive import check_exhaustive, evaluate_all
-    from calcformer.solver import Solver
     from calcformer.runs.device import count_cores
+    from calcformer.solver import Solver
 
     if arguments.processes is not None and not arguments.exhaustive:
         raise InputError("--processes is for --exhaustive; leave it out")
@@ -221,10 +287,21 @@ def run_solve(arguments: argparse.Namespace) -> int:
     if is_asked:
         return converse(solver, arguments.beam)
     if arguments.json:
-        say(json.dumps({"run": str(solver.folder), "preset": solver.config.preset, "epoch": solver.epoch,
-                        "epochs": solver.config.training.epochs, "beam": arguments.beam, "answers": [
-                            {"asked": question, **vars(answer), "right": answer.is_right}
-                            for question, answer in zip(questions, answers)]}))
+        say(
+            json.dumps(
+                {
+                    "run": str(solver.folder),
+                    "preset": solver.config.preset,
+                    "epoch": solver.epoch,
+                    "epochs": solver.config.training.epochs,
+                    "beam": arguments.beam,
+                    "answers": [
+                        {"asked": question, **vars(answer), "right": answer.is_right}
+                        for question, answer in zip(questions, answers)
+                    ],
+                }
+            )
+        )
     else:
         say("\n".join(map(str, answers)))
     return 0
@@ -290,8 +367,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with handle_signals(signal.default_int_handler, signal.SIGTERM):
             arguments = parser.parse_args(words)
-            command = {"train": run_train, "sweep": run_sweep, "evaluate": run_evaluate, "solve": run_solve,
-                       "attention": run_attention}[arguments.command]
+            command = {
+                "train": run_train,
+                "sweep": run_sweep,
+                "evaluate": run_evaluate,
+                "solve": run_solve,
+                "attention": run_attention,
+            }[arguments.command]
             return command(arguments)
     except InputError as error:
         parser.error(str(error))

@@ -14,8 +14,13 @@ from calcformer.training import evaluate, exact_match
 
 __all__ = ["draw", "make_table", "summarize"]
 
-FIGURES = {"loss": "training loss", "valid_loss": "validation loss", "valid_token_accuracy": "token accuracy",
-           "exact_match": "exact match", "seconds": "seconds"}
+FIGURES = {
+    "loss": "training loss",
+    "valid_loss": "validation loss",
+    "valid_token_accuracy": "token accuracy",
+    "exact_match": "exact match",
+    "seconds": "seconds",
+}
 
 
 def measure(folder: Path, member: Member, study: str | None) -> dict[str, Any]:
@@ -31,8 +36,11 @@ def measure(folder: Path, member: Member, study: str | None) -> dict[str, Any]:
         if STUDIES[study].measure_training:
             examples = solver.task.split()[0].to(solver.device)
             score = evaluate(solver.model, examples, solver.task.vocabulary.pad_id)
-            figures |= {"valid_loss": score.loss, "valid_token_accuracy": score.token_accuracy,
-                        "exact_match": exact_match(solver.model, examples, solver.task)}
+            figures |= {
+                "valid_loss": score.loss,
+                "valid_token_accuracy": score.token_accuracy,
+                "exact_match": exact_match(solver.model, examples, solver.task),
+            }
     return {"figures": {name: figures[name] for name in FIGURES if name in figures}, "answers": answers}
 
 
@@ -42,12 +50,17 @@ def summarize(folder: Path, sweep: Sweep, failed: dict[str, str]) -> dict[str, A
     rows = []
     for values, members in itertools.groupby(sweep.members(), key=lambda member: member.values):
         runs: list[dict[str, Any]] = [
-            {"run": member.name, "failed": failed[member.name]} if member.name in failed
-            else {"run": member.name, **measure(folder, member, sweep.study)} for member in members]
+            {"run": member.name, "failed": failed[member.name]}
+            if member.name in failed
+            else {"run": member.name, **measure(folder, member, sweep.study)}
+            for member in members
+        ]
         figures = [run["figures"] for run in runs if "figures" in run]
         found = {name: [each[name] for each in figures if name in each] for name in FIGURES}
-        mean, spread = ({name: function(values) for name, values in found.items() if len(values) >= least}
-                        for function, least in ((statistics.fmean, 1), (statistics.stdev, 2)))
+        mean, spread = (
+            {name: function(values) for name, values in found.items() if len(values) >= least}
+            for function, least in ((statistics.fmean, 1), (statistics.stdev, 2))
+        )
         reported = next((theirs for place, theirs in reports if place.items() <= values.items()), {})
         rows.append({"values": values, "mean": mean, "spread": spread, "reported": reported, "runs": runs})
     return {"study": sweep.study, "vary": sweep.vary, "seeds": sweep.seeds, "rows": rows}
@@ -75,8 +88,14 @@ def make_table(results: dict[str, Any]) -> str:
     rows, report, best = results["rows"], _report(results), best_row(results)
     reported = [name for name in FIGURES if any(name in row["reported"] for row in rows)]
     questions = STUDIES[results["study"]].questions if results["study"] else ()
-    lines = [[*(name.replace("_", " ") for name in results["vary"]), *FIGURES.values(),
-              *(f"{report} {FIGURES[name]}" for name in reported), *questions]]
+    lines = [
+        [
+            *(name.replace("_", " ") for name in results["vary"]),
+            *FIGURES.values(),
+            *(f"{report} {FIGURES[name]}" for name in reported),
+            *questions,
+        ]
+    ]
     for row in rows:
         cells = [f"**{value}**" if row is best else str(value) for value in row["values"].values()]
         for name in FIGURES:
@@ -84,8 +103,9 @@ def make_table(results: dict[str, Any]) -> str:
             text = f"{row['mean'][name]:.{digits}f}" if name in row["mean"] else "–" if row["mean"] else "failed"
             cells.append(f"{text} ± {row['spread'][name]:.{digits}f}" if name in row["spread"] else text)
         cells += [str(row["reported"].get(name, "")) for name in reported]
-        cells += [", ".join(run["answers"][question] for run in row["runs"] if "answers" in run)
-                  for question in questions]
+        cells += [
+            ", ".join(run["answers"][question] for run in row["runs"] if "answers" in run) for question in questions
+        ]
         lines.append(cells)
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
@@ -107,9 +127,18 @@ def _by_setting(axis: str, name: str, results: dict[str, Any]) -> list[Line]:
     rows = sorted(results["rows"], key=lambda row: row["values"][axis])
     for row in rows:
         series.setdefault(_label({key: value for key, value in row["values"].items() if key != axis}), []).append(row)
-    lines = [Line(label or "ours", [(row["values"][axis], row["mean"][name], row["spread"].get(name, 0.0))
-                                    for row in members if name in row["mean"]], f"C{number}")
-             for number, (label, members) in enumerate(series.items())]
+    lines = [
+        Line(
+            label or "ours",
+            [
+                (row["values"][axis], row["mean"][name], row["spread"].get(name, 0.0))
+                for row in members
+                if name in row["mean"]
+            ],
+            f"C{number}",
+        )
+        for number, (label, members) in enumerate(series.items())
+    ]
     reported = {row["values"][axis]: row["reported"][name] for row in rows if name in row["reported"]}
     return [*lines, Line(_report(results), [(x, y, 0.0) for x, y in reported.items()], "black", reported=True)]
 
@@ -130,8 +159,14 @@ def _by_epoch(folder: Path, name: str, results: dict[str, Any]) -> list[Line]:
         label = _label(row["values"]) + (" (best)" if row is best_row(results) else "")
         lines.append(Line(label or "ours", points, f"C{number}"))
         if points and name in row["reported"]:
-            lines.append(Line(f"{_report(results)} {label}".strip(), [(points[-1][0], row["reported"][name], 0.0)],
-                              f"C{number}", reported=True))
+            lines.append(
+                Line(
+                    f"{_report(results)} {label}".strip(),
+                    [(points[-1][0], row["reported"][name], 0.0)],
+                    f"C{number}",
+                    reported=True,
+                )
+            )
     return lines
 
 
@@ -141,14 +176,26 @@ def _label(values: dict[str, Any]) -> str:
 
 def draw(results: dict[str, Any], folder: Path, path: Path) -> bool:
     """The results as a picture; returns False where matplotlib is not installed."""
-    axis = next((name for name, values in results["vary"].items()
-                 if len(values) > 1 and all(type(value) in (int, float) for value in values)), None)
+    axis = next(
+        (
+            name
+            for name, values in results["vary"].items()
+            if len(values) > 1 and all(type(value) in (int, float) for value in values)
+        ),
+        None,
+    )
     title = results["study"] or folder.resolve().name
     figures = {name: panel for name, panel in FIGURES.items() if name != "seconds"}
     if axis is None:
-        return save_panels({panel: _by_epoch(folder, name, results) for name, panel in figures.items()},
-                           "epoch", title, path)
+        return save_panels(
+            {panel: _by_epoch(folder, name, results) for name, panel in figures.items()}, "epoch", title, path
+        )
     best = best_row(results)
-    return save_panels({panel: _by_setting(axis, name, results) for name, panel in figures.items()},
-                       axis.replace("_", " "), title, path, sorted(results["vary"][axis]),
-                       best["values"][axis] if best else None)
+    return save_panels(
+        {panel: _by_setting(axis, name, results) for name, panel in figures.items()},
+        axis.replace("_", " "),
+        title,
+        path,
+        sorted(results["vary"][axis]),
+        best["values"][axis] if best else None,
+    )

@@ -51,7 +51,8 @@ class DataConfig:
     fresh: bool = setting(False, "draw new problems each epoch instead of a fixed list")
     held_out: float = setting(0.5, "fresh problems: share of all problems never trained on", 0.001, 0.999)
     sampling: Literal["uniform", "digits", "hard"] = setting(
-        "uniform", "fresh formulas: any numbers alike; any counts of digits alike; half of those with long carries")
+        "uniform", "fresh formulas: any numbers alike; any counts of digits alike; half of those with long carries"
+    )
     train_size: int = setting(10_000, "problems to train on, fresh or not, an epoch", 1, LARGEST_SET)
     valid_size: int = setting(5_000, "problems held out", 1, LARGEST_SET)
     data_seed: int = setting(123_456, "seed of the data and its split", 0, 2**62)
@@ -80,12 +81,15 @@ class ModelConfig:
     hidden: int = setting(64, "width of the feed-forward layers", 1, 65_536)
     dropout: float = setting(0.01, "dropout probability", 0, 0.99)
     norm: Literal["post", "pre", "course"] = setting(
-        "post", "layer norm after or before each sublayer; course: after it, and then dropout")
+        "post", "layer norm after or before each sublayer; course: after it, and then dropout"
+    )
     activation: Literal["relu", "gelu"] = setting("relu", "activation of the feed-forward layers")
     positions: Literal["sinusoid", "learned", "relative", "rotary", "simple", "course", "none"] = setting(
-        "sinusoid", "position encoding; simple and course are the expression report's")
+        "sinusoid", "position encoding; simple and course are the expression report's"
+    )
     embeddings: Literal["separate", "shared", "tied"] = setting(
-        "separate", "source, target and output matrices apart; source and target one; all three one")
+        "separate", "source, target and output matrices apart; source and target one; all three one"
+    )
 
     def __post_init__(self) -> None:
         check(self)
@@ -109,10 +113,12 @@ class TrainingConfig:
     seed: int = setting(0, "seed of initial weights, order and dropout", 0, 2**62)
     valid_every: int = setting(1, "epochs between validations (the last epoch always has one)", 1, MOST_EPOCHS)
     exact_match_every: int = setting(
-        0, "epochs between exact-match measurements, 0 for the last epoch only", 0, MOST_EPOCHS)
+        0, "epochs between exact-match measurements, 0 for the last epoch only", 0, MOST_EPOCHS
+    )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N; auto takes the GPU where there is one")
     processes: int = setting(
-        0, "CPU processes that share each batch, 0 for two where there are two cores (a GPU has one)", 0, 1024)
+        0, "CPU processes that share each batch, 0 for two where there are two cores (a GPU has one)", 0, 1024
+    )
     threads: int = setting(0, "CPU threads of a process, 0 for one (small models are slower with more)", 0, 1024)
     precision: Literal["float32", "bfloat16"] = setting("float32", "of products in training; bfloat16 by autocast")
     compile: bool = setting(False, "torch.compile the model (seldom faster on a CPU)")
@@ -121,8 +127,10 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check(self)
         if self.learning_rate * self.weight_decay >= 1:
-            raise InputError("learning_rate times weight_decay, what a step takes away of a weight, must be below 1, "
-                             f"got {self.learning_rate:g} times {self.weight_decay:g}")
+            raise InputError(
+                "learning_rate times weight_decay, what a step takes away of a weight, must be below 1, "
+                f"got {self.learning_rate:g} times {self.weight_decay:g}"
+            )
 
 
 def count_steps(data: DataConfig, training: TrainingConfig) -> int:
@@ -142,8 +150,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         steps = count_steps(self.data, self.training)
         if self.training.warmup_steps > steps:
-            raise InputError(f"warmup_steps must be at most the {steps} steps of the whole run, got "
-                             f"{self.training.warmup_steps}")
+            raise InputError(
+                f"warmup_steps must be at most the {steps} steps of the whole run, got {self.training.warmup_steps}"
+            )
 
     def with_settings(self, changes: dict[str, Any]) -> "RunConfig":
         """The same run with some settings changed by name; InputError for a wrong name or value.
@@ -206,8 +215,17 @@ PRESETS = {
         "expression",
         DataConfig(task="expression", train_size=4_602, valid_size=15_000, data_seed=0),
         ModelConfig(width=128, hidden=256, dropout=0.02, norm="pre"),
-        TrainingConfig(epochs=400, batch_size=256, learning_rate=1e-3, schedule="cosine", warmup_steps=200,
-                       weight_decay=1.0, beta2=0.98, clip_norm=1.0, valid_every=10),
+        TrainingConfig(
+            epochs=400,
+            batch_size=256,
+            learning_rate=1e-3,
+            schedule="cosine",
+            warmup_steps=200,
+            weight_decay=1.0,
+            beta2=0.98,
+            clip_norm=1.0,
+            valid_every=10,
+        ),
     ),
     # Every formula, from half of them. In numbers of one length, zeros in front included, the places correspond. The
     # answer begins with its last digit, so that a carry comes from what is said already. What is learned last is which
@@ -218,16 +236,40 @@ PRESETS = {
         "formula-best",
         DataConfig(fresh=True, zero_pad=True, reverse_answer=True, sampling="hard", train_size=50_000),
         ModelConfig(hidden=256, dropout=0.0, norm="pre"),
-        TrainingConfig(epochs=28, batch_size=250, learning_rate=1e-3, schedule="cosine", warmup_steps=200, beta2=0.98,
-                       clip_norm=1.0, valid_every=2, exact_match_every=4),
+        TrainingConfig(
+            epochs=28,
+            batch_size=250,
+            learning_rate=1e-3,
+            schedule="cosine",
+            warmup_steps=200,
+            beta2=0.98,
+            clip_norm=1.0,
+            valid_every=2,
+            exact_match_every=4,
+        ),
     ),
     "ten-digits": RunConfig(
         "ten-digits",
-        DataConfig(complexity=10, fresh=True, zero_pad=True, reverse_answer=True, sampling="hard", train_size=50_000,
-                   valid_size=2_000),
+        DataConfig(
+            complexity=10,
+            fresh=True,
+            zero_pad=True,
+            reverse_answer=True,
+            sampling="hard",
+            train_size=50_000,
+            valid_size=2_000,
+        ),
         ModelConfig(hidden=256, dropout=0.0, norm="pre"),
-        TrainingConfig(epochs=50, batch_size=250, learning_rate=1e-3, schedule="cosine", warmup_steps=200, beta2=0.98,
-                       clip_norm=1.0, exact_match_every=2),
+        TrainingConfig(
+            epochs=50,
+            batch_size=250,
+            learning_rate=1e-3,
+            schedule="cosine",
+            warmup_steps=200,
+            beta2=0.98,
+            clip_norm=1.0,
+            exact_match_every=2,
+        ),
     ),
     # The two reports as they were, splits that overlap and answers that are cut included.
     "formula-report": RunConfig("formula-report", DataConfig(truncate=True, leaky_split=True)),

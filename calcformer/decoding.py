@@ -82,8 +82,14 @@ def take_best(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
 
 
 @torch.no_grad()
-def beam_search(model: EncoderDecoder, source: torch.Tensor, length: int, vocabulary: Vocabulary, width: int,
-                length_penalty: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+def beam_search(
+    model: EncoderDecoder,
+    source: torch.Tensor,
+    length: int,
+    vocabulary: Vocabulary,
+    width: int,
+    length_penalty: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The best answers found when the `width` best beginnings are followed instead of one.
 
     Of all continuations of a problem's running hypotheses the `width` most probable are taken at each place, the
@@ -151,8 +157,15 @@ def beam_search(model: EncoderDecoder, source: torch.Tensor, length: int, vocabu
     return answers, scores
 
 
-def decode(model: EncoderDecoder, source: torch.Tensor, length: int, vocabulary: Vocabulary, beam: int = 1,
-           batch_size: int = BATCH, advance: Callable[[int], object] = lambda count: None) -> torch.Tensor:
+def decode(
+    model: EncoderDecoder,
+    source: torch.Tensor,
+    length: int,
+    vocabulary: Vocabulary,
+    beam: int = 1,
+    batch_size: int = BATCH,
+    advance: Callable[[int], object] = lambda count: None,
+) -> torch.Tensor:
     """The best answer to each of any number of problems, a batch at a time.
 
     Problems of one length go together: most batches then have no padding, which makes decoding a fifth faster.
@@ -177,17 +190,21 @@ def decode(model: EncoderDecoder, source: torch.Tensor, length: int, vocabulary:
         lengths = (source != vocabulary.pad_id).sum(dim=1)
     order, size = lengths.argsort(stable=True), max(batch_size // beam, 1)
     for start in range(0, len(order), size):
-        rows = order[start:start + size]
-        part = source[rows, :int(lengths[rows[-1]])]  # the last is the longest
-        said[rows] = (greedy_decode(model, part, length, vocabulary) if beam == 1 else
-                      beam_search(model, part, length, vocabulary, beam)[0][:, 0])
+        rows = order[start : start + size]
+        part = source[rows, : int(lengths[rows[-1]])]  # the last is the longest
+        said[rows] = (
+            greedy_decode(model, part, length, vocabulary)
+            if beam == 1
+            else beam_search(model, part, length, vocabulary, beam)[0][:, 0]
+        )
         advance(len(rows))
     return said
 
 
 @torch.no_grad()
-def log_probability(model: EncoderDecoder, source: torch.Tensor, answers: torch.Tensor, vocabulary: Vocabulary
-                    ) -> torch.Tensor:
+def log_probability(
+    model: EncoderDecoder, source: torch.Tensor, answers: torch.Tensor, vocabulary: Vocabulary
+) -> torch.Tensor:
     """The natural logarithm of the probability the model gives to each answer, end token included.
 
     Args:

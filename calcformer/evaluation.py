@@ -21,8 +21,18 @@ from calcformer.runs.checkpoint import MODEL
 from calcformer.solver import Solver
 from calcformer.training import evaluate
 
-__all__ = ["Mistake", "Tally", "answer", "evaluate_run", "find_mistakes", "held_out_operands", "is_right", "report",
-           "share", "wilson_interval"]
+__all__ = [
+    "Mistake",
+    "Tally",
+    "answer",
+    "evaluate_run",
+    "find_mistakes",
+    "held_out_operands",
+    "is_right",
+    "report",
+    "share",
+    "wilson_interval",
+]
 
 NORMAL_QUANTILE = 1.959963984540054  # leaves 2.5 % on each side
 WORST = 10  # mistakes shown
@@ -59,9 +69,11 @@ def group_codes(a: torch.Tensor, b: torch.Tensor, plus: torch.Tensor) -> dict[st
     """
     powers = 10 ** torch.arange(1, len(GROUPS["digits"]), device=a.device)
     longest = torch.maximum(a.abs(), b.abs())
-    return {"digits": torch.bucketize(longest, powers, right=True),
-            "result": torch.where(plus, a + b, a - b).sign() + 1,
-            "operation": plus.long()}
+    return {
+        "digits": torch.bucketize(longest, powers, right=True),
+        "result": torch.where(plus, a + b, a - b).sign() + 1,
+        "operation": plus.long(),
+    }
 
 
 class Tally:
@@ -100,8 +112,11 @@ class Tally:
         found: dict[str, dict[str, dict[str, Any]]] = {}
         for group, members in GROUPS.items():
             once = distinct.counts[group][0].tolist() if distinct else [None] * len(members)
-            found[group] = {member: share(right, n, different) for member, n, right, different
-                            in zip(members, *self.counts[group].tolist(), once) if n}
+            found[group] = {
+                member: share(right, n, different)
+                for member, n, right, different in zip(members, *self.counts[group].tolist(), once)
+                if n
+            }
         return found
 
 
@@ -145,11 +160,13 @@ def held_out_operands(task: Task) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return a, b, plus.bool()
 
 
-def answer(solver: Solver, examples: Examples, beam: int = 1, advance: Callable[[int], object] = lambda count: None
-           ) -> torch.Tensor:
+def answer(
+    solver: Solver, examples: Examples, beam: int = 1, advance: Callable[[int], object] = lambda count: None
+) -> torch.Tensor:
     """What the model says to each problem, (N, T - 1) int64, shaped as the labels; `advance` as for `decode`."""
-    return decode(solver.model, examples.source, examples.labels.shape[1], solver.task.vocabulary, beam,
-                  advance=advance)
+    return decode(
+        solver.model, examples.source, examples.labels.shape[1], solver.task.vocabulary, beam, advance=advance
+    )
 
 
 def is_right(said: torch.Tensor, examples: Examples) -> torch.Tensor:
@@ -157,19 +174,19 @@ def is_right(said: torch.Tensor, examples: Examples) -> torch.Tensor:
     return (said == examples.labels).all(dim=1)
 
 
-def find_mistakes(solver: Solver, operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor], examples: Examples,
-                  said: torch.Tensor) -> Iterator[Mistake]:
+def find_mistakes(
+    solver: Solver, operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor], examples: Examples, said: torch.Tensor
+) -> Iterator[Mistake]:
     """The wrong ones of the answers `said` (N, T - 1) to N problems, in their order."""
     task = solver.task
     wrong = (~is_right(said, examples)).nonzero().squeeze(1)
     for start in range(0, len(wrong), BATCH):
-        rows = wrong[start:start + BATCH]
+        rows = wrong[start : start + BATCH]
         part = examples.select(rows)
         log_p = log_probability(solver.model, part.source, said[rows], task.vocabulary)
         columns = (*(x[rows.to(x.device)] for x in operands), said[rows], part.labels, log_p.exp())
         for a, b, plus, words, right, probability in zip(*(x.tolist() for x in columns)):
-            yield Mistake(task.question(a, b, plus), task.decode_answer(words), task.decode_answer(right),
-                          probability)
+            yield Mistake(task.question(a, b, plus), task.decode_answer(words), task.decode_answer(right), probability)
 
 
 def worst(mistakes: Iterator[Mistake], count: int = WORST) -> list[Mistake]:
@@ -206,8 +223,10 @@ def evaluate_run(solver: Solver, beam: int = 1, problems: int | None = None) -> 
     examples, operands = task.split()[1].to(solver.device), held_out_operands(task)
     score = evaluate(solver.model, examples, task.vocabulary.pad_id)
     if not math.isfinite(score.loss):
-        raise InputError(f"{solver.folder}: its weights are so large that its loss is no number; "
-                         "train the run again or give another one")
+        raise InputError(
+            f"{solver.folder}: its weights are so large that its loss is no number; "
+            "train the run again or give another one"
+        )
     with tqdm(total=len(examples), unit="ex", unit_scale=True, disable=None, delay=2, leave=False) as bar:
         said = answer(solver, examples, beam, bar.update)
     tally, once = Tally(), Tally()
@@ -215,10 +234,18 @@ def evaluate_run(solver: Solver, beam: int = 1, problems: int | None = None) -> 
     tally.add(operands, right)
     a, b, plus = torch.stack(operands, dim=1).unique(dim=0).unbind(dim=1)
     once.add((a, b, plus.bool()), torch.zeros_like(a, dtype=torch.bool))
-    return {**share(tally.right, tally.n, once.n), "token_accuracy": score.token_accuracy, "loss": score.loss,
-            "epoch": solver.epoch, "preset": solver.config.preset, "checkpoint": str(solver.folder / MODEL),
-            "beam": beam, "groups": tally.groups(once), "hard": measure_hard(solver, beam),
-            "mistakes": [vars(mistake) for mistake in worst(find_mistakes(solver, operands, examples, said))]}
+    return {
+        **share(tally.right, tally.n, once.n),
+        "token_accuracy": score.token_accuracy,
+        "loss": score.loss,
+        "epoch": solver.epoch,
+        "preset": solver.config.preset,
+        "checkpoint": str(solver.folder / MODEL),
+        "beam": beam,
+        "groups": tally.groups(once),
+        "hard": measure_hard(solver, beam),
+        "mistakes": [vars(mistake) for mistake in worst(find_mistakes(solver, operands, examples, said))],
+    }
 
 
 def table_row(label: str, entry: dict[str, Any]) -> str:
@@ -230,21 +257,30 @@ def table_row(label: str, entry: dict[str, Any]) -> str:
 def group_rows(groups: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     """The lines of a table for the groups of a Tally."""
     labels = {"digits": "digits of an operand: {}", "result": "{} result", "operation": "{}"}
-    return [table_row(f"  {labels[group].format(member)}", entry)
-            for group, members in groups.items() for member, entry in members.items()]
+    return [
+        table_row(f"  {labels[group].format(member)}", entry)
+        for group, members in groups.items()
+        for member, entry in members.items()
+    ]
 
 
 def report(solver: Solver, result: dict[str, Any]) -> str:
     """What `evaluate_run` returned, with that of `evaluate_all` as its "exhaustive", as text to be read."""
     how = "" if result["beam"] == 1 else f" with a beam of {result['beam']}"
-    lines = [f"{solver.folder}, epoch {result['epoch']}, {result['n']} held-out problems: "
-             f"exact match {result['exact_match']:.4f}{how}, token accuracy {result['token_accuracy']:.4f}, "
-             f"loss {result['loss']:.4f}",
-             "", f"{'':<28} {'problems':>9} {'wrong':>9}  exact match  95 % interval",
-             table_row("held out", result), *group_rows(result["groups"])]
+    lines = [
+        f"{solver.folder}, epoch {result['epoch']}, {result['n']} held-out problems: "
+        f"exact match {result['exact_match']:.4f}{how}, token accuracy {result['token_accuracy']:.4f}, "
+        f"loss {result['loss']:.4f}",
+        "",
+        f"{'':<28} {'problems':>9} {'wrong':>9}  exact match  95 % interval",
+        table_row("held out", result),
+        *group_rows(result["groups"]),
+    ]
     if result["distinct"] < result["n"]:
-        lines.append(f"  ({result['distinct']} of the {result['n']} held-out problems differ from each other; the "
-                     "intervals are those of so many)")
+        lines.append(
+            f"  ({result['distinct']} of the {result['n']} held-out problems differ from each other; the "
+            "intervals are those of so many)"
+        )
     if "exhaustive" in result:
         lines += [table_row("all not trained on", result["exhaustive"]), *group_rows(result["exhaustive"]["groups"])]
     if result["hard"]:

@@ -39,7 +39,7 @@ def answer_chunk(solver: Solver, numbers: range, beam: int) -> Chunk:
     said = answer(solver, examples, beam)
     right = is_right(said, examples)
     tally.add(task.operands(index), right)
-    wrong = (~right).nonzero().squeeze(1)[:MOST_LISTED + 1]
+    wrong = (~right).nonzero().squeeze(1)[: MOST_LISTED + 1]
     return tally, index[wrong].tolist(), said[wrong].tolist()
 
 
@@ -63,8 +63,9 @@ def answered_chunks(solver: Solver, beam: int, processes: int) -> Generator[Chun
     with closing(run_jobs("calcformer.exhaustive", [solver.folder, beam], jobs, processes)) as replies:
         for _, reply in replies:
             if isinstance(reply, InputError):
-                raise InputError(f"a process that answered problems ended before its time ({reply}); "
-                                 "try fewer --processes")
+                raise InputError(
+                    f"a process that answered problems ended before its time ({reply}); try fewer --processes"
+                )
             yield reply
 
 
@@ -84,8 +85,9 @@ def check_exhaustive(solver: Solver, processes: int | None) -> int:
         InputError: there are too many problems, or fewer cores or less memory than the processes want.
     """
     if solver.task.size > MOST_PROBLEMS:
-        raise InputError(f"--exhaustive answers up to {MOST_PROBLEMS:,} problems, this run has {solver.task.size:,}; "
-                         "leave it out")
+        raise InputError(
+            f"--exhaustive answers up to {MOST_PROBLEMS:,} problems, this run has {solver.task.size:,}; leave it out"
+        )
     if processes is None:
         processes = min(max(1, solver.config.training.processes), count_cores())
     check_cores(processes, "--processes")
@@ -109,8 +111,10 @@ def evaluate_all(solver: Solver, beam: int = 1, processes: int | None = None) ->
     task, processes = solver.task, check_exhaustive(solver, processes)
     tally = Tally()
     mistakes: list[tuple[int, list[int]]] = []
-    with (closing(answered_chunks(solver, beam, processes)) as chunks,
-          tqdm(total=task.size, unit="ex", unit_scale=True, dynamic_ncols=True, disable=None) as bar):
+    with (
+        closing(answered_chunks(solver, beam, processes)) as chunks,
+        tqdm(total=task.size, unit="ex", unit_scale=True, dynamic_ncols=True, disable=None) as bar,
+    ):
         for counts, wrong, said in chunks:
             tally.merge(counts)
             if len(mistakes) <= MOST_LISTED:

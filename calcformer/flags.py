@@ -23,28 +23,32 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         text = " ".join(message.split())
         if len(text) > LONGEST:  # what is wrong stands at its beginning, what to do at its end
-            text = f"{text[:LONGEST // 2]} ... {text[-LONGEST // 2:]}"
+            text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
         tell(f"calcformer: error: {text}")
         raise SystemExit(2)
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
     """The type of a flag that counts something."""
+
     def read(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,18}", text.strip()) or not low <= int(text) <= high:
             raise argparse.ArgumentTypeError(f"must be a whole number, {low} to {high}, got {shown(text)}")
         return int(text)
+
     return read
 
 
 def number(kind: type) -> Callable[[str], Any]:
     """The type of a setting that is a number; config.py knows its limits."""
+
     def read(text: str) -> Any:
         try:
             return kind(text)
         except ValueError:
             wanted = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"must be {wanted}, got {shown(text)}") from None
+
     return read
 
 
@@ -71,5 +75,6 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
                 options |= {"type": str if hint is str else number(hint), "metavar": hint.__name__.upper()}
             defaults = [getattr(getattr(preset, section), item.name) for preset in PRESETS.values()]
             default = " / ".join(map(str, defaults if len(set(defaults)) > 1 else defaults[:1]))
-            group.add_argument(f"--{item.name.replace('_', '-')}", help=f"{item.metadata['help']} ({default})",
-                               **options)
+            group.add_argument(
+                f"--{item.name.replace('_', '-')}", help=f"{item.metadata['help']} ({default})", **options
+            )

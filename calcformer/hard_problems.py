@@ -11,7 +11,7 @@ def telling_numbers(complexity: int) -> list[int]:
     for length in range(1, complexity + 1):
         ones = 10**length // 9
         counting = int("".join(str(place % 10) for place in range(1, length + 1)))
-        numbers |= {10**(length - 1), 9 * ones, 5 * ones, counting}
+        numbers |= {10 ** (length - 1), 9 * ones, 5 * ones, counting}
     return sorted(numbers)
 
 
@@ -38,20 +38,39 @@ def hard_problems(complexity: int, signed: bool) -> dict[str, list[Problem]]:
     pairs = [pair for one in long for other in (1, 5, 9) for pair in ((one, other), (other, one))]
     edges = {0, 1, limit - 1, limit}
     found = {
-        "carry chain": [formula for power, digit in steps for a, b in ((power - 1, digit), (digit, power - 1))
-                        for formula in ((a, b, True), (-a, b, False))],
-        "borrow chain": [formula for power, digit in steps for a, b in ((power, digit), (digit, power))
-                         for formula in ((a, b, False), (-a, b, True))],
+        "carry chain": [
+            formula
+            for power, digit in steps
+            for a, b in ((power - 1, digit), (digit, power - 1))
+            for formula in ((a, b, True), (-a, b, False))
+        ],
+        "borrow chain": [
+            formula
+            for power, digit in steps
+            for a, b in ((power, digit), (digit, power))
+            for formula in ((a, b, False), (-a, b, True))
+        ],
         "equal operands": [formula for a in numbers for formula in ((a, a, True), (-a, a, False))],
         "zero": [(a, a, False) for a in numbers],
         "zero from a negative": [(-a, a, True) for a in numbers if a],
-        "one apart": [formula for one in numbers for a, b in ((one, one + 1), (one + 1, one))
-                      for formula in ((a, b, False), (-a, b, True))],
+        "one apart": [
+            formula
+            for one in numbers
+            for a, b in ((one, one + 1), (one + 1, one))
+            for formula in ((a, b, False), (-a, b, True))
+        ],
         "unequal lengths": [(sign * a, b, plus) for a, b in pairs for sign in (1, -1) for plus in (True, False)],
-        "extremes": [(sign * a, b, plus) for a in sorted(edges) for b in sorted(edges) for sign in (1, -1)
-                     for plus in (True, False)],
+        "extremes": [
+            (sign * a, b, plus)
+            for a in sorted(edges)
+            for b in sorted(edges)
+            for sign in (1, -1)
+            for plus in (True, False)
+        ],
     }
     lowest = -limit if signed else 0
-    allowed = {name: [(a, b, plus) for a, b, plus in dict.fromkeys(formulas) if lowest <= a <= limit and b <= limit]
-               for name, formulas in found.items()}
+    allowed = {
+        name: [(a, b, plus) for a, b, plus in dict.fromkeys(formulas) if lowest <= a <= limit and b <= limit]
+        for name, formulas in found.items()
+    }
     return {name: formulas for name, formulas in allowed.items() if formulas}

@@ -34,9 +34,11 @@ def activations(config: RunConfig, problems: int) -> int:
     model, task = config.model, build_task(config.data)
     source, target = task.source_length, task.target_length
     scores = 2 * model.heads * (source**2 * model.encoder_layers + target * (target + source) * model.decoder_layers)
-    tokens = (source * model.encoder_layers * (12 * model.width + 3 * model.hidden)
-              + target * model.decoder_layers * (20 * model.width + 3 * model.hidden)
-              + target * 4 * len(task.vocabulary))
+    tokens = (
+        source * model.encoder_layers * (12 * model.width + 3 * model.hidden)
+        + target * model.decoder_layers * (20 * model.width + 3 * model.hidden)
+        + target * 4 * len(task.vocabulary)
+    )
     return FLOAT * problems * (tokens + scores)
 
 
@@ -83,6 +85,8 @@ def check_memory(needed: int, device: torch.device) -> None:
     """InputError where `needed` bytes are more than a device has free."""
     free = free_memory(device)
     if needed > free:
-        raise InputError(f"this would take about {needed / 1e9:,.1f} GB of memory and {free / 1e9:,.1f} GB are free; "
-                         "lower --width, --hidden, the layers, --batch-size, --train-size, --valid-size or the "
-                         "processes")
+        raise InputError(
+            f"this would take about {needed / 1e9:,.1f} GB of memory and {free / 1e9:,.1f} GB are free; "
+            "lower --width, --hidden, the layers, --batch-size, --train-size, --valid-size or the "
+            "processes"
+        )

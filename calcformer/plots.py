@@ -74,9 +74,14 @@ def save_curve(entries: list[dict[str, Any]], title: str, path: Path) -> bool:
     from matplotlib.ticker import MaxNLocator
 
     _title(figure, title)
-    panels = {"loss": {"loss": "training", "valid_loss": "held out"},
-              "accuracy": {"token_accuracy": "tokens, training", "valid_token_accuracy": "tokens, held out",
-                           "exact_match": "whole answers, held out"}}
+    panels = {
+        "loss": {"loss": "training", "valid_loss": "held out"},
+        "accuracy": {
+            "token_accuracy": "tokens, training",
+            "valid_token_accuracy": "tokens, held out",
+            "exact_match": "whole answers, held out",
+        },
+    }
     for axes, (panel, names) in zip(figure.subplots(1, 2), panels.items()):
         for name, label in names.items():
             points = [(entry["epoch"], entry[name]) for entry in entries if name in entry]
@@ -103,8 +108,14 @@ class Line:
     reported: bool = False
 
 
-def save_panels(panels: dict[str, list[Line]], xlabel: str, title: str, path: Path, ticks: Sequence[float] = (),
-                best: float | None = None) -> bool:
+def save_panels(
+    panels: dict[str, list[Line]],
+    xlabel: str,
+    title: str,
+    path: Path,
+    ticks: Sequence[float] = (),
+    best: float | None = None,
+) -> bool:
     """Draw a panel for each figure of merit to a PNG; returns False where matplotlib is not installed.
 
     Args:
@@ -129,7 +140,7 @@ def save_panels(panels: dict[str, list[Line]], xlabel: str, title: str, path: Pa
             style: dict[str, Any] = {"marker": "." if len(x) < 20 else None}
             if line.reported:
                 style = {"marker": "x", "markersize": 8, "markeredgewidth": 2, "linestyle": "--", "zorder": 3}
-            handles[line.label], = axes.plot(x, y, color=line.color, **style)
+            (handles[line.label],) = axes.plot(x, y, color=line.color, **style)
             if any(spread):
                 low, high = ([value + sign * width for value, width in zip(y, spread)] for sign in (-1, 1))
                 axes.fill_between(x, low, high, color=handles[line.label].get_color(), alpha=0.2, linewidth=0)
@@ -153,8 +164,14 @@ def save_panels(panels: dict[str, list[Line]], xlabel: str, title: str, path: Pa
     return True
 
 
-def save_heads(weights: list[list[list[float]]], queries: Sequence[str], keys: Sequence[str], labels: tuple[str, str],
-               title: str, path: Path) -> bool:
+def save_heads(
+    weights: list[list[list[float]]],
+    queries: Sequence[str],
+    keys: Sequence[str],
+    labels: tuple[str, str],
+    title: str,
+    path: Path,
+) -> bool:
     """Draw the attention weights of a layer to a PNG, a panel a head; returns False where matplotlib is not installed.
 
     Args:
@@ -182,7 +199,7 @@ def save_heads(weights: list[list[list[float]]], queries: Sequence[str], keys: S
             label.set_rotation(90 if len(label.get_text()) > 1 else 0)
         axes.set_yticks(range(len(queries)), queries)
         axes.set(ylabel=labels[0], xlabel=labels[1])
-    for axes in panels[len(weights):]:
+    for axes in panels[len(weights) :]:
         axes.set_axis_off()
     figure.colorbar(image, ax=panels, label="attention weight", fraction=0.05, aspect=30)
     _save(figure, path)

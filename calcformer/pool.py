@@ -62,8 +62,13 @@ class Worker:
             pass
 
 
-def run_jobs(module: str, arguments: Sequence[object], jobs: Iterable[str], processes: int,
-             watch: Callable[[list[str]], object] = lambda jobs: None) -> Generator[tuple[str, Any], None, None]:
+def run_jobs(
+    module: str,
+    arguments: Sequence[object],
+    jobs: Iterable[str],
+    processes: int,
+    watch: Callable[[list[str]], object] = lambda jobs: None,
+) -> Generator[tuple[str, Any], None, None]:
     """Do jobs, each a line of text, in worker processes; yields each with what came of it, as they are finished.
 
     That is what `do_job(job, *arguments)` of the module returned or, where it raised InputError or its process ended,

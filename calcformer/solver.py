@@ -58,8 +58,13 @@ class Solver:
         """
         return [answer.said for answer in self.answers(questions, batch_size, beam)]
 
-    def answers(self, questions: Sequence[str], batch_size: int = BATCH, beam: int = 1,
-                advance: Callable[[int], object] = lambda count: None) -> list[Answer]:
+    def answers(
+        self,
+        questions: Sequence[str],
+        batch_size: int = BATCH,
+        beam: int = 1,
+        advance: Callable[[int], object] = lambda count: None,
+    ) -> list[Answer]:
         """What `solve` says, with its probability and the right answer; arguments and errors as there.
 
         Args:
@@ -71,16 +76,24 @@ class Solver:
         problems = [self.task.read_question(question) for question in questions]
         vocabulary, found = self.task.vocabulary, []
         for start in range(0, len(problems), batch_size):
-            part = problems[start:start + batch_size]
+            part = problems[start : start + batch_size]
             a, b, plus = torch.tensor(part, device=self.device).unbind(dim=1)
             source = self.task.write(a, b, plus.bool()).trim(vocabulary.pad_id).source
             said = decode(self.model, source, self.task.target_length - 1, vocabulary, beam, batch_size)
             log_p = log_probability(self.model, source, said, vocabulary)
             if not log_p.isfinite().all():
-                raise InputError(f"{self.folder}: its weights are so large that a probability is no number; "
-                                 "train the run again or give another one")
-            found += [Answer(self.task.question(*problem), self.task.decode_answer(ids), probability,
-                             self.task.right_answer(*problem))
-                      for problem, ids, probability in zip(part, said.tolist(), log_p.exp().tolist())]
+                raise InputError(
+                    f"{self.folder}: its weights are so large that a probability is no number; "
+                    "train the run again or give another one"
+                )
+            found += [
+                Answer(
+                    self.task.question(*problem),
+                    self.task.decode_answer(ids),
+                    probability,
+                    self.task.right_answer(*problem),
+                )
+                for problem, ids, probability in zip(part, said.tolist(), log_p.exp().tolist())
+            ]
             advance(len(part))
         return found

@@ -39,28 +39,49 @@ class Study:
     measure_training: bool = False
 
 
-def _reported(name: str, figures: dict[Any, tuple[float, float, float]]
-              ) -> list[tuple[dict[str, Any], dict[str, float]]]:
+def _reported(
+    name: str, figures: dict[Any, tuple[float, float, float]]
+) -> list[tuple[dict[str, Any], dict[str, float]]]:
     """Training loss, validation loss and token accuracy by the value of one setting."""
     keys = "loss", "valid_loss", "valid_token_accuracy"
     return [({name: value}, dict(zip(keys, row))) for value, row in figures.items()]
 
 
 LEARNING_RATES = {
-    1e-2: (2.3461, 2.3397, 0.25), 1e-3: (0.0228, 0.0088, 1.00), 1e-4: (0.9837, 0.7957, 0.77),
-    1e-5: (2.4652, 2.3359, 0.35), 1e-6: (3.0363, 2.8027, 0.19), 1e-7: (3.4504, 3.4122, 0.05),
-    1e-8: (3.2717, 3.0475, 0.10), 1e-9: (3.4178, 3.2929, 0.07),
+    1e-2: (2.3461, 2.3397, 0.25),
+    1e-3: (0.0228, 0.0088, 1.00),
+    1e-4: (0.9837, 0.7957, 0.77),
+    1e-5: (2.4652, 2.3359, 0.35),
+    1e-6: (3.0363, 2.8027, 0.19),
+    1e-7: (3.4504, 3.4122, 0.05),
+    1e-8: (3.2717, 3.0475, 0.10),
+    1e-9: (3.4178, 3.2929, 0.07),
 }
 STUDIES = {
-    "s0-learning-rate": Study("expression-report", {"learning_rate": list(LEARNING_RATES)},
-                              _reported("learning_rate", LEARNING_RATES)),
-    "s0-overfit": Study("expression-report", {}, [({}, {"valid_loss": 0.0070, "valid_token_accuracy": 1.0})],
-                        {"train_size": 4, "valid_size": 1, "encoder_layers": 1, "decoder_layers": 1, "batch_size": 4,
-                         "epochs": 200, "dropout": 0.0},  # S0 says nothing of it; with 0.2 some end at .875
-                        measure_training=True),
-    "s1-positions": Study("formula-report", {"positions": ["sinusoid", "none"]},
-                          _reported("positions", {"sinusoid": (0.126, 0.117, 0.963), "none": (1.129, 1.878, 0.440)}),
-                          questions=("123+123", "321+321")),
+    "s0-learning-rate": Study(
+        "expression-report", {"learning_rate": list(LEARNING_RATES)}, _reported("learning_rate", LEARNING_RATES)
+    ),
+    "s0-overfit": Study(
+        "expression-report",
+        {},
+        [({}, {"valid_loss": 0.0070, "valid_token_accuracy": 1.0})],
+        {
+            "train_size": 4,
+            "valid_size": 1,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "batch_size": 4,
+            "epochs": 200,
+            "dropout": 0.0,
+        },  # S0 says nothing of it; with 0.2 some end at .875
+        measure_training=True,
+    ),
+    "s1-positions": Study(
+        "formula-report",
+        {"positions": ["sinusoid", "none"]},
+        _reported("positions", {"sinusoid": (0.126, 0.117, 0.963), "none": (1.129, 1.878, 0.440)}),
+        questions=("123+123", "321+321"),
+    ),
 }
 
 
@@ -100,8 +121,14 @@ class Sweep:
                 raise InputError(f"--vary {name.replace('_', '-')} names a value twice")
 
     @classmethod
-    def of(cls, settings: dict[str, Any], vary: dict[str, list[Any]], seeds: int = 1, preset: str = DEFAULT,
-           study: str | None = None) -> "Sweep":
+    def of(
+        cls,
+        settings: dict[str, Any],
+        vary: dict[str, list[Any]],
+        seeds: int = 1,
+        preset: str = DEFAULT,
+        study: str | None = None,
+    ) -> "Sweep":
         """A preset with some settings changed and others varied; or a study, changed in the same way.
 
         Runs are to stand side by side, so that each has one process unless `settings` says otherwise.
@@ -126,13 +153,19 @@ class Sweep:
             name = ",".join(f"{name.replace('_', '-')}={value}" for name, value in settings.items()) or "run"
             if len(name) > LONGEST_NAME or "/" in name:
                 raise InputError(f"{shown(name)} cannot be the name of a folder; vary fewer settings at once")
-            members.append(Member(name, {key: settings[key] for key in self.vary},
-                                  self.base.with_settings(warmup | settings)))
+            members.append(
+                Member(name, {key: settings[key] for key in self.vary}, self.base.with_settings(warmup | settings))
+            )
         return members
 
     def to_json(self) -> str:
-        content = {"format": FORMAT, "study": self.study, "vary": self.vary, "seeds": self.seeds,
-                   "base": json.loads(self.base.to_json())}
+        content = {
+            "format": FORMAT,
+            "study": self.study,
+            "vary": self.vary,
+            "seeds": self.seeds,
+            "base": json.loads(self.base.to_json()),
+        }
         return json.dumps(content, indent=2) + "\n"
 
     @classmethod
@@ -144,8 +177,10 @@ class Sweep:
                 raise ValueError(f"not of format {FORMAT}")
             return cls(RunConfig.from_json(json.dumps(content.pop("base"))), **content)
         except FileNotFoundError:
-            raise InputError(f"{path.parent} is not a sweep folder: it has no {path.name}; give the folder that "
-                             "calcformer sweep wrote") from None
+            raise InputError(
+                f"{path.parent} is not a sweep folder: it has no {path.name}; give the folder that "
+                "calcformer sweep wrote"
+            ) from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{path} cannot be used: {error}; start the sweep again with another --out") from None
 
@@ -173,8 +208,9 @@ def parse_vary(words: Sequence[str]) -> dict[str, list[Any]]:
         flag, _, values = word.partition("=")
         name = flag.replace("-", "_")
         if not values:
-            raise InputError(f"--vary {shown(word)} is not of the form SETTING=VALUE,VALUE, such as "
-                             "learning-rate=1e-3,1e-4")
+            raise InputError(
+                f"--vary {shown(word)} is not of the form SETTING=VALUE,VALUE, such as learning-rate=1e-3,1e-4"
+            )
         if name not in KINDS:
             raise InputError(f"there is no setting {shown(flag)} to vary; calcformer train --help lists them")
         if name in vary:

@@ -46,8 +46,10 @@ def train_members(folder: Path, members: list[Member], jobs: int, bar: bool | No
     epochs = {member.name: member.config.training.epochs for member in members}
     waiting = [member.name for member in members if not is_finished(folder, member)]
     left, done = set(waiting), epochs | dict.fromkeys(waiting, 0)
-    with tqdm(total=sum(epochs.values()), unit="epoch", dynamic_ncols=True,
-              disable=None if bar is None else not bar) as progress:
+    with tqdm(
+        total=sum(epochs.values()), unit="epoch", dynamic_ncols=True, disable=None if bar is None else not bar
+    ) as progress:
+
         def show(at_work: list[str]) -> None:
             if not progress.disable:
                 done.update((name, len(RunLog(folder / name / METRICS).read())) for name in at_work)
@@ -97,8 +99,9 @@ def claim(out: Path | None, sweep: Sweep) -> Iterator[Path]:
         return
     with hold(out):
         if read_sweep(out) != sweep:
-            raise InputError(f"{out} holds another sweep; give --out another name, or continue that one with "
-                             f"--resume {out}")
+            raise InputError(
+                f"{out} holds another sweep; give --out another name, or continue that one with --resume {out}"
+            )
         yield out
 
 

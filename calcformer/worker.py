@@ -24,9 +24,12 @@ def start_worker(module: str, *arguments: object, **options: Any) -> subprocess.
     # It imports from where this process does: with -m alone the current folder would come first.
     path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
     return subprocess.Popen(
-        [sys.executable, "-m", "calcformer.worker", module, *map(str, arguments)], stdin=subprocess.PIPE,
+        [sys.executable, "-m", "calcformer.worker", module, *map(str, arguments)],
+        stdin=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
-        start_new_session=True, **options)  # its own session: Ctrl-C is for this process alone
+        start_new_session=True,
+        **options,
+    )  # its own session: Ctrl-C is for this process alone
 
 
 def listen(lines: "SimpleQueue[str]") -> None:

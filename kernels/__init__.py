@@ -8,6 +8,15 @@ from kernels.layer_norm.api import add_layer_norm, add_rms_norm, layer_norm, rms
 
 __version__ = "0.1.0"
 __all__ = [
-    "AttentionResult", "__version__", "add_layer_norm", "add_rms_norm", "explain", "layer_norm", "nn", "reference",
-    "rms_norm", "scaled_dot_product_attention", "varlen_attention",
-]  # fmt: skip
+    "AttentionResult",
+    "__version__",
+    "add_layer_norm",
+    "add_rms_norm",
+    "explain",
+    "layer_norm",
+    "nn",
+    "reference",
+    "rms_norm",
+    "scaled_dot_product_attention",
+    "varlen_attention",
+]

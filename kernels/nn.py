@@ -21,8 +21,14 @@ class LayerNorm(torch.nn.LayerNorm):
         super().__init__(sizes_of(normalized_shape), *arguments, **options)
         self.eps = as_number(self.eps)
 
-    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None, *, dropout_p: float = 0.0,
-                prenorm: bool = False) -> Any:
+    def forward(
+        self,
+        input: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        *,
+        dropout_p: float = 0.0,
+        prenorm: bool = False,
+    ) -> Any:
         """Normalise the trailing `normalized_shape` of `input` (..., *normalized_shape); same shape and dtype back.
 
         Args:
@@ -32,8 +38,16 @@ class LayerNorm(torch.nn.LayerNorm):
         """
         if residual is None:
             return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
-        return add_layer_norm(input, residual, self.weight, self.bias, self.eps, dropout_p=dropout_p, prenorm=prenorm,
-                              normalized_shape=self.normalized_shape)
+        return add_layer_norm(
+            input,
+            residual,
+            self.weight,
+            self.bias,
+            self.eps,
+            dropout_p=dropout_p,
+            prenorm=prenorm,
+            normalized_shape=self.normalized_shape,
+        )
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -43,10 +57,18 @@ class RMSNorm(torch.nn.RMSNorm):
         super().__init__(sizes_of(normalized_shape), *arguments, **options)
         self.eps = as_number(self.eps)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, *, dropout_p: float = 0.0,
-                prenorm: bool = False) -> Any:
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, *, dropout_p: float = 0.0, prenorm: bool = False
+    ) -> Any:
         """As `LayerNorm`."""
         if residual is None:
             return rms_norm(x, self.normalized_shape, self.weight, self.eps)
-        return add_rms_norm(x, residual, self.weight, self.eps, dropout_p=dropout_p, prenorm=prenorm,
-                            normalized_shape=self.normalized_shape)
+        return add_rms_norm(
+            x,
+            residual,
+            self.weight,
+            self.eps,
+            dropout_p=dropout_p,
+            prenorm=prenorm,
+            normalized_shape=self.normalized_shape,
+        )

@@ -75,14 +75,18 @@ def on_shards(call: Callable[..., Any], tensors: Named, matching: Matching, divi
 
     for name, x in tensors.items():
         if x is not None and not isinstance(x, DTensor):
-            raise ValueError(f"{name} must be a DTensor like the others, found a plain tensor; pass it through "
-                             "torch.distributed.tensor.distribute_tensor")
+            raise ValueError(
+                f"{name} must be a DTensor like the others, found a plain tensor; pass it through "
+                "torch.distributed.tensor.distribute_tensor"
+            )
     (first_name, first), *_ = tensors.items()
     mesh, placements = first.device_mesh, first.placements
     for placement in placements:
         if type(placement) is not Replicate and (type(placement) is not Shard or placement.dim not in divided):
-            raise ValueError(f"{first_name} must be replicated, or sharded along one of its dimensions "
-                             f"{tuple(divided)}, found {placements}; redistribute it")
+            raise ValueError(
+                f"{first_name} must be replicated, or sharded along one of its dimensions "
+                f"{tuple(divided)}, found {placements}; redistribute it"
+            )
     held: list[Any] = []
     for name, x in tensors.items():
         if x is None:
@@ -91,15 +95,19 @@ def on_shards(call: Callable[..., Any], tensors: Named, matching: Matching, divi
         dims = [-1 if placement.is_replicate() else matching(name, x, placement.dim) for placement in placements]
         for place, (placement, dim) in enumerate(zip(placements, dims)):
             if dim >= 0 and x.shape[dim] != first.shape[placement.dim] and x.shape[dim] % mesh.size(place):
-                raise ValueError(f"{name} must have a dimension {dim} that {mesh.size(place)} processes divide evenly, "
-                                 f"found {x.shape[dim]}; replicate it")
+                raise ValueError(
+                    f"{name} must have a dimension {dim} that {mesh.size(place)} processes divide evenly, "
+                    f"found {x.shape[dim]}; replicate it"
+                )
         wanted = tuple(Replicate() if dim < 0 else Shard(dim) for dim in dims)
         if x.device_mesh != mesh or x.placements != wanted:
-            raise ValueError(f"{name} must be placed as {wanted} on the mesh of {first_name}, found {x.placements}; "
-                             "redistribute it")
+            raise ValueError(
+                f"{name} must be placed as {wanted} on the mesh of {first_name}, found {x.placements}; redistribute it"
+            )
         # What is whole here sees one shard of the first: its gradient is one term of a sum.
-        terms = [own if own.is_shard() or of_first.is_replicate() else Partial()
-                 for own, of_first in zip(wanted, placements)]  # fmt: skip
+        terms = [
+            own if own.is_shard() or of_first.is_replicate() else Partial() for own, of_first in zip(wanted, placements)
+        ]
         held.append(x.to_local(grad_placements=terms))
 
     def wrap(local: torch.Tensor) -> torch.Tensor:

@@ -381,23 +381,42 @@ def make_language(chip: Chip) -> types.SimpleNamespace:
         return None
 
     return types.SimpleNamespace(
-        constexpr=lambda x: x, float16=torch.float16, bfloat16=torch.bfloat16, float32=torch.float32,
-        int32=torch.int32, int64=torch.int64,
-        NVMMADistributedLayout=layout, DotOperandLayout=layout, SliceLayout=layout, BlockedLayout=layout,
-        SwizzledSharedLayout=layout, NVMMASharedLayout=types.SimpleNamespace(get_default_for=layout),
-        static_range=range, program_id=lambda axis: tensor(chip.program), num_programs=lambda axis: chip.n_programs,
-        allocate_shared_memory=functools.partial(allocate, chip), load=load, store=store,
-        warp_specialize=chip.specialize, barrier=chip.meet,
+        constexpr=lambda x: x,
+        float16=torch.float16,
+        bfloat16=torch.bfloat16,
+        float32=torch.float32,
+        int32=torch.int32,
+        int64=torch.int64,
+        NVMMADistributedLayout=layout,
+        DotOperandLayout=layout,
+        SliceLayout=layout,
+        BlockedLayout=layout,
+        SwizzledSharedLayout=layout,
+        NVMMASharedLayout=types.SimpleNamespace(get_default_for=layout),
+        static_range=range,
+        program_id=lambda axis: tensor(chip.program),
+        num_programs=lambda axis: chip.n_programs,
+        allocate_shared_memory=functools.partial(allocate, chip),
+        load=load,
+        store=store,
+        warp_specialize=chip.specialize,
+        barrier=chip.meet,
         arange=lambda start, end, layout: tensor(torch.arange(start, end)),
         full=lambda shape, x, dtype, layout: tensor(torch.full(shape, x, dtype=dtype)),
         zeros=lambda shape, dtype, layout: tensor(torch.zeros(shape, dtype=dtype)),
-        zeros_like=torch.zeros_like, exp2=torch.exp2, abs=torch.abs,
+        zeros_like=torch.zeros_like,
+        exp2=torch.exp2,
+        abs=torch.abs,
         convert_layout=lambda x, layout: x,
-        where=lambda c, a, b: tensor(torch.where(tensor(c), a, b)), minimum=binary(torch.fmin),
-        maximum=binary(torch.fmax), cdiv=lambda a, b: (tensor(a) + (b - 1)) // b, max=greatest,
-        min=lambda x, axis: tensor(x.amin(axis)), sum=lambda x, axis: tensor(x.sum(axis)),
+        where=lambda c, a, b: tensor(torch.where(tensor(c), a, b)),
+        minimum=binary(torch.fmin),
+        maximum=binary(torch.fmax),
+        cdiv=lambda a, b: (tensor(a) + (b - 1)) // b,
+        max=greatest,
+        min=lambda x, axis: tensor(x.amin(axis)),
+        sum=lambda x, axis: tensor(x.sum(axis)),
         _core=types.SimpleNamespace(builtin=lambda function: function),
-    )  # fmt: skip
+    )
 
 
 class Kernel:
@@ -421,33 +440,39 @@ def emulate(seed: int, change: Callable[[str], str] = lambda source: source) -> 
     chip = Chip(seed)
     gl = make_language(chip)
     hopper = types.SimpleNamespace(
-        fence_async_shared=chip.fence, warpgroup_mma=chip.multiply, warpgroup_mma_wait=chip.wait_for_products,
+        fence_async_shared=chip.fence,
+        warpgroup_mma=chip.multiply,
+        warpgroup_mma_wait=chip.wait_for_products,
         tma=types.SimpleNamespace(
             async_load=chip.load_tile, async_store=chip.store_tile, store_wait=chip.wait_for_stores
         ),
         mbarrier=types.SimpleNamespace(
-            MBarrierLayout=lambda: "barriers", init=lambda barrier, count: setattr(barrier, "count", count),
+            MBarrierLayout=lambda: "barriers",
+            init=lambda barrier, count: setattr(barrier, "count", count),
             expect=lambda barrier, nbytes: barrier.change(1, nbytes),
-            arrive=chip.arrive, wait=chip.wait,
+            arrive=chip.arrive,
+            wait=chip.wait,
         ),
-    )  # fmt: skip
+    )
     gluon = types.SimpleNamespace(jit=lambda function: Kernel(function, chip), language=gl)
     work: dict[str, Any] = {"tl": gl}
     exec(inspect.getsource(getattr(pieces.find_work, "fn", pieces.find_work)).split("\n", 1)[1], work)
     stand_ins: dict[str, Any] = {
-        "triton.experimental": types.SimpleNamespace(gluon=gluon), "triton.experimental.gluon": gluon,
+        "triton.experimental": types.SimpleNamespace(gluon=gluon),
+        "triton.experimental.gluon": gluon,
         "triton.experimental.gluon.language": gl,
         "triton.experimental.gluon.language.nvidia.hopper": hopper,
         "triton.experimental.gluon.nvidia.hopper": types.SimpleNamespace(TensorDescriptor=Descriptor),
         "kernels.attention.score": types.SimpleNamespace(LOG2_E=score.LOG2_E.value),
         "kernels.attention.pieces": types.SimpleNamespace(**{**vars(pieces), "find_work": work["find_work"]}),
-    }  # fmt: skip
+    }
     folder = Path(kernels.__file__).parent / "attention"
     replaced = {
-        "named_barrier": chip.named_barrier, "add_tile": functools.partial(chip.store_tile, adds=True),
+        "named_barrier": chip.named_barrier,
+        "add_tile": functools.partial(chip.store_tile, adds=True),
         "add_zeros": lambda x, sums: sums + 0 * x,
         "range": lambda *bounds: (tensor(i) for i in range(*map(int, bounds))),
-    }  # fmt: skip
+    }
     with mock.patch.dict(sys.modules, stand_ins):
         for name in MODULES:
             module = types.ModuleType(f"kernels.attention.{name}")
@@ -455,7 +480,9 @@ def emulate(seed: int, change: Callable[[str], str] = lambda source: source) -> 
             exec(compile(source, str(folder / f"{name}.py"), "exec"), vars(module))
             vars(module).update(replaced)
             sys.modules[module.__name__] = module
-        return types.SimpleNamespace(**{
-            name: getattr(sys.modules[f"kernels.attention.{name.removeprefix('launch_')}"], name)
-            for name in ("launch_hopper_forward", "launch_hopper_backward")
-        })  # fmt: skip
+        return types.SimpleNamespace(
+            **{
+                name: getattr(sys.modules[f"kernels.attention.{name.removeprefix('launch_')}"], name)
+                for name in ("launch_hopper_forward", "launch_hopper_backward")
+            }
+        )

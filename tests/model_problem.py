@@ -7,11 +7,7 @@ from torch.nn import functional as F
 
 import kernels.nn
 from calcformer.model import CrossAttention, DecoderLayer, EncoderDecoder, EncoderLayer, SelfAttention
-from kernels.reference import (
-    layer_norm_two_loop,
-    scaled_dot_product_no_loop_batch,
-    scaled_dot_product_two_loop_single,
-)
+from kernels.reference import layer_norm_two_loop, scaled_dot_product_no_loop_batch, scaled_dot_product_two_loop_single
 
 PAD = 12
 SIZES = {"width": 20, "heads": 5, "encoder_layers": 2, "decoder_layers": 3, "hidden": 23}
@@ -48,51 +44,72 @@ def padded_problems() -> tuple[torch.Tensor, torch.Tensor]:
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-def attend_by_loops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocked: torch.Tensor
-                    ) -> tuple[torch.Tensor, torch.Tensor]:
+def attend_by_loops(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocked: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with two loops, to the keys that are not blocked; in place of the weights, NaN."""
-    output = torch.stack([
-        torch.cat([scaled_dot_product_two_loop_single(q[None], k[seen], v[seen]) for q, seen in zip(q, ~blocked)])
-        for q, k, v, blocked in zip(query, key, value, blocked)])
+    output = torch.stack(
+        [
+            torch.cat([scaled_dot_product_two_loop_single(q[None], k[seen], v[seen]) for q, seen in zip(q, ~blocked)])
+            for q, k, v, blocked in zip(query, key, value, blocked)
+        ]
+    )
     return output, torch.full_like(blocked, torch.nan, dtype=output.dtype)
 
 
-def compose_attention(attention: SelfAttention | CrossAttention, x: torch.Tensor, memory: torch.Tensor,
-                      blocked: torch.Tensor, attend: Attend = scaled_dot_product_no_loop_batch
-                      ) -> tuple[torch.Tensor, torch.Tensor]:
+def compose_attention(
+    attention: SelfAttention | CrossAttention,
+    x: torch.Tensor,
+    memory: torch.Tensor,
+    blocked: torch.Tensor,
+    attend: Attend = scaled_dot_product_no_loop_batch,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """x (B, L, D), memory (B, S, D), blocked (B, L, S): output (B, L, D) and weights (B, H, L, S)."""
     if isinstance(attention, SelfAttention):
         maps = [*zip(attention.query_key_value.weight.chunk(3), attention.query_key_value.bias.chunk(3))]
     else:
-        maps = [(attention.query.weight, attention.query.bias),
-                *zip(attention.key_value.weight.chunk(2), attention.key_value.bias.chunk(2))]
+        maps = [
+            (attention.query.weight, attention.query.bias),
+            *zip(attention.key_value.weight.chunk(2), attention.key_value.bias.chunk(2)),
+        ]
     heads = attention.heads
-    query, key, value = (F.linear(sequence, *each).unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)
-                         for sequence, each in zip((x, memory, memory), maps))
+    query, key, value = (
+        F.linear(sequence, *each).unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)
+        for sequence, each in zip((x, memory, memory), maps)
+    )
     mixed, weights = attend(query, key, value, blocked.repeat_interleave(heads, 0))
     mixed, weights = mixed.unflatten(0, (-1, heads)), weights.unflatten(0, (-1, heads))
     return attention.output(mixed.transpose(1, 2).flatten(2)), weights
 
 
-def compose_layer(layer: EncoderLayer | DecoderLayer, x: torch.Tensor, blocked: torch.Tensor,
-                  memory: torch.Tensor | None = None, memory_blocked: torch.Tensor | None = None, *,
-                  attend: Attend = scaled_dot_product_no_loop_batch, norm_first: bool = False
-                  ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def compose_layer(
+    layer: EncoderLayer | DecoderLayer,
+    x: torch.Tensor,
+    blocked: torch.Tensor,
+    memory: torch.Tensor | None = None,
+    memory_blocked: torch.Tensor | None = None,
+    *,
+    attend: Attend = scaled_dot_product_no_loop_batch,
+    norm_first: bool = False,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """x (B, L, D), memory (B, S, D) for a decoder layer: output (B, L, D) and the weights of each attention."""
     seen: list[torch.Tensor] = []
 
-    def attended(attention: SelfAttention | CrossAttention, x: torch.Tensor, memory: torch.Tensor,
-                 blocked: torch.Tensor) -> torch.Tensor:
+    def attended(
+        attention: SelfAttention | CrossAttention, x: torch.Tensor, memory: torch.Tensor, blocked: torch.Tensor
+    ) -> torch.Tensor:
         output, weights = compose_attention(attention, x, memory, blocked, attend)
         seen.append(weights)
         return output
 
     sublayers: list[tuple[Callable[[torch.Tensor], torch.Tensor], kernels.nn.LayerNorm]] = [
-        (lambda x: attended(layer.attention, x, x, blocked), layer.attention_norm)]
+        (lambda x: attended(layer.attention, x, x, blocked), layer.attention_norm)
+    ]
     if isinstance(layer, DecoderLayer):
         assert memory is not None and memory_blocked is not None
-        sublayers += [(lambda x: attended(layer.cross_attention, x, memory, memory_blocked),
-                       layer.cross_attention_norm)]
+        sublayers += [
+            (lambda x: attended(layer.cross_attention, x, memory, memory_blocked), layer.cross_attention_norm)
+        ]
     sublayers += [(layer.feed_forward, layer.feed_forward_norm)]
     for sublayer, norm in sublayers:
         x = x + sublayer(compose_norm(norm, x)) if norm_first else compose_norm(norm, x + sublayer(x))

@@ -125,7 +125,11 @@ def kept(shape, dropout_p, device, seed=7, backend="triton", centre=True):
 
 def sample(normal, centre, shape=(19, 37), dtypes=(F32, F32, F32)):
     """Input, residual, weight and bias (layer norm only) of three dtypes, upstream gradients of output and sum."""
-    tensors = [normal(*shape, dtype=dtypes[0]) * 2 + 1, normal(*shape, dtype=dtypes[1]),
-               normal(shape[-1], dtype=dtypes[2]), normal(shape[-1], dtype=dtypes[2]) if centre else None]
+    tensors = [
+        normal(*shape, dtype=dtypes[0]) * 2 + 1,
+        normal(*shape, dtype=dtypes[1]),
+        normal(shape[-1], dtype=dtypes[2]),
+        normal(shape[-1], dtype=dtypes[2]) if centre else None,
+    ]
     both = normal(*shape, dtype=dtypes[0]), normal(*shape, dtype=torch.promote_types(*dtypes[:2]))
     return tensors, list(both)

@@ -55,9 +55,15 @@ def float_mask(*shape: int, dtype: torch.dtype = torch.float32) -> object:
 
 
 SIZES = [
-    (2, 2, 2, 37, 53, 24, 19), (1, 2, 2, 67, 31, 16, 16), (1, 1, 1, 1, 41, 7, 5), (1, 1, 1, 43, 1, 1, 1),
-    (1, 2, 1, 32, 32, 64, 64), (1, 1, 1, 33, 33, 65, 33), (2, 1, 1, 31, 31, 128, 8), (1, 4, 2, 47, 29, 20, 12),
-]  # fmt: skip
+    (2, 2, 2, 37, 53, 24, 19),
+    (1, 2, 2, 67, 31, 16, 16),
+    (1, 1, 1, 1, 41, 7, 5),
+    (1, 1, 1, 43, 1, 1, 1),
+    (1, 2, 1, 32, 32, 64, 64),
+    (1, 1, 1, 33, 33, 65, 33),
+    (2, 1, 1, 31, 31, 128, 8),
+    (1, 4, 2, 47, 29, 20, 12),
+]
 
 
 @pytest.mark.parametrize(
@@ -77,9 +83,23 @@ def test_the_tiles_of_the_launcher(is_causal: bool, dtype: torch.dtype, device: 
 
 
 MASKS = [
-    (37, 41), (1, 41), (37, 1), (41,), (), (2, 37, 41), (2, 1, 41), (1, 37, 1), (2, 2, 37, 41), (2, 1, 37, 41),
-    (1, 2, 37, 41), (2, 2, 1, 41), (2, 1, 1, 41), (2, 2, 37, 1), (2, 1, 1, 1), (1, 2, 1, 1),
-]  # fmt: skip
+    (37, 41),
+    (1, 41),
+    (37, 1),
+    (41,),
+    (),
+    (2, 37, 41),
+    (2, 1, 41),
+    (1, 37, 1),
+    (2, 2, 37, 41),
+    (2, 1, 37, 41),
+    (1, 2, 37, 41),
+    (2, 2, 1, 41),
+    (2, 1, 1, 41),
+    (2, 2, 37, 1),
+    (2, 1, 1, 1),
+    (1, 2, 1, 1),
+]
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["mask", "mask+causal"])
@@ -283,8 +303,10 @@ def test_which_weights_drop_is_philox_of_their_place(p_drop: float, n_queries: i
     torch.manual_seed(11)
     seed = int(torch.randint(2**63 - 1, (1,), device=device))
     head, i, j = numpy.indices((6, n_queries, n_keys)).astype(numpy.uint64)
-    words = philox(numpy.stack([j & ~numpy.uint64(8), i & ~numpy.uint64(8), head, 0 * head]),
-                   numpy.array([seed & 0xFFFFFFFF, seed >> 32], numpy.uint64))  # fmt: skip
+    words = philox(
+        numpy.stack([j & ~numpy.uint64(8), i & ~numpy.uint64(8), head, 0 * head]),
+        numpy.array([seed & 0xFFFFFFFF, seed >> 32], numpy.uint64),
+    )
     word = numpy.choose((2 * (i >> 3 & 1) + (j >> 3 & 1)).astype(int), words).astype(numpy.uint32).view(numpy.int32)
     expected = word >= round(p_drop * 2**32) - 2**31
     assert numpy.array_equal(kept.flatten(0, 1).cpu().numpy(), expected)
@@ -419,9 +441,7 @@ def test_double_backward(device: str) -> None:
     results = []
     for backend in ("triton", "torch"):
         inputs = p.inputs()
-        output = kernels.scaled_dot_product_attention(
-            *inputs, is_causal=True, enable_gqa=True, backend=backend
-        )
+        output = kernels.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True, backend=backend)
         grads = torch.autograd.grad(output, inputs, p.grad, create_graph=True)
         results.append(torch.autograd.grad(sum(g.square().sum() for g in grads), inputs))
     for a, b in zip(*results):

@@ -217,9 +217,11 @@ def test_the_ends_of_dropout(dropout_p: float, device: str) -> None:
 def test_no_queries_or_no_keys_with_a_mask(n_queries: int, n_keys: int, shape: str, device: str) -> None:
     sizes = {"1": 1, "B": 2, "H": 3, "L": n_queries, "S": n_keys}
     p = problem(
-        (2, 3, 3, n_queries, n_keys, 8, 4), device=device, is_causal=True,
+        (2, 3, 3, n_queries, n_keys, 8, 4),
+        device=device,
+        is_causal=True,
         mask=lambda _: torch.randn([sizes[axis] for axis in shape]),
-    )  # fmt: skip
+    )
     inputs = p.inputs()
     output = triton_attention(*inputs, is_causal=True)
     for x in (output, *torch.autograd.grad(output, inputs, p.grad)):
@@ -262,9 +264,11 @@ def test_a_key_nobody_sees_gets_no_gradient(kind: str, n_queries: int, device: s
         if kind == "float":
             inputs.append(mask.clone().requires_grad_())
         output = triton_attention(
-            *inputs[:3], None if kind == "causal" else inputs[3] if kind == "float" else mask,
-            is_causal=kind == "causal", enable_gqa=True,
-        )  # fmt: skip
+            *inputs[:3],
+            None if kind == "causal" else inputs[3] if kind == "float" else mask,
+            is_causal=kind == "causal",
+            enable_gqa=True,
+        )
         results.append((output, *torch.autograd.grad(output, inputs, p.grad)))
         assert not results[-1][2][:, :, bad].any() and not results[-1][3][:, :, bad].any()
     for other in results[1:]:

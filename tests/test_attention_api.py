@@ -43,7 +43,8 @@ def test_positional_arguments_are_those_of_torch() -> None:
 
 ERRORS = {
     "E of query and key differ": (
-        ValueError, "same last dimension E; found query \\(2, 3, 5, 8\\), key \\(2, 3, 5, 7\\)",
+        ValueError,
+        "same last dimension E; found query \\(2, 3, 5, 8\\), key \\(2, 3, 5, 7\\)",
         lambda q, k, v: attention(q, k[..., :7], v),
     ),
     "S of key and value differ": (ValueError, "same length S", lambda q, k, v: attention(q, k, v[:, :, :4])),
@@ -52,47 +53,61 @@ ERRORS = {
     "heads differ": (ValueError, "pass enable_gqa=True", lambda q, k, v: attention(q, k[:, :2], v[:, :2])),
     "batches differ": (ValueError, "must broadcast", lambda q, k, v: attention(q.repeat(2, 1, 1, 1)[:3], k, v)),
     "heads no multiple": (
-        ValueError, "multiple of key and value heads",
+        ValueError,
+        "multiple of key and value heads",
         lambda q, k, v: attention(q, k[:, :2], v[:, :2], enable_gqa=True),
     ),
     "GQA with key heads unlike value heads": (
-        ValueError, "multiple of key and value heads", lambda q, k, v: attention(q, k, v[:, :1], enable_gqa=True),
+        ValueError,
+        "multiple of key and value heads",
+        lambda q, k, v: attention(q, k, v[:, :1], enable_gqa=True),
     ),
     "GQA without heads": (
-        ValueError, "needs a dimension of heads", lambda q, k, v: attention(q[0, 0], k[0, 0], v[0, 0], enable_gqa=True),
+        ValueError,
+        "needs a dimension of heads",
+        lambda q, k, v: attention(q[0, 0], k[0, 0], v[0, 0], enable_gqa=True),
     ),
     "mixed dtypes": (
-        TypeError, "share a dtype, found torch.float32, torch.float16", lambda q, k, v: attention(q, k.half(), v),
+        TypeError,
+        "share a dtype, found torch.float32, torch.float16",
+        lambda q, k, v: attention(q, k.half(), v),
     ),
     "integers": (TypeError, "found torch.int64", lambda q, k, v: attention(q.long(), k.long(), v.long())),
-    "float8": (
-        TypeError, "float8_e4m3fn", lambda q, k, v: attention(*(x.to(torch.float8_e4m3fn) for x in (q, k, v))),
-    ),
+    "float8": (TypeError, "float8_e4m3fn", lambda q, k, v: attention(*(x.to(torch.float8_e4m3fn) for x in (q, k, v)))),
     "mask of the wrong shape": (
-        ValueError, "attn_mask must broadcast to .* = \\(2, 3, 5, 5\\), found \\(2, 5\\)",
+        ValueError,
+        "attn_mask must broadcast to .* = \\(2, 3, 5, 5\\), found \\(2, 5\\)",
         lambda q, k, v: attention(q, k, v, torch.ones(2, 5, dtype=torch.bool)),
     ),
     "mask with too many dimensions": (
-        ValueError, "attn_mask must broadcast", lambda q, k, v: attention(q, k, v, torch.ones(1, 2, 3, 5, 5)),
+        ValueError,
+        "attn_mask must broadcast",
+        lambda q, k, v: attention(q, k, v, torch.ones(1, 2, 3, 5, 5)),
     ),
     "integer mask": (
-        TypeError, "attn_mask must be bool", lambda q, k, v: attention(q, k, v, torch.ones(5, 5, dtype=torch.int64)),
+        TypeError,
+        "attn_mask must be bool",
+        lambda q, k, v: attention(q, k, v, torch.ones(5, 5, dtype=torch.int64)),
     ),
     "dropout above 1": (ValueError, "from 0 to 1, found 1.5", lambda q, k, v: attention(q, k, v, None, 1.5)),
     "dropout is NaN": (ValueError, "probability", lambda q, k, v: attention(q, k, v, None, math.nan)),
     "scale is NaN": (ValueError, "number that float32 holds", lambda q, k, v: attention(q, k, v, scale=math.nan)),
     "unknown backend": (
-        ValueError, "'auto', 'triton', 'torch', found 'cuda'", lambda q, k, v: attention(q, k, v, backend="cuda"),
+        ValueError,
+        "'auto', 'triton', 'torch', found 'cuda'",
+        lambda q, k, v: attention(q, k, v, backend="cuda"),
     ),
     "float64 on Triton": (
-        ValueError, "float16, bfloat16, float32, found float64",
+        ValueError,
+        "float16, bfloat16, float32, found float64",
         lambda q, k, v: attention(q.double(), k.double(), v.double(), backend="triton"),
     ),
     "heads too wide for Triton": (
-        ValueError, "wider than 2048",
+        ValueError,
+        "wider than 2048",
         lambda q, k, v: attention(*(torch.randn(2, 3, 5, 2049) for _ in range(3)), backend="triton"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", ERRORS)
@@ -280,17 +295,31 @@ LAYOUTS = {
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(("features", "layout"), [
-    ("plain", "compact"), ("plain", "transposed"), ("plain", "expanded"), ("all", "transposed"), ("packed", "expanded"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("features", "layout"),
+    [
+        ("plain", "compact"),
+        ("plain", "transposed"),
+        ("plain", "expanded"),
+        ("all", "transposed"),
+        ("packed", "expanded"),
+    ],
+)
 def test_registered_operations_keep_their_promises(layout: str, features: str) -> None:
     q, k, v = (LAYOUTS[layout](x) for x in inputs(2, 2, 5, 8))
     asked = Call(scale=0.3, right=0)
     if features == "all":
         asked = Call(
-            torch.randn(1, 2, 5, 5), torch.tensor([3, 5], dtype=torch.int32), torch.rand(2, 2), torch.rand(1, 2),
-            scale=0.3, softcap=2.0, left=3, right=1, bottom_right=True,
-        )  # fmt: skip
+            torch.randn(1, 2, 5, 5),
+            torch.tensor([3, 5], dtype=torch.int32),
+            torch.rand(2, 2),
+            torch.rand(1, 2),
+            scale=0.3,
+            softcap=2.0,
+            left=3,
+            right=1,
+            bottom_right=True,
+        )
     elif features == "packed":
         q, k, v = q[:1], k[:1], v[:1]
         starts = torch.tensor([0, 2, 5], dtype=torch.int32)
@@ -429,9 +458,8 @@ def test_selective_checkpointing_saves_what_the_policy_names() -> None:
         runs = 0
         with Counted():
             output = checkpoint(
-                block, *leaves, use_reentrant=False,
-                context_fn=lambda: create_selective_checkpoint_contexts(policy),
-            )  # fmt: skip
+                block, *leaves, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy)
+            )
             output.sum().backward()
         found.append((runs, [x.grad for x in leaves]))
     assert [runs for runs, _ in found] == [1, 2]

@@ -41,9 +41,12 @@ def close(ours: torch.Tensor, exact: torch.Tensor) -> None:
 
 COLUMN = torch.arange(12, dtype=torch.int64).reshape(3, 4)
 LENGTHS = {
-    "one for all": torch.tensor(3), "one, expanded": torch.tensor([4]).expand(3), "a column": COLUMN[:, 1] % 7,
-    "every second": torch.tensor([7, 9, 2, 9, 0])[::2], "one in one dimension": torch.tensor([5]),
-}  # fmt: skip
+    "one for all": torch.tensor(3),
+    "one, expanded": torch.tensor([4]).expand(3),
+    "a column": COLUMN[:, 1] % 7,
+    "every second": torch.tensor([7, 9, 2, 9, 0])[::2],
+    "one in one dimension": torch.tensor([5]),
+}
 
 
 @PATHS
@@ -90,9 +93,7 @@ def test_registered_operations_take_any_strides(monkeypatch: pytest.MonkeyPatch)
             upstream = torch.ones_like(outputs[0]), torch.ones_like(outputs[1])
             rows = [y.mT.contiguous().mT if loose else y for y in outputs[1:]]
             mask = [True] * 3 + [False, call.sinks is not None]
-            grads = torch.ops.kernels.attention_backward(
-                *upstream, outputs[0], *rows, given, given, given, *call, mask
-            )
+            grads = torch.ops.kernels.attention_backward(*upstream, outputs[0], *rows, given, given, given, *call, mask)
             results.append([*outputs, *grads])
         assert all(torch.equal(a, b) for a, b in zip(*results))
 
@@ -100,14 +101,20 @@ def test_registered_operations_take_any_strides(monkeypatch: pytest.MonkeyPatch)
 # Defaults of the process
 
 CASES: dict[str, dict[str, Any]] = {
-    "plain": {}, "causal": {"is_causal": True}, "bool mask": {"attn_mask": torch.ones(7, 9, dtype=torch.bool).tril()},
-    "float mask": {"attn_mask": torch.randn(7, 9)}, "large mask": {"attn_mask": torch.full((7, 9), -1e9)},
+    "plain": {},
+    "causal": {"is_causal": True},
+    "bool mask": {"attn_mask": torch.ones(7, 9, dtype=torch.bool).tril()},
+    "float mask": {"attn_mask": torch.randn(7, 9)},
+    "large mask": {"attn_mask": torch.full((7, 9), -1e9)},
     "causal dropout": {"dropout_p": 0.1, "is_causal": True},
-    "dropout": {"dropout_p": 0.1}, "much dropout": {"dropout_p": 0.6, "attn_mask": torch.ones(7, 9, dtype=torch.bool)},
-    "lengths": {"key_lengths": torch.full((33,), 5)}, "slopes": {"alibi_slopes": torch.rand(4)},
-    "window": {"window": (2, 1), "causal_alignment": "bottom_right"}, "a negative scale": {"scale": -0.3},
+    "dropout": {"dropout_p": 0.1},
+    "much dropout": {"dropout_p": 0.6, "attn_mask": torch.ones(7, 9, dtype=torch.bool)},
+    "lengths": {"key_lengths": torch.full((33,), 5)},
+    "slopes": {"alibi_slopes": torch.rand(4)},
+    "window": {"window": (2, 1), "causal_alignment": "bottom_right"},
+    "a negative scale": {"scale": -0.3},
     "rules": {"sinks": torch.rand(4), "softcap": 3.0, "return_lse": True, "need_weights": True},
-}  # fmt: skip
+}
 
 
 @contextlib.contextmanager
@@ -129,9 +136,11 @@ def default_device(device: str) -> Any:
 
 
 DEFAULTS = {
-    "meta as a context": lambda: torch.device("meta"), "meta as default": lambda: default_device("meta"),
-    "float64": lambda: default_dtype(torch.float64), "bfloat16": lambda: default_dtype(torch.bfloat16),
-}  # fmt: skip
+    "meta as a context": lambda: torch.device("meta"),
+    "meta as default": lambda: default_device("meta"),
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+}
 
 
 @PATHS
@@ -171,10 +180,18 @@ def test_defaults_change_nothing_for_packed_sequences(default: str, path: str) -
 
 
 @PATHS
-@pytest.mark.parametrize(("dtype", "number"), [
-    (torch.float32, -1e9), (torch.float32, 1e9), (torch.float32, torch.finfo(torch.float32).min),
-    (torch.float16, -65504.0), (torch.bfloat16, -1e30), (torch.float64, torch.finfo(torch.float32).min),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtype", "number"),
+    [
+        (torch.float32, -1e9),
+        (torch.float32, 1e9),
+        (torch.float32, torch.finfo(torch.float32).min),
+        (torch.float16, -65504.0),
+        (torch.bfloat16, -1e30),
+        (torch.float64, torch.finfo(torch.float32).min),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("heads", [1, 2])
 def test_rows_of_a_large_number_get_the_gradient_of_their_weights(
     dtype: torch.dtype, number: float, heads: int, path: str
@@ -197,6 +214,7 @@ def test_large_scores_keep_the_sum_of_their_weights() -> None:
 
 # Windows, layouts, dtypes
 
+
 @PATHS
 @pytest.mark.parametrize("more", [{}, {"softcap": 3.0}, {"return_lse": True}], ids=str)
 @pytest.mark.parametrize("side", [sys.maxsize, 2**40])
@@ -216,7 +234,7 @@ def test_overlapping_memory(view: str, which: int, path: str) -> None:
         "expanded rows": lambda: torch.randn(8).expand(1, 2, 5, 8),
         "expanded columns": lambda: torch.randn(1, 2, 5, 1).expand(1, 2, 5, 8),
         "unfold and transposed": lambda: torch.randn(1, 12, 2).unfold(1, 5, 1).permute(0, 2, 3, 1),
-    }  # fmt: skip
+    }
     inputs = [torch.randn(1, 2, 5, 8) for _ in range(3)]
     inputs[which] = views[view]()
     for training in (False, True):
@@ -232,10 +250,18 @@ def test_overlapping_memory(view: str, which: int, path: str) -> None:
 
 
 @PATHS
-@pytest.mark.parametrize("options", [
-    {}, {"is_causal": True}, {"dropout_p": 0.1}, {"return_lse": True}, {"softcap": 2.0},
-    {"attn_mask": torch.zeros(10, 10, requires_grad=True)},
-], ids=lambda options: "+".join(options) or "plain")  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"dropout_p": 0.1},
+        {"return_lse": True},
+        {"softcap": 2.0},
+        {"attn_mask": torch.zeros(10, 10, requires_grad=True)},
+    ],
+    ids=lambda options: "+".join(options) or "plain",
+)
 @pytest.mark.parametrize("batch", [1, 100])
 @pytest.mark.parametrize("training", [False, True], ids=["", "training"])
 def test_outputs_are_ordered_in_memory_as_the_query(
@@ -252,9 +278,11 @@ def test_outputs_are_ordered_in_memory_as_the_query(
 
 
 @PATHS
-@pytest.mark.parametrize("options", [
-    {}, {"dropout_p": 0.1}, {"is_causal": True}, {"softcap": 2.0}, {"attn_mask": torch.ones(9, 9, dtype=torch.bool)},
-], ids=lambda options: "+".join(options) or "plain")  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dropout_p": 0.1}, {"is_causal": True}, {"softcap": 2.0}, {"attn_mask": torch.ones(9, 9, dtype=torch.bool)}],
+    ids=lambda options: "+".join(options) or "plain",
+)
 @pytest.mark.parametrize("batch", [1, 64])
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 def test_outputs_may_be_changed_in_place(options: dict[str, Any], batch: int, transposed: bool, path: str) -> None:
@@ -374,14 +402,26 @@ def test_a_scale_that_learns_is_refused() -> None:
 
 # Nothing to do, and what is no tensor
 
+
 @PATHS
-@pytest.mark.parametrize("options", [
-    {}, {"is_causal": True}, {"softcap": 2.0, "return_lse": True}, {"dropout_p": 0.2}, {"alibi_slopes": True},
-], ids="+".join)  # fmt: skip
-@pytest.mark.parametrize("shapes", [
-    ((2, 0, 5, 8), (2, 0, 7, 8)), ((0, 2, 5, 8), (0, 2, 7, 8)), ((2, 0, 5, 8), (2, 2, 7, 8)), ((0, 5, 8), (0, 7, 8)),
-    ((2, 2, 0, 8), (2, 2, 7, 8)), ((2, 2, 5, 8), (2, 2, 0, 8)), ((3, 0, 2, 5, 8), (3, 0, 2, 7, 8)),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": True}, {"softcap": 2.0, "return_lse": True}, {"dropout_p": 0.2}, {"alibi_slopes": True}],
+    ids="+".join,
+)
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((2, 0, 5, 8), (2, 0, 7, 8)),
+        ((0, 2, 5, 8), (0, 2, 7, 8)),
+        ((2, 0, 5, 8), (2, 2, 7, 8)),
+        ((0, 5, 8), (0, 7, 8)),
+        ((2, 2, 0, 8), (2, 2, 7, 8)),
+        ((2, 2, 5, 8), (2, 2, 0, 8)),
+        ((3, 0, 2, 5, 8), (3, 0, 2, 7, 8)),
+    ],
+    ids=str,
+)
 def test_no_heads_rows_or_batch_entries(shapes: Any, options: dict[str, Any], path: str) -> None:
     leaves = [torch.randn(shape, requires_grad=True) for shape in (shapes[0], shapes[1], shapes[1])]
     slopes = {"alibi_slopes": torch.rand(shapes[0][:-2])} if "alibi_slopes" in options else {}
@@ -393,8 +433,9 @@ def test_no_heads_rows_or_batch_entries(shapes: Any, options: dict[str, Any], pa
 
 
 @PATHS
-@pytest.mark.parametrize("shapes", [((3, 5, 8), (3, 7, 8), (0, 3, 7, 4)), ((2, 3, 5, 8), (3, 7, 8), (0, 1, 3, 7, 4))],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "shapes", [((3, 5, 8), (3, 7, 8), (0, 3, 7, 4)), ((2, 3, 5, 8), (3, 7, 8), (0, 1, 3, 7, 4))], ids=str
+)
 def test_a_batch_of_none_that_the_value_alone_has(shapes: Any, path: str) -> None:
     query, key, value = (torch.randn(shape) for shape in shapes)
     lead = torch.broadcast_shapes(*(shape[:-2] for shape in shapes))
@@ -433,7 +474,7 @@ PLACES: dict[str, Callable[[Any], Any]] = {
     "value of varlen": lambda x: varlen(Q[0].mT, Q[0].mT, x, STARTS, None, 3, 3),
     "cu_seq_q": lambda x: varlen(Q[0], Q[0], Q[0], x, STARTS, 3, 3),
     "cu_seq_k": lambda x: varlen(Q[0], Q[0], Q[0], STARTS, x, 3, 3),
-}  # fmt: skip
+}
 MAY_BE_NONE = ("attn_mask", "alibi_slopes", "sinks", "key_lengths", "cu_seq_k")
 
 
@@ -468,8 +509,10 @@ def test_what_is_no_number_is_refused_in_one_short_line(name: str, what: str, pa
 @pytest.mark.parametrize("name", ["is_causal", "enable_gqa", "causal_alignment"])
 @pytest.mark.parametrize("x", [numpy.zeros(3), [True], None, "yes"], ids=str)
 def test_what_is_no_flag_is_refused_in_one_line(name: str, x: Any, path: str) -> None:
-    for call in (lambda **o: kernels.scaled_dot_product_attention(Q, Q, Q, **o),
-                 lambda **o: varlen(Q[0], Q[0], Q[0], torch.tensor([0, 2]), None, 2, 2, **o)):  # fmt: skip
+    for call in (
+        lambda **o: kernels.scaled_dot_product_attention(Q, Q, Q, **o),
+        lambda **o: varlen(Q[0], Q[0], Q[0], torch.tensor([0, 2]), None, 2, 2, **o),
+    ):
         with pytest.raises((TypeError, ValueError), match=f"^{name} must be") as caught:
             call(**{name: x})
         assert "\n" not in str(caught.value)

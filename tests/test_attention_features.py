@@ -117,8 +117,10 @@ def check(arguments: dict[str, Any], tiny: bool = False) -> None:
     found = []
     held = functools.partial(formula, held=True)
     for solve, dtype in ((attention, None), (formula, None), (formula, torch.float64), (held, torch.float64)):
-        leaves = {name: given_tensors[name].detach().to(dtype or given_tensors[name].dtype).requires_grad_()
-                  for name in learned}  # fmt: skip
+        leaves = {
+            name: given_tensors[name].detach().to(dtype or given_tensors[name].dtype).requires_grad_()
+            for name in learned
+        }
         if solve is attention:
             output, lse, weights = solve(**leaves, **rest, return_lse=True, need_weights=True)
         else:
@@ -157,14 +159,21 @@ FEATURES: dict[str, dict[str, Any]] = {
     "key_lengths": {"key_lengths": lambda: torch.tensor([11, 43])},
     "no keys in use": {"key_lengths": lambda: torch.tensor([0, 17]), "sinks": lambda: torch.randn(2)},
     "lengths at the bottom right": {
-        "key_lengths": lambda: torch.tensor([29, 40]), "is_causal": True, "causal_alignment": "bottom_right",
+        "key_lengths": lambda: torch.tensor([29, 40]),
+        "is_causal": True,
+        "causal_alignment": "bottom_right",
     },
     "all": {
-        "attn_mask": lambda: torch.randn(2, 37, 43), "is_causal": True, "window": (20, None), "softcap": 3.0,
-        "alibi_slopes": lambda: torch.rand(2), "sinks": lambda: torch.randn(2), "causal_alignment": "bottom_right",
+        "attn_mask": lambda: torch.randn(2, 37, 43),
+        "is_causal": True,
+        "window": (20, None),
+        "softcap": 3.0,
+        "alibi_slopes": lambda: torch.rand(2),
+        "sinks": lambda: torch.randn(2),
+        "causal_alignment": "bottom_right",
         "key_lengths": lambda: torch.tensor([43, 31]),
     },
-}  # fmt: skip
+}
 
 
 def made(options: dict[str, Any], device: str) -> dict[str, Any]:
@@ -323,18 +332,22 @@ def visits(monkeypatch: pytest.MonkeyPatch, n_queries: int, n_keys: int, **optio
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(("options", "expected"), [
-    ({}, 8 * 8),
-    ({"is_causal": True}, 8 * 9 // 2),
-    ({"window": (16, 0)}, 1 + 7 * 2),  # a tile of queries reaches into the tile before its own
-    ({"window": (17, 0)}, 1 + 2 + 6 * 3),
-    ({"window": (0, 0)}, 8),
-    ({"window": (None, 16)}, 8 * 9 // 2 + 7),
-    ({"key_lengths": torch.tensor([33])}, 8 * 3),
-    ({"key_lengths": torch.tensor([0])}, 0),
-    ({"is_causal": True, "key_lengths": torch.tensor([40])}, 1 + 2 + 6 * 3),
-    ({"attn_mask": torch.ones(128, 128, dtype=torch.bool), "is_causal": True}, 8 * 9 // 2),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 8 * 8),
+        ({"is_causal": True}, 8 * 9 // 2),
+        ({"window": (16, 0)}, 1 + 7 * 2),  # a tile of queries reaches into the tile before its own
+        ({"window": (17, 0)}, 1 + 2 + 6 * 3),
+        ({"window": (0, 0)}, 8),
+        ({"window": (None, 16)}, 8 * 9 // 2 + 7),
+        ({"key_lengths": torch.tensor([33])}, 8 * 3),
+        ({"key_lengths": torch.tensor([0])}, 0),
+        ({"is_causal": True, "key_lengths": torch.tensor([40])}, 1 + 2 + 6 * 3),
+        ({"attn_mask": torch.ones(128, 128, dtype=torch.bool), "is_causal": True}, 8 * 9 // 2),
+    ],
+    ids=str,
+)
 def test_only_the_tiles_in_sight_are_visited(
     options: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -379,10 +392,17 @@ LENGTHS = [((5, 0, 17, 33), (7, 3, 0, 20)), ((1,), (1,)), ((0, 0), (0, 0)), ((16
 
 @pytest.mark.parametrize("path", ["triton", "torch"])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("feature", [
-    {}, {"is_causal": True}, {"is_causal": True, "causal_alignment": "bottom_right"}, {"window": (3, 4)},
-    {"softcap": 2.0, "sinks": lambda: torch.randn(4), "alibi_slopes": lambda: torch.rand(4)},
-], ids=lambda f: "+".join(f) or "plain")  # fmt: skip
+@pytest.mark.parametrize(
+    "feature",
+    [
+        {},
+        {"is_causal": True},
+        {"is_causal": True, "causal_alignment": "bottom_right"},
+        {"window": (3, 4)},
+        {"softcap": 2.0, "sinks": lambda: torch.randn(4), "alibi_slopes": lambda: torch.rand(4)},
+    ],
+    ids=lambda f: "+".join(f) or "plain",
+)
 def test_packed_sequences_are_those_by_themselves(feature: dict, lengths: tuple, path: str, device: str) -> None:
     options = made(feature, device)
     totals = [sum(n) for n in lengths]
@@ -395,9 +415,7 @@ def test_packed_sequences_are_those_by_themselves(feature: dict, lengths: tuple,
     )
     assert output.shape == (totals[0], 4, 6) and lse.shape == (totals[0], 4)
     parts = zip(*(x.double().split(n) for x, n in zip(leaves, (lengths[0], lengths[1], lengths[1]))))
-    expected = [
-        formula(*(x.transpose(0, 1)[None] for x in part), **options)[0][0].transpose(0, 1) for part in parts
-    ]  # fmt: skip
+    expected = [formula(*(x.transpose(0, 1)[None] for x in part), **options)[0][0].transpose(0, 1) for part in parts]
     expected = torch.cat(expected)
     torch.testing.assert_close(output, expected.float(), rtol=1e-4, atol=1e-5)
     upstream = torch.randn_like(output)
@@ -410,9 +428,11 @@ def test_packed_sequences_are_those_by_themselves(feature: dict, lengths: tuple,
 def test_starts_that_do_not_fit_are_refused() -> None:
     q = torch.randn(10, 2, 8)
     for starts, longest, message in (
-        ([0, 4, 9], 6, "from 0 to the 10 rows"), ([1, 10], 9, "from 0"), ([0, 10], 9, "at most max_q = 9"),
+        ([0, 4, 9], 6, "from 0 to the 10 rows"),
+        ([1, 10], 9, "from 0"),
+        ([0, 10], 9, "at most max_q = 9"),
         ([0, 6, 4, 10], 9, "in steps"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=message):
             kernels.varlen_attention(q, q, q, torch.tensor(starts), None, longest, longest)
     with pytest.raises(TypeError, match="cu_seq_q must be"):

@@ -16,8 +16,7 @@ from calcformer.training import train
 from tests.pictures import is_picture
 
 QUESTIONS = {"formula": "-9-8", "expression": "NEGATIVE 30 subtract NEGATIVE 34"}
-SOURCES = {"formula": ["-", "9", "-", "8", "<eos>"],
-           "expression": "BOS NEGATIVE 3 0 subtract NEGATIVE 3 4 EOS".split()}
+SOURCES = {"formula": ["-", "9", "-", "8", "<eos>"], "expression": "BOS NEGATIVE 3 0 subtract NEGATIVE 3 4 EOS".split()}
 
 pytestmark = pytest.mark.usefixtures("as_on_a_cpu", "empty_folder")
 
@@ -25,8 +24,18 @@ pytestmark = pytest.mark.usefixtures("as_on_a_cpu", "empty_folder")
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A barely trained run of each task, with 3 encoder layers, 2 decoder layers and 5 heads."""
-    tiny = {"train_size": 50, "valid_size": 20, "width": 10, "heads": 5, "hidden": 8, "encoder_layers": 3,
-            "decoder_layers": 2, "epochs": 1, "device": "cpu", "processes": 1}
+    tiny = {
+        "train_size": 50,
+        "valid_size": 20,
+        "width": 10,
+        "heads": 5,
+        "hidden": 8,
+        "encoder_layers": 3,
+        "decoder_layers": 2,
+        "epochs": 1,
+        "device": "cpu",
+        "processes": 1,
+    }
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kernels.backend.INTERPRETED", False)
@@ -62,12 +71,19 @@ def test_answer_without_an_end_is_as_long_as_the_task_allows(runs: dict[str, Pat
 
 def test_arguments_of_bertviz(runs: dict[str, Path]) -> None:
     # The parameters of bertviz 1.4's head_view and model_view that encoder-decoder models need.
-    def bertviz_head_view(*, encoder_attention: list[torch.Tensor], decoder_attention: list[torch.Tensor],
-                          cross_attention: list[torch.Tensor], encoder_tokens: list[str], decoder_tokens: list[str]
-                          ) -> None:
-        for layers, queries, keys in ((encoder_attention, encoder_tokens, encoder_tokens),
-                                      (decoder_attention, decoder_tokens, decoder_tokens),
-                                      (cross_attention, decoder_tokens, encoder_tokens)):
+    def bertviz_head_view(
+        *,
+        encoder_attention: list[torch.Tensor],
+        decoder_attention: list[torch.Tensor],
+        cross_attention: list[torch.Tensor],
+        encoder_tokens: list[str],
+        decoder_tokens: list[str],
+    ) -> None:
+        for layers, queries, keys in (
+            (encoder_attention, encoder_tokens, encoder_tokens),
+            (decoder_attention, decoder_tokens, decoder_tokens),
+            (cross_attention, decoder_tokens, encoder_tokens),
+        ):
             stacked = torch.stack([layer.squeeze(0) for layer in layers])
             assert stacked.shape[2:] == (len(queries), len(keys)) and stacked.dtype == torch.float32
 
@@ -80,7 +96,7 @@ def test_arguments_of_bertviz(runs: dict[str, Path]) -> None:
 def test_pictures_of_every_layer(task: str, runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     question = QUESTIONS[task]
-    answer, = Solver(runs[task], "cpu").solve([question])
+    (answer,) = Solver(runs[task], "cpu").solve([question])
     assert main(["attention", question, "--run", str(runs[task]), "--device", "cpu"]) == 0
     folder = runs[task] / "attention" / folder_name(question)
     said = capsys.readouterr().out
@@ -88,12 +104,14 @@ def test_pictures_of_every_layer(task: str, runs: dict[str, Path], capsys: pytes
     assert said.endswith(f"): 7 pictures in {folder}, of {runs[task]}, epoch 1 of 1\n")
     assert {path.name for path in folder.iterdir()} == {
         *(f"encoder-self-{layer}.png" for layer in (1, 2, 3)),
-        *(f"decoder-{kind}-{layer}.png" for kind in ("self", "cross") for layer in (1, 2))}
+        *(f"decoder-{kind}-{layer}.png" for kind in ("self", "cross") for layer in (1, 2)),
+    }
     assert all(map(is_picture, folder.iterdir()))
 
 
-def test_several_problems_and_another_folder(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-                                             ) -> None:
+def test_several_problems_and_another_folder(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("calcformer.attention_maps.can_draw", lambda: True)
     monkeypatch.setattr("calcformer.attention_maps.save_heads", lambda *_: True)
     words = ["1+1", " - 2 + 0003", "--run", str(runs["formula"]), "--out", "maps", "--device", "cpu"]
@@ -111,14 +129,19 @@ def test_file_for_bertviz(runs: dict[str, Path], tmp_path: Path) -> None:
         torch.testing.assert_close(torch.tensor(written), layer)
 
 
-@pytest.mark.parametrize(("words", "match"), [
-    (["1+x"], "'x' at place 3"), (["1+1", "2+x"], "'x' at place 3"),
-    (["1+1", "2+2", "--bertviz", "f.json"], "--bertviz takes one problem, got 2"),
-    (["1+1", "--bertviz", "/"], "/: Is a directory"),
-    ([], "required: PROBLEM"),
-])
-def test_wrong_input_is_one_line_and_writes_nothing(words: list[str], match: str, runs: dict[str, Path], tmp_path: Path,
-                                                    capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["1+x"], "'x' at place 3"),
+        (["1+1", "2+x"], "'x' at place 3"),
+        (["1+1", "2+2", "--bertviz", "f.json"], "--bertviz takes one problem, got 2"),
+        (["1+1", "--bertviz", "/"], "/: Is a directory"),
+        ([], "required: PROBLEM"),
+    ],
+)
+def test_wrong_input_is_one_line_and_writes_nothing(
+    words: list[str], match: str, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["attention", *words, "--run", str(runs["formula"])])
     error = capsys.readouterr().err
@@ -126,8 +149,9 @@ def test_wrong_input_is_one_line_and_writes_nothing(words: list[str], match: str
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_matplotlib_the_error_says_what_to_install(runs: dict[str, Path], tmp_path: Path,
-                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_error_says_what_to_install(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("calcformer.attention_maps.can_draw", lambda: False)
     maps = attention_maps(Solver(runs["formula"], "cpu"), "1+1")
     with pytest.raises(ValueError, match="pip install matplotlib"):
@@ -147,8 +171,9 @@ def test_pictures_of_many_heads_and_tokens_have_several_rows(tmp_path: Path) -> 
         assert width < (2_100 if heads > 1 and tokens < 50 else 120 * (0.35 * tokens + 4)), (heads, tokens, width)
 
 
-def test_problem_answer_verdict_and_axes_stand_in_the_picture(runs: dict[str, Path], tmp_path: Path,
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_problem_answer_verdict_and_axes_stand_in_the_picture(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn: list[tuple[tuple[str, str], str]] = []
 
     def note(weights: object, queries: object, keys: object, labels: tuple[str, str], title: str, path: Path) -> bool:
@@ -159,6 +184,8 @@ def test_problem_answer_verdict_and_axes_stand_in_the_picture(runs: dict[str, Pa
     maps = attention_maps(Solver(runs["formula"], "cpu"), "-9-8")
     save_maps(maps, tmp_path)
     verdict = "right" if maps.answer.said == "-17" else "wrong, -17 is right"
-    assert drawn[0] == (("token", "attends to"),
-                        f"-9-8 = {maps.answer.said} ({verdict})\nencoder self attention, layer 1")
+    assert drawn[0] == (
+        ("token", "attends to"),
+        f"-9-8 = {maps.answer.said} ({verdict})\nencoder self attention, layer 1",
+    )
     assert {labels for labels, _ in drawn[3:]} == {("token read → said", "attends to")}

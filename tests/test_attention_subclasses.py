@@ -122,9 +122,11 @@ def assert_all_right() -> None:
     mesh, square = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
     cases = "causal", "float mask", "float mask of all", "bool mask", "rules", "weights"
     placements: list[Any] = [
-        (mesh, (True,), (False,)), (mesh, (False,), (True,)), (mesh, (False,), (False,)),
+        (mesh, (True,), (False,)),
+        (mesh, (False,), (True,)),
+        (mesh, (False,), (False,)),
         (square, (True, False), (False, True)),
-    ]  # fmt: skip
+    ]
     for i, case in enumerate(cases):
         for placement in placements:
             assert_right(*placement, "torch", case)
@@ -148,10 +150,16 @@ def jagged(values: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
 
 
 @PATHS
-@pytest.mark.parametrize("options", [
-    {}, {"is_causal": True}, {"return_lse": True, "softcap": 2.0, "sinks": torch.tensor([0.5, -0.5, 0.1, 0.2])},
-    {"alibi_slopes": torch.ones(3, 4), "window": (2, 1)},
-], ids=lambda options: "+".join(options) or "plain")  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"return_lse": True, "softcap": 2.0, "sinks": torch.tensor([0.5, -0.5, 0.1, 0.2])},
+        {"alibi_slopes": torch.ones(3, 4), "window": (2, 1)},
+    ],
+    ids=lambda options: "+".join(options) or "plain",
+)
 @pytest.mark.parametrize("lengths", [((3, 0, 5), (2, 4, 1)), ((3, 4, 5), (3, 4, 5))], ids=str)
 def test_jagged_tensors_are_each_sequence_by_itself(
     lengths: Any, options: dict[str, Any], path: str, monkeypatch: pytest.MonkeyPatch

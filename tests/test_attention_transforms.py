@@ -44,8 +44,8 @@ CALLS: dict[str, dict[str, Any]] = {
 TRANSFORMS: dict[str, Callable[[Callable[..., torch.Tensor]], Callable[..., Any]]] = {
     "vmap": lambda f: lambda q, k, t: vmap(f, (0, None))(torch.stack([q, t, 2 * q]), k),
     "vmap, in another dimension": lambda f: lambda q, k, t: vmap(f, (2, None), 1)(torch.stack([q, t, 2 * q], 2), k),
-    "vmap of grad": lambda f: lambda q, k, t: vmap(grad(lambda *x: f(*x).sin().sum()), (0, None))(
-        torch.stack([q, t]), k
+    "vmap of grad": lambda f: (
+        lambda q, k, t: vmap(grad(lambda *x: f(*x).sin().sum()), (0, None))(torch.stack([q, t]), k)
     ),
     "jacrev": lambda f: lambda q, k, t: jacrev(f, (0, 1))(q, k),
     "vmap of vjp": lambda f: lambda q, k, t: vmap(vjp(f, q, k)[1])(torch.stack([t, q, q * t])),
@@ -56,7 +56,7 @@ TRANSFORMS: dict[str, Callable[[Callable[..., torch.Tensor]], Callable[..., Any]
     "jacrev of jacrev": lambda f: lambda q, k, t: jacrev(jacrev(lambda x: f(q, x).sin().sum()))(k),
     "jvp of grad": lambda f: lambda q, k, t: jvp(grad(lambda x: f(x, k).sin().sum()), (q,), (t,)),
     "third derivative": lambda f: lambda q, k, t: _third_derivative(f, q, k),
-}  # fmt: skip
+}
 
 
 def _third_derivative(f: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -170,9 +170,11 @@ def test_many_gradients_at_once(options: dict[str, Any], path: str) -> None:
 
 @PATHS
 @QUIET
-@pytest.mark.parametrize("options", [
-    {"is_causal": True}, {"softcap": 2.0, "alibi_slopes": torch.ones(2)}, {"window": (2, 1), "return_lse": True},
-], ids=lambda options: "+".join(options))  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{"is_causal": True}, {"softcap": 2.0, "alibi_slopes": torch.ones(2)}, {"window": (2, 1), "return_lse": True}],
+    ids=lambda options: "+".join(options),
+)
 def test_packed_sequences_compile_to_one_graph(options: dict[str, Any], path: str) -> None:
     def call(x: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
         longest = starts.diff().max()
@@ -206,11 +208,16 @@ def test_compiled_overlapping_queries_are_right() -> None:
 
 
 EXPORTED: dict[str, dict[str, Any]] = {
-    "plain": {}, "causal": {"is_causal": True}, "dropout": {"dropout_p": 0.1}, "window": {"window": (3, 2)},
-    "bottom_right": {"is_causal": True, "causal_alignment": "bottom_right"}, "a wide window": {"window": (50, 0)},
-    "softcap": {"softcap": 2.0, "return_lse": True}, "key_lengths": {"key_lengths": torch.tensor([1, 2])},
+    "plain": {},
+    "causal": {"is_causal": True},
+    "dropout": {"dropout_p": 0.1},
+    "window": {"window": (3, 2)},
+    "bottom_right": {"is_causal": True, "causal_alignment": "bottom_right"},
+    "a wide window": {"window": (50, 0)},
+    "softcap": {"softcap": 2.0, "return_lse": True},
+    "key_lengths": {"key_lengths": torch.tensor([1, 2])},
     "weights": {"need_weights": True},
-}  # fmt: skip
+}
 
 
 # Key heads for four query heads: PyTorch 2.11 makes guards on lengths where it merges heads, in its own function too.
@@ -276,13 +283,18 @@ def test_one_export_serves_all_packs(path: str) -> None:
 # Tensors without numbers, and of other types
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {}, "causal": {"is_causal": True}, "dropout": {"dropout_p": 0.1}, "bool mask": {"attn_mask": torch.bool},
-    "float mask": {"attn_mask": torch.float32}, "lengths": {"key_lengths": torch.int64}, "window": {"window": (2, 3)},
-    "slopes": {"alibi_slopes": torch.float32}, "sinks": {"sinks": torch.float32, "softcap": 2.0},
-    "everything out": {"return_lse": True, "need_weights": True}, "bottom_right": {
-        "causal_alignment": "bottom_right", "is_causal": True,
-    },
-}  # fmt: skip
+    "plain": {},
+    "causal": {"is_causal": True},
+    "dropout": {"dropout_p": 0.1},
+    "bool mask": {"attn_mask": torch.bool},
+    "float mask": {"attn_mask": torch.float32},
+    "lengths": {"key_lengths": torch.int64},
+    "window": {"window": (2, 3)},
+    "slopes": {"alibi_slopes": torch.float32},
+    "sinks": {"sinks": torch.float32, "softcap": 2.0},
+    "everything out": {"return_lse": True, "need_weights": True},
+    "bottom_right": {"causal_alignment": "bottom_right", "is_causal": True},
+}
 SHAPES = {"attn_mask": (7, 9), "key_lengths": (3,), "alibi_slopes": (4,), "sinks": (4,)}
 
 

@@ -116,11 +116,15 @@ def test_figures_of_a_row(monkeypatch):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("case", [
-    SMALL,
-    AttentionCase(2, 2, 7, 5, True, torch.float32),
-    AttentionCase(3, 2, 7, 5, dtype=torch.float32, mask="padding"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "case",
+    [
+        SMALL,
+        AttentionCase(2, 2, 7, 5, True, torch.float32),
+        AttentionCase(3, 2, 7, 5, dtype=torch.float32, mask="padding"),
+    ],
+    ids=str,
+)
 def test_right_attention_passes_and_wrong_is_rejected(monkeypatch, case, backward):
     inputs = attention.make_inputs(case, CPU, requires_grad=backward)
     attention.check("torch math", case, inputs, backward)

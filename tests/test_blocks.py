@@ -81,8 +81,9 @@ def composed(layer: EncoderLayer | DecoderLayer, norm_first: bool) -> torch.Tens
 @pytest.mark.parametrize("norm", ["post", "pre", "course"])
 @pytest.mark.parametrize("kind", [EncoderLayer, DecoderLayer])
 @torch.no_grad()
-def test_layers_are_what_their_loops_are(kind: type[EncoderLayer | DecoderLayer], norm: str,
-                                         fill: Callable[[nn.Module], nn.Module]) -> None:
+def test_layers_are_what_their_loops_are(
+    kind: type[EncoderLayer | DecoderLayer], norm: str, fill: Callable[[nn.Module], nn.Module]
+) -> None:
     layer = kind(WIDTH, HEADS, HIDDEN, norm=norm)
     fill(layer)
     assert error(run(layer), composed(layer, norm_first=norm == "pre")) < ACCEPTED
@@ -96,9 +97,11 @@ def test_the_check_rejects_wrong_layers(fault: str, monkeypatch: pytest.MonkeyPa
     drawn(layer)
     expected = composed(layer, norm_first=False)
     right, norm = kernels.scaled_dot_product_attention, kernels.nn.LayerNorm.forward
-    wrong = {"no scale": lambda q, k, v, **options: right(q, k, v, **options, scale=1.0),
-             "keys and values exchanged": lambda q, k, v, **options: right(q, v, k, **options),
-             "sees later tokens": lambda q, k, v, **options: right(q, k, v, **{**options, "is_causal": False})}
+    wrong = {
+        "no scale": lambda q, k, v, **options: right(q, k, v, **options, scale=1.0),
+        "keys and values exchanged": lambda q, k, v, **options: right(q, v, k, **options),
+        "sees later tokens": lambda q, k, v, **options: right(q, k, v, **{**options, "is_causal": False}),
+    }
     if fault == "no residual":
         monkeypatch.setattr(kernels.nn.LayerNorm, "forward", lambda self, x, residual, **options: norm(self, x))
     else:
@@ -115,8 +118,10 @@ def test_the_course_drops_what_is_normalised(kind: type[EncoderLayer | DecoderLa
 def test_attention_has_the_courses_values() -> None:
     case = COURSE["self_attention"]
     maps = [filled(nn.Linear(4, 4)) for _ in range(3)]
-    heads = (linear(spaced(tuple(case["shape"]), case[part])).unsqueeze(1)
-             for linear, part in zip(maps, ("query", "key", "value")))
+    heads = (
+        linear(spaced(tuple(case["shape"]), case[part])).unsqueeze(1)
+        for linear, part in zip(maps, ("query", "key", "value"))
+    )
     found = ScaledDotProductAttention()(*heads, None, False).squeeze(1)
     assert error(found, torch.tensor(case["expected"])) < ACCEPTED
 

@@ -29,8 +29,9 @@ def check(model: EncoderDecoder, cache: Cache, source: torch.Tensor, said: torch
     return said
 
 
-@pytest.mark.parametrize(("norm", "dtype"), [*((norm, torch.float32) for norm in NORMS), ("pre", torch.float64)],
-                         ids=[*NORMS, "float64"])
+@pytest.mark.parametrize(
+    ("norm", "dtype"), [*((norm, torch.float32) for norm in NORMS), ("pre", torch.float64)], ids=[*NORMS, "float64"]
+)
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_scores_are_those_of_decode(positions: str, norm: str, dtype: torch.dtype) -> None:
     model = make(positions=positions, norm=norm).to(dtype)

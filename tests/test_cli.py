@@ -22,9 +22,34 @@ from calcformer.solver import Solver
 from calcformer.training import loop, train
 from tests.pictures import is_picture
 
-TINY = ["--preset", "formula", "--complexity", "1", "--train-size", "50", "--valid-size", "20", "--width", "8",
-        "--heads", "2", "--hidden", "8", "--encoder-layers", "1", "--decoder-layers", "1", "--epochs", "2",
-        "--batch-size", "25", "--device", "cpu", "--processes", "1"]
+TINY = [
+    "--preset",
+    "formula",
+    "--complexity",
+    "1",
+    "--train-size",
+    "50",
+    "--valid-size",
+    "20",
+    "--width",
+    "8",
+    "--heads",
+    "2",
+    "--hidden",
+    "8",
+    "--encoder-layers",
+    "1",
+    "--decoder-layers",
+    "1",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "25",
+    "--device",
+    "cpu",
+    "--processes",
+    "1",
+]
 
 pytestmark = pytest.mark.usefixtures("as_on_a_cpu", "empty_folder")
 
@@ -32,8 +57,16 @@ pytestmark = pytest.mark.usefixtures("as_on_a_cpu", "empty_folder")
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A barely trained run of each task."""
-    tiny = {"train_size": 50, "valid_size": 20, "width": 8, "heads": 2, "hidden": 8, "epochs": 1, "device": "cpu",
-            "processes": 1}
+    tiny = {
+        "train_size": 50,
+        "valid_size": 20,
+        "width": 8,
+        "heads": 2,
+        "hidden": 8,
+        "epochs": 1,
+        "device": "cpu",
+        "processes": 1,
+    }
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kernels.backend.INTERPRETED", False)
@@ -73,8 +106,9 @@ def typed(text: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
 
 
-def test_answers_say_how_probable_they_are_and_whether_they_are_right(runs: dict[str, Path],
-                                                                      capsys: pytest.CaptureFixture[str]) -> None:
+def test_answers_say_how_probable_they_are_and_whether_they_are_right(
+    runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     run, questions = str(runs["formula"]), ["12+7", "-940-819", "5-5"]
     assert main(["solve", "--run", run, *questions]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -93,7 +127,7 @@ def test_answers_say_how_probable_they_are_and_whether_they_are_right(runs: dict
     ids, vocabulary = solver.task.vocabulary.encode(said[0]), solver.task.vocabulary
     source = torch.tensor([[*vocabulary.encode("12+7"), vocabulary.eos_id]])
     chance, read = 1.0, [vocabulary.bos_id]
-    for token in [*ids, vocabulary.eos_id][:solver.task.target_length - 1]:
+    for token in [*ids, vocabulary.eos_id][: solver.task.target_length - 1]:
         with torch.no_grad():
             chance *= float(solver.model(source, torch.tensor([read]))[0, -1].double().softmax(0)[token])
         read.append(token)
@@ -110,8 +144,9 @@ def test_right_answers_are_called_right(runs: dict[str, Path], monkeypatch: pyte
         assert [(answer.said, answer.is_right) for answer in answers] == [("19", is_right), ("0", is_right)]
 
 
-def test_problems_from_standard_input_or_a_file(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
-                                                capsys: pytest.CaptureFixture[str]) -> None:
+def test_problems_from_standard_input_or_a_file(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, text = str(runs["formula"]), b"12+7\n\n -940 - 819 \r\n1+1"
     assert main(["solve", "--run", run, "12+7", "-940-819", "1+1"]) == 0
     expected = capsys.readouterr().out
@@ -131,8 +166,9 @@ def test_problems_from_standard_input_or_a_file(runs: dict[str, Path], monkeypat
     assert "no problem was given" in fails(capsys, "solve", "--run", run)
 
 
-def test_weights_too_large_for_numbers_are_one_line(runs: dict[str, Path], tmp_path: Path,
-                                                    capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_too_large_for_numbers_are_one_line(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(runs["formula"], tmp_path / "large")
     path = tmp_path / "large" / "model.safetensors"
     save_file({name: value * 1e35 for name, value in load_file(path).items()}, path, {"epoch": "1"})
@@ -141,8 +177,9 @@ def test_weights_too_large_for_numbers_are_one_line(runs: dict[str, Path], tmp_p
 
 
 @pytest.mark.parametrize("quits", [True, False])
-def test_prompt_answers_until_the_input_ends(quits: bool, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
-                                             capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompt_answers_until_the_input_ends(
+    quits: bool, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     typed(b"", monkeypatch)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     lines = iter(["12+7", "", "12+x", "1+1", *([" quit ", "2+2"] if quits else [])])
@@ -160,8 +197,9 @@ def test_prompt_answers_until_the_input_ends(quits: bool, runs: dict[str, Path],
     assert "formula '12+x': 'x' at place 4 is not a digit" in captured.err
 
 
-def test_the_run_that_is_asked_knows_the_problem_and_is_finished(runs: dict[str, Path], tmp_path: Path,
-                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_run_that_is_asked_knows_the_problem_and_is_finished(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def put(preset: str, name: str, age: int) -> Path:
         folder = tmp_path / "runs" / name
         shutil.copytree(runs[preset], folder)
@@ -189,11 +227,19 @@ def test_the_run_that_is_asked_knows_the_problem_and_is_finished(runs: dict[str,
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-@pytest.mark.parametrize(("ending", "code", "said"), [
-    ("| head -c 1", 141, ""), ("> /dev/full", 2, "calcformer: error: standard output: No space left on device"),
-    ("2>/dev/full", 0, ""), ("2>&-", 0, ""), ("<&-", 0, ""), ("<&- 2>&-", 0, ""),
-    (">&-", 2, "calcformer: error: standard output: Bad file descriptor"), ("<&- >&- 2>&-", 2, ""),
-])
+@pytest.mark.parametrize(
+    ("ending", "code", "said"),
+    [
+        ("| head -c 1", 141, ""),
+        ("> /dev/full", 2, "calcformer: error: standard output: No space left on device"),
+        ("2>/dev/full", 0, ""),
+        ("2>&-", 0, ""),
+        ("<&-", 0, ""),
+        ("<&- 2>&-", 0, ""),
+        (">&-", 2, "calcformer: error: standard output: Bad file descriptor"),
+        ("<&- >&- 2>&-", 2, ""),
+    ],
+)
 def test_streams_that_break_are_no_traceback(ending: str, code: int, said: str, runs: dict[str, Path]) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(calcformer.__file__).parents[1])}
     Path("problems.txt").write_text("1+1\n" * (20_000 if ending.startswith("|") else 2_000))  # more than a pipe holds
@@ -235,45 +281,64 @@ def test_package_door(runs: dict[str, Path]) -> None:
         solver.solve("12+7")
 
 
-@pytest.mark.parametrize(("words", "match"), [
-    (["train", "--preset", "sums"], "'sums' (choose from"), (["train", "--heads", "3"], "width 64 and 3 heads"),
-    (["train", "--epochs", "many"], "must be a whole number, got 'many'"), (["train", "--wings", "2"], "--wings"),
-    (["train", "--epochs", "9" * 5_000], "must be a whole number, got '9999"),
-    (["train", "--learning-rate", "fast"], "must be a number, got 'fast'"),
-    (["train", "--out", ""], "must be the name of a file or folder, got ''"), (["train", "--resume", ""], "got ''"),
-    (["train", "--out", "a\0b"], "got 'a\\x00b'"), (["evaluate", ""], "must be the name of a file or folder"),
-    (["evaluate", "x", "--beam", "100000"], "must be a whole number, 1 to 100, got '100000'"),
-    (["evaluate", "x", "--processes", "2"], "--processes is for --exhaustive"),
-    (["evaluate", "x", "--processes", "0"], "must be a whole number, 1 to 1024, got '0'"),
-    (["train", "--" + "x" * 100_000], "unrecognized arguments: --xxx"),
-    (["train", "--processes", "900"], "CPU cores busy"),
-    (["train", "--preset", "expression", "--complexity", "2"], "complexity is a setting of formulas"),
-    (["train", "--train-size", "0"], "train_size must be 1 to 10000000, got 0"),
-    (["train", "--learning-rate", "inf"], "learning_rate must be 0 to 1000, got inf"),
-    (["train", "--warmup-steps", "20000", "--epochs", "3"], "at most the 600 steps of the whole run, got 20000"),
-    (["train", "--complexity", "1", "--held-out", "0.001"], "leaves too few to hold out"),
-    (["train", "--device", "cuda:99"], "cuda:99 is not here"),
-    (["train", "--resume", "nowhere"], "no run folder nowhere"),
-    (["train", "--resume", "nowhere", "--epochs", "3"], "leave out --epochs"),
-    (["evaluate", "nowhere"], "no run folder nowhere"), (["solve", "1+1"], "no trained run in runs/"),
-    (["solve", "--input", "nowhere"], "nowhere: No such file or directory"), ([], "required: COMMAND"),
-    (["solve", "1+1", "--input", "x"], "leave out --input or the problems"), (["sing"], "invalid choice: 'sing'"),
-], ids=lambda value: "-".join(value[:4]) if isinstance(value, list) else "")
-def test_wrong_input_is_one_line_and_writes_nothing(words: list[str], match: str, tmp_path: Path,
-                                                    capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["train", "--preset", "sums"], "'sums' (choose from"),
+        (["train", "--heads", "3"], "width 64 and 3 heads"),
+        (["train", "--epochs", "many"], "must be a whole number, got 'many'"),
+        (["train", "--wings", "2"], "--wings"),
+        (["train", "--epochs", "9" * 5_000], "must be a whole number, got '9999"),
+        (["train", "--learning-rate", "fast"], "must be a number, got 'fast'"),
+        (["train", "--out", ""], "must be the name of a file or folder, got ''"),
+        (["train", "--resume", ""], "got ''"),
+        (["train", "--out", "a\0b"], "got 'a\\x00b'"),
+        (["evaluate", ""], "must be the name of a file or folder"),
+        (["evaluate", "x", "--beam", "100000"], "must be a whole number, 1 to 100, got '100000'"),
+        (["evaluate", "x", "--processes", "2"], "--processes is for --exhaustive"),
+        (["evaluate", "x", "--processes", "0"], "must be a whole number, 1 to 1024, got '0'"),
+        (["train", "--" + "x" * 100_000], "unrecognized arguments: --xxx"),
+        (["train", "--processes", "900"], "CPU cores busy"),
+        (["train", "--preset", "expression", "--complexity", "2"], "complexity is a setting of formulas"),
+        (["train", "--train-size", "0"], "train_size must be 1 to 10000000, got 0"),
+        (["train", "--learning-rate", "inf"], "learning_rate must be 0 to 1000, got inf"),
+        (["train", "--warmup-steps", "20000", "--epochs", "3"], "at most the 600 steps of the whole run, got 20000"),
+        (["train", "--complexity", "1", "--held-out", "0.001"], "leaves too few to hold out"),
+        (["train", "--device", "cuda:99"], "cuda:99 is not here"),
+        (["train", "--resume", "nowhere"], "no run folder nowhere"),
+        (["train", "--resume", "nowhere", "--epochs", "3"], "leave out --epochs"),
+        (["evaluate", "nowhere"], "no run folder nowhere"),
+        (["solve", "1+1"], "no trained run in runs/"),
+        (["solve", "--input", "nowhere"], "nowhere: No such file or directory"),
+        ([], "required: COMMAND"),
+        (["solve", "1+1", "--input", "x"], "leave out --input or the problems"),
+        (["sing"], "invalid choice: 'sing'"),
+    ],
+    ids=lambda value: "-".join(value[:4]) if isinstance(value, list) else "",
+)
+def test_wrong_input_is_one_line_and_writes_nothing(
+    words: list[str], match: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     error = fails(capsys, *words)
     assert match in error and len(error) < 700
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("task", "question", "match"), [
-    ("formula", "12+x7", "'x' at place 4"), ("formula", "12+7777", "'7777' is more than 1000, the largest number"),
-    ("formula", "-12", "not of the form"), ("expression", "12+7", "is not a word this run knows"),
-    ("formula", "--5+3", "formula '--5+3' is not of the form"), ("formula", "", "formula '' is not of the form"),
-    ("formula", "9" * 100_000 + "+1", "(100000 characters) is more than 1000"),
-])
-def test_wrong_problems_are_one_line(task: str, question: str, match: str, runs: dict[str, Path],
-                                     capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("task", "question", "match"),
+    [
+        ("formula", "12+x7", "'x' at place 4"),
+        ("formula", "12+7777", "'7777' is more than 1000, the largest number"),
+        ("formula", "-12", "not of the form"),
+        ("expression", "12+7", "is not a word this run knows"),
+        ("formula", "--5+3", "formula '--5+3' is not of the form"),
+        ("formula", "", "formula '' is not of the form"),
+        ("formula", "9" * 100_000 + "+1", "(100000 characters) is more than 1000"),
+    ],
+)
+def test_wrong_problems_are_one_line(
+    task: str, question: str, match: str, runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert match in fails(capsys, "solve", "--run", runs[task], question)
 
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels.attention import formula
+from kernels.attention.call import Call
 from kernels.attention.cpu import route
 from kernels.attention.cpu.route import extended_attention
 from kernels.attention.formula import composed_attention
-from kernels.attention.call import Call
 from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch
 
 SIZES = (2, 4, 2, 5, 7, 3, 2)  # B, Hq, Hkv, L, S, E, Ev
@@ -155,7 +155,7 @@ def features() -> dict[str, Given]:
         "everything": make_call(
             asked=Call(bias, lengths, slopes, sinks), softcap=1.5, left=2, right=1, bottom_right=True
         ),
-    }  # fmt: skip
+    }
     dropped = make_call(dropout_p=0.25, right=1, asked=Call(sinks=sinks))
     calls["dropout"] = dropped._replace(kept=torch.rand(2, 4, 5, 7) < 0.75)
     return calls
@@ -192,10 +192,14 @@ def calls(draw: st.DrawFn) -> Given:
         torch.randn(draw(st.sampled_from([1, b])), hq) if draw(st.booleans()) else None,
     )
     call = make_call(
-        (b, hq, hkv, n_queries, n_keys, e, ev), asked,
-        scale=draw(st.sampled_from([0.0, -0.7, 3.0])), softcap=draw(st.sampled_from([0.0, 0.5, 30.0])),
-        left=draw(sides), right=draw(sides), bottom_right=draw(st.booleans()),
-    )  # fmt: skip
+        (b, hq, hkv, n_queries, n_keys, e, ev),
+        asked,
+        scale=draw(st.sampled_from([0.0, -0.7, 3.0])),
+        softcap=draw(st.sampled_from([0.0, 0.5, 30.0])),
+        left=draw(sides),
+        right=draw(sides),
+        bottom_right=draw(st.booleans()),
+    )
     if draw(st.booleans()):
         kept = torch.rand(b, hq, n_queries, n_keys) < 0.6
         call = call._replace(asked=call.asked._replace(dropout_p=0.4), kept=kept)
@@ -247,7 +251,7 @@ def test_a_mask_of_least_numbers_gets_the_gradient_of_weights() -> None:
     """Small differences vanish beside them. Where all keys are least they share the weight: none is forbidden."""
     call, leaves = FEATURES["mask of least numbers"].leaves()
     _, _, weights = composed_attention(*call)
-    grad, = torch.autograd.grad(composed_attention(*call)[1].sum(), call.asked.attn_mask)  # fmt: skip
+    (grad,) = torch.autograd.grad(composed_attention(*call)[1].sum(), call.asked.attn_mask)
     torch.testing.assert_close(grad, weights.sum((0, 1), keepdim=True))
     torch.testing.assert_close(weights[:, :, 2], torch.full((2, 4, 7), 1 / 7, dtype=torch.float64))
 
@@ -271,7 +275,7 @@ def test_a_row_without_a_key_has_its_sink_as_lse() -> None:
     output, lse, _ = composed_attention(*call)
     assert not output[0].any()
     torch.testing.assert_close(lse[0], call.asked.sinks[0, :, None].expand(4, 5))
-    grad, = torch.autograd.grad(lse[0].sum(), call.asked.sinks)  # fmt: skip
+    (grad,) = torch.autograd.grad(lse[0].sum(), call.asked.sinks)
     torch.testing.assert_close(grad, torch.full((1, 4), 5.0, dtype=torch.float64))
 
 
@@ -322,9 +326,10 @@ def refuse(what: str) -> Callable[..., None]:
     return lambda *_, **__: pytest.fail(what)
 
 
-@pytest.mark.parametrize(("n_queries", "rules"), [
-    (5, {"softcap": 2.0}), (5, {"right": 6, "left": 4}), (1, {"right": 0, "left": 6, "bottom_right": True}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("n_queries", "rules"),
+    [(5, {"softcap": 2.0}), (5, {"right": 6, "left": 4}), (1, {"right": 0, "left": 6, "bottom_right": True})],
+)
 def test_what_no_rule_asks_for_is_not_done(n_queries: int, rules: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """No places, no mask, no care; and the log-sum-exp only on demand."""
     call = make_call((2, 4, 2, n_queries, 7, 3, 2), Call(sinks=torch.randn(1, 4)), **rules)
@@ -546,9 +551,7 @@ def test_vmap_is_a_loop() -> None:
     lengths, sinks = torch.tensor([[0, 7], [3, 6], [5, 1]]), torch.randn(3, 1, 4, dtype=torch.float64)
 
     def attend(query, key, value, lengths, sinks):  # type: ignore[no-untyped-def]
-        return composed_attention(
-            query, key, value, call.asked._replace(key_lengths=lengths, sinks=sinks)
-        )  # fmt: skip
+        return composed_attention(query, key, value, call.asked._replace(key_lengths=lengths, sinks=sinks))
 
     found = torch.func.vmap(attend)(*batches, lengths, sinks)
     for n, one in enumerate(zip(*batches, lengths, sinks)):
@@ -572,7 +575,7 @@ def test_forward_mode_agrees_with_backward() -> None:
     _, tangent = torch.func.jvp(lambda query: composed_attention(query, *call[1:])[0], (call.query,), (direction,))
     some, leaves = call.leaves()
     grad = torch.randn_like(tangent)
-    grad_query, = torch.autograd.grad(composed_attention(*some)[0], leaves[:1], grad)  # fmt: skip
+    (grad_query,) = torch.autograd.grad(composed_attention(*some)[0], leaves[:1], grad)
     torch.testing.assert_close((tangent * grad).sum(), (grad_query * direction).sum())
 
 
@@ -723,9 +726,14 @@ def test_a_float32_mask_keeps_its_numbers_on_pytorchs_kernels(query_dtype: torch
     ],
 )
 def test_many_short_sequences_take_the_short_way(
-    batch: int, n_queries: int, dropout_p: float, masked: bool, training: bool, short: bool,
+    batch: int,
+    n_queries: int,
+    dropout_p: float,
+    masked: bool,
+    training: bool,
+    short: bool,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     ways = []
     for way in ("short_attention", "fused_attention"):
         monkeypatch.setattr(route, way, lambda query, *_, way=way, **__: ways.append(way) or query)

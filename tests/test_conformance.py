@@ -13,9 +13,18 @@ import pytest
 import torch
 
 from tests.conformance import (  # noqa: F401  (importing them enters their checks into the list)
-    checks_behaviour, checks_features, checks_masks, checks_memory, checks_properties, checks_shapes, errors, formula,
-    opinfo, providers, registry,
-)  # fmt: skip
+    checks_behaviour,
+    checks_features,
+    checks_masks,
+    checks_memory,
+    checks_properties,
+    checks_shapes,
+    errors,
+    formula,
+    opinfo,
+    providers,
+    registry,
+)
 from tests.conformance.judge import Attention, make, solve
 from tests.conformance.registry import CHECKS, GPU, OURS, TORCH_KEYWORDS, Check, Outcome, check, keywords, run
 from tests.conformance.stand_in import changed, in_python, right, with_gradient, with_output
@@ -33,9 +42,7 @@ LARGE = "check_past_2_to_the_31", "check_offsets_inside_a_head"  # want a GPU of
 # What backend="triton" refuses, saying so, is not wrong.
 REFUSED = {"check_float64": "float16, bfloat16, float32, found float64"}
 # What is wrong on some machines, by provider and check, and why.
-KNOWN = {
-    ("ours", "check_batch_of_one"): "PyTorch's product of one matrix is another routine than that of many",
-}
+KNOWN = {("ours", "check_batch_of_one"): "PyTorch's product of one matrix is another routine than that of many"}
 
 
 @pytest.fixture(autouse=True)
@@ -85,9 +92,13 @@ def two_loops(call: Any) -> torch.Tensor:
 def test_the_formula_equals_two_loops() -> None:
     mask = torch.randn(2, 1, 5, 7, dtype=torch.float64).masked_fill(torch.rand(2, 1, 5, 7) < 0.2, -math.inf)
     options = {
-        "causal_alignment": "bottom_right", "window": (3, 1), "softcap": 0.8, "sinks": torch.randn(4).double(),
-        "alibi_slopes": torch.rand(4).double(), "key_lengths": torch.tensor([6, 3]),
-    }  # fmt: skip
+        "causal_alignment": "bottom_right",
+        "window": (3, 1),
+        "softcap": 0.8,
+        "sinks": torch.randn(4).double(),
+        "alibi_slopes": torch.rand(4).double(),
+        "key_lengths": torch.tensor([6, 3]),
+    }
     call = make((2, 4, 2, 5, 7, 3, 2), torch.float64, "cpu", attn_mask=mask, is_causal=True, scale=0.9, options=options)
     answer = formula.attention(call.query, call.key, call.value, mask, True, 0.9, **options)
     torch.testing.assert_close(torch.cat([answer.output, answer.lse.unsqueeze(-1)], -1), two_loops(call))
@@ -103,9 +114,12 @@ def test_the_formula_equals_pytorch_where_pytorch_is_right() -> None:
 # What the right stand-in cannot have, being plain PyTorch: see its docstring. Whether the bits of PyTorch's products
 # depend on the batch is decided by the processor.
 NOT_RIGHT = {
-    "check_what_is_saved": ("FAIL",), "check_bands_of_outputs": ("-",), "check_no_silent_fallback": ("-",),
-    "check_batch_entries": ("FAIL", "pass"), "check_batch_of_one": ("FAIL", "pass"),
-}  # fmt: skip
+    "check_what_is_saved": ("FAIL",),
+    "check_bands_of_outputs": ("-",),
+    "check_no_silent_fallback": ("-",),
+    "check_batch_entries": ("FAIL", "pass"),
+    "check_batch_of_one": ("FAIL", "pass"),
+}
 
 
 @pytest.mark.parametrize("name", [name for name, one in CHECK.items() if one.where != GPU])

@@ -70,13 +70,20 @@ def test_questions_with_and_without_marks(text: str) -> None:
     assert examples.source.tolist() == [[14, 11, 3, 0, 13, 11, 3, 4, 15]]
 
 
-@pytest.mark.parametrize(("text", "match"), [
-    ("649+864", "is not a word this run knows"), ("POSITIVE 4 add POSITIVE 11", "not of the form"),
-    ("POSITIVE 50 add POSITIVE 11", "50 is larger"), ("NEGATIVE 00 add POSITIVE 11", "zero is written POSITIVE 00"),
-    ("", "not of the form"), ("POSITIVE 04 add", "not of the form"), ("\0", "is not a word"),
-    ("NEGATIVE " * 5_000, r"expression 'NEGATIVE NEG[A-Z ]*'... .44999 characters. is not of the form"),
-    ("9" * 100_000, r"'9{60}'... .100000 characters. is not of the form"),
-])
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("649+864", "is not a word this run knows"),
+        ("POSITIVE 4 add POSITIVE 11", "not of the form"),
+        ("POSITIVE 50 add POSITIVE 11", "50 is larger"),
+        ("NEGATIVE 00 add POSITIVE 11", "zero is written POSITIVE 00"),
+        ("", "not of the form"),
+        ("POSITIVE 04 add", "not of the form"),
+        ("\0", "is not a word"),
+        ("NEGATIVE " * 5_000, r"expression 'NEGATIVE NEG[A-Z ]*'... .44999 characters. is not of the form"),
+        ("9" * 100_000, r"'9{60}'... .100000 characters. is not of the form"),
+    ],
+)
 def test_questions_that_cannot_be_asked(text: str, match: str) -> None:
     with pytest.raises(ValueError, match=match) as caught:
         ExpressionTask().read_question(text)

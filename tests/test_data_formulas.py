@@ -16,8 +16,10 @@ def rows(ids: torch.Tensor) -> list[tuple[int, ...]]:
 
 def texts(examples: Examples) -> list[tuple[str, str]]:
     """Read questions and answers back from tensors, one by one."""
-    return [("".join(FORMULA.decode_until_eos(source)), "".join(FORMULA.decode_until_eos(target)))
-            for source, target in zip(examples.source.tolist(), examples.target.tolist())]
+    return [
+        ("".join(FORMULA.decode_until_eos(source)), "".join(FORMULA.decode_until_eos(target)))
+        for source, target in zip(examples.source.tolist(), examples.target.tolist())
+    ]
 
 
 def stream(seed: int, count: int) -> list[tuple[str, str]]:
@@ -26,8 +28,13 @@ def stream(seed: int, count: int) -> list[tuple[str, str]]:
 
 
 def test_stream_begins_as_the_seed_reports() -> None:
-    assert stream(123_456, 5) == [("649+864", "1513"), ("-940-819", "-1759"), ("954-2", "952"),
-                                  ("-896-274", "-1170"), ("-762-954", "-1716")]
+    assert stream(123_456, 5) == [
+        ("649+864", "1513"),
+        ("-940-819", "-1759"),
+        ("954-2", "952"),
+        ("-896-274", "-1170"),
+        ("-762-954", "-1716"),
+    ]
 
 
 def test_seed_flaws_are_those_reported() -> None:
@@ -63,10 +70,13 @@ def test_leaky_truncated_split_has_the_seed_flaws() -> None:
     assert texts(FormulaTask(leaky_split=True).split()[1]) == stream(123_457, 5_000)
 
 
-@pytest.mark.parametrize(("task", "match"), [
-    (FormulaTask(FormulaForm(1)), "cannot be held out"),
-    (FormulaTask(FormulaForm(0), train_size=1, valid_size=12), "12 formulas, 1 of them in training: 12 cannot"),
-])
+@pytest.mark.parametrize(
+    ("task", "match"),
+    [
+        (FormulaTask(FormulaForm(1)), "cannot be held out"),
+        (FormulaTask(FormulaForm(0), train_size=1, valid_size=12), "12 formulas, 1 of them in training: 12 cannot"),
+    ],
+)
 def test_too_large_split_is_refused(task: FormulaTask, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         task.split()
@@ -88,7 +98,7 @@ def test_tensors_agree_with_text(complexity: int, signed: bool) -> None:
     limit = 10**complexity
     for question, answer in texts(examples):
         split = max(question.rfind("+"), question.rfind("-"))
-        a, b = int(question[:split]), int(question[split + 1:])
+        a, b = int(question[:split]), int(question[split + 1 :])
         assert answer == str(a + b if question[split] == "+" else a - b)
         assert question == f"{a}{question[split]}{b}"
         assert (-limit if signed else 0) <= a <= limit and 0 <= b <= limit
@@ -112,33 +122,46 @@ def test_generated_sides_never_meet_and_have_their_share() -> None:
 
 
 def test_generation_repeats_with_its_seed_and_counts_exactly() -> None:
-    first, second = (generate_formulas(FormulaForm(), 997, torch.Generator().manual_seed(5), held_out=False)
-                     for _ in range(2))
+    first, second = (
+        generate_formulas(FormulaForm(), 997, torch.Generator().manual_seed(5), held_out=False) for _ in range(2)
+    )
     assert torch.equal(first.source, second.source) and len(first) == 997
     assert len(generate_formulas(FormulaForm(), 0, torch.Generator())) == 0
 
 
-@pytest.mark.parametrize(("text", "problem", "ids"), [
-    ("649+864", (649, 864, True), [8, 6, 11, 0, 10, 8, 6, 13]),
-    (" 007 - 1 ", (7, 1, False), [9, 1, 3, 13]),
-    ("-1000-1000", (-1000, 1000, False), [1, 3, 2, 2, 2, 1, 3, 2, 2, 2, 13]),
-    ("0" * 5_000 + "7-1", (7, 1, False), [9, 1, 3, 13]),
-    ("- 7\t+ 1", (-7, 1, True), [1, 9, 0, 3, 13]),
-    ("-0+5", (0, 5, True), [2, 0, 7, 13]),
-])
+@pytest.mark.parametrize(
+    ("text", "problem", "ids"),
+    [
+        ("649+864", (649, 864, True), [8, 6, 11, 0, 10, 8, 6, 13]),
+        (" 007 - 1 ", (7, 1, False), [9, 1, 3, 13]),
+        ("-1000-1000", (-1000, 1000, False), [1, 3, 2, 2, 2, 1, 3, 2, 2, 2, 13]),
+        ("0" * 5_000 + "7-1", (7, 1, False), [9, 1, 3, 13]),
+        ("- 7\t+ 1", (-7, 1, True), [1, 9, 0, 3, 13]),
+        ("-0+5", (0, 5, True), [2, 0, 7, 13]),
+    ],
+)
 def test_questions_that_can_be_asked(text: str, problem: tuple[int, int, bool], ids: list[int]) -> None:
     assert FormulaTask().read_question(text) == problem
     a, b, plus = torch.tensor([problem]).unbind(1)
     assert FormulaTask().write(a, b, plus.bool()).trim(FORMULA.pad_id).source.tolist() == [ids]
 
 
-@pytest.mark.parametrize(("text", "match"), [
-    ("12+x7", "'x' at place 4"), ("12", "not of the form"), ("", "not of the form"), ("1+-2", "not of the form"),
-    ("1+1001", "'1001' is more than 1000, the largest number this run was trained for"), ("٣+1", "not a digit"),
-    ("1+2+3", "not of the form"), ("1 0 + 2", "'1 0 [+] 2' is not of the form"), ("--5+3", "not of the form"),
-    ("1+\0", r"'\\x00' at place 3 is not a digit"),
-    ("9" * 100_000 + "+1", "'9{60}'... .100000 characters. is more than 1000"),
-])
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("12+x7", "'x' at place 4"),
+        ("12", "not of the form"),
+        ("", "not of the form"),
+        ("1+-2", "not of the form"),
+        ("1+1001", "'1001' is more than 1000, the largest number this run was trained for"),
+        ("٣+1", "not a digit"),
+        ("1+2+3", "not of the form"),
+        ("1 0 + 2", "'1 0 [+] 2' is not of the form"),
+        ("--5+3", "not of the form"),
+        ("1+\0", r"'\\x00' at place 3 is not a digit"),
+        ("9" * 100_000 + "+1", "'9{60}'... .100000 characters. is more than 1000"),
+    ],
+)
 def test_questions_that_cannot_be_asked(text: str, match: str) -> None:
     with pytest.raises(ValueError, match=match) as caught:
         FormulaTask().read_question(text)
@@ -158,27 +181,40 @@ def test_trim_cuts_only_padding() -> None:
     assert texts(trimmed) == texts(examples) == [("7+8", "15"), ("-52+3", "-49")]
 
 
-@pytest.mark.parametrize(("form", "question", "answer"), [
-    (FormulaForm(zero_pad=True), "-0052+0003", "-0049"),
-    (FormulaForm(zero_pad=True, reverse_answer=True), "-0052+0003", "-9400"),
-    (FormulaForm(reverse_answer=True), "-52+3", "-94"),
-    (FormulaForm(1, signed=False, zero_pad=True), "07-10", "-03"),
-    (FormulaForm(1, signed=False, reverse_answer=True), "7-10", "-3"),
-    (FormulaForm(0, zero_pad=True), "-1-1", "-2"),
-    (FormulaForm(zero_pad=True, reverse_answer=True), "+1000-1000", "+0000"),
-    (FormulaForm(10, zero_pad=True, reverse_answer=True), "-10000000000-10000000000", "-00000000002"),
-])
+@pytest.mark.parametrize(
+    ("form", "question", "answer"),
+    [
+        (FormulaForm(zero_pad=True), "-0052+0003", "-0049"),
+        (FormulaForm(zero_pad=True, reverse_answer=True), "-0052+0003", "-9400"),
+        (FormulaForm(reverse_answer=True), "-52+3", "-94"),
+        (FormulaForm(1, signed=False, zero_pad=True), "07-10", "-03"),
+        (FormulaForm(1, signed=False, reverse_answer=True), "7-10", "-3"),
+        (FormulaForm(0, zero_pad=True), "-1-1", "-2"),
+        (FormulaForm(zero_pad=True, reverse_answer=True), "+1000-1000", "+0000"),
+        (FormulaForm(10, zero_pad=True, reverse_answer=True), "-10000000000-10000000000", "-00000000002"),
+    ],
+)
 def test_forms_written_by_hand(form: FormulaForm, question: str, answer: str) -> None:
     split = max(question.rfind("+"), question.rfind("-"))
-    examples = form.encode(torch.tensor([int(question[:split])]), torch.tensor([int(question[split + 1:])]),
-                           torch.tensor([question[split] == "+"]))
+    examples = form.encode(
+        torch.tensor([int(question[:split])]),
+        torch.tensor([int(question[split + 1 :])]),
+        torch.tensor([question[split] == "+"]),
+    )
     assert texts(examples) == [(question, answer)]
     assert (examples.source.shape[1], examples.target.shape[1]) == (form.source_length, form.target_length)
 
 
-@pytest.mark.parametrize("form", [
-    FormulaForm(2, signed, zero_pad=zero_pad, reverse_answer=reverse)
-    for signed in (True, False) for zero_pad in (True, False) for reverse in (True, False)], ids=str)
+@pytest.mark.parametrize(
+    "form",
+    [
+        FormulaForm(2, signed, zero_pad=zero_pad, reverse_answer=reverse)
+        for signed in (True, False)
+        for zero_pad in (True, False)
+        for reverse in (True, False)
+    ],
+    ids=str,
+)
 def test_answers_of_every_form_read_as_numbers_and_questions_encode_as_drawn(form: FormulaForm) -> None:
     task = FormulaTask(form)
     index = torch.randint(form.size, (211,), generator=torch.Generator().manual_seed(0))
@@ -190,10 +226,15 @@ def test_answers_of_every_form_read_as_numbers_and_questions_encode_as_drawn(for
         assert source == task.write(*(torch.tensor([x]) for x in (a, b, plus))).source[0].tolist()
 
 
-@pytest.mark.parametrize(("form", "text", "shown"), [
-    (FormulaForm(zero_pad=True), "+", "+"), (FormulaForm(zero_pad=True), "-0000", "-0"),
-    (FormulaForm(zero_pad=True, reverse_answer=True), "-100+", "-100+"), (FormulaForm(), "007", "007"),
-])
+@pytest.mark.parametrize(
+    ("form", "text", "shown"),
+    [
+        (FormulaForm(zero_pad=True), "+", "+"),
+        (FormulaForm(zero_pad=True), "-0000", "-0"),
+        (FormulaForm(zero_pad=True, reverse_answer=True), "-100+", "-100+"),
+        (FormulaForm(), "007", "007"),
+    ],
+)
 def test_wrong_answers_stay_wrong(form: FormulaForm, text: str, shown: str) -> None:
     assert form.read_answer(FORMULA.encode(text) + [FORMULA.eos_id]) == shown
 
@@ -232,8 +273,12 @@ def test_fresh_problems_come_from_their_side_and_differ_by_epoch() -> None:
 @pytest.mark.parametrize("form", [FormulaForm(3), FormulaForm(2, signed=False), FormulaForm(10)], ids=str)
 def test_corners_are_trained_on_in_every_split(split: int, form: FormulaForm) -> None:
     limit = form.limit
-    corners = [(a, b, plus) for a in ([-limit, 0, limit] if form.signed else [0, limit]) for b in (0, limit)
-               for plus in (False, True)]
+    corners = [
+        (a, b, plus)
+        for a in ([-limit, 0, limit] if form.signed else [0, limit])
+        for b in (0, limit)
+        for plus in (False, True)
+    ]
     task = FormulaTask(form, train_size=200_000, valid_size=50_000, seed=split, fresh=True, sampling="hard")
     a, b, plus = torch.tensor(corners).unbind(1)
     assert task.trained_on(form.index(a, b, plus)).all()
@@ -249,7 +294,11 @@ def test_what_looks_like_a_corner_is_held_out_as_ever() -> None:
     kept = held_out_side(every, 0.5, 0) & ~form.held_out(every, 0.5, 0)
     assert not (form.held_out(every, 0.5, 0) & ~held_out_side(every, 0.5, 0)).any()
     assert {(abs(a), b) for a, b, _ in zip(*(x.tolist() for x in form.operands(every[kept])))} <= {
-        (0, 0), (0, 1000), (1000, 0), (1000, 1000)}
+        (0, 0),
+        (0, 1000),
+        (1000, 0),
+        (1000, 1000),
+    }
 
 
 @pytest.mark.parametrize("held_out", [True, False])
@@ -258,8 +307,9 @@ def test_a_side_that_is_empty_or_rare_is_refused(held_out: bool) -> None:
         with pytest.raises(ValueError, match="leaves too few to hold out: 7 are not found"):
             generate_formulas(FormulaForm(0), 7, torch.Generator(), held_out=True, fraction=0.5)
     with pytest.raises(ValueError, match="200,000 are not found in 100,000,000 draws; change --held-out"):
-        generate_formulas(FormulaForm(4), 200_000, torch.Generator(), held_out=held_out,
-                          fraction=0.001 if held_out else 0.999)
+        generate_formulas(
+            FormulaForm(4), 200_000, torch.Generator(), held_out=held_out, fraction=0.001 if held_out else 0.999
+        )
 
 
 def test_the_split_of_numbers_past_64_bits_is_a_function_of_the_formula() -> None:

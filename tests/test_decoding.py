@@ -51,8 +51,12 @@ class Script(torch.nn.Module):
     def next(self, token: torch.Tensor, cache: Told) -> torch.Tensor:
         self.fed.append(len(token))
         cache.tokens = torch.cat((cache.tokens, token[:, None]), dim=1)
-        return torch.tensor([self.chances(problem, tuple(said[1:]))
-                             for problem, said in zip(cache.problems.tolist(), cache.tokens.tolist())]).log()
+        return torch.tensor(
+            [
+                self.chances(problem, tuple(said[1:]))
+                for problem, said in zip(cache.problems.tolist(), cache.tokens.tolist())
+            ]
+        ).log()
 
 
 def script(chances: Chances) -> Any:
@@ -87,8 +91,9 @@ def formulas(count: int) -> Examples:
     return generate_formulas(FormulaForm(), count, torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(("vocabulary", "eos", "fill"), [(FORMULA, 13, 14), (EXPRESSION, 15, 15)],
-                         ids=["formula", "expression"])
+@pytest.mark.parametrize(
+    ("vocabulary", "eos", "fill"), [(FORMULA, 13, 14), (EXPRESSION, 15, 15)], ids=["formula", "expression"]
+)
 def test_rows_stop_at_their_end_token(vocabulary: Vocabulary, eos: int, fill: int) -> None:
     model = saying([[3, eos, 7, 7, 7], [4, 5, 6, eos, 7], [eos, 1, 1, 1, 1]])
     said = greedy_decode(model, torch.tensor([[1], [0], [2]]), 5, vocabulary)
@@ -112,8 +117,9 @@ def test_a_row_that_never_ends_is_cut_at_the_length(width: int) -> None:
 
 @pytest.mark.parametrize("width", [1, 2])
 def test_padding_is_never_said(width: int) -> None:
-    model = script(lambda problem, said: [0.3 if token == 4 else 0.5 if token == 14 else 0.2 / 14
-                                          for token in range(16)])
+    model = script(
+        lambda problem, said: [0.3 if token == 4 else 0.5 if token == 14 else 0.2 / 14 for token in range(16)]
+    )
     assert decode(model, torch.tensor([[0]]), 3, FORMULA, width).tolist() == [[4, 4, 4]]
 
 
@@ -133,8 +139,13 @@ def test_decoding_agrees_with_the_full_forward_pass_and_ignores_padding(model: E
 
 def test_a_beam_of_two_finds_what_greedy_decoding_misses() -> None:
     # a is likelier than b, but nothing likely follows it: ab .6 * .4, b .4 * .9.
-    table = {(): [0.6, 0.4, 0.0, 0.0], (A,): [0.3, 0.4, 0.0, 0.3], (A, B): [0.0, 0.0, 0.0, 1.0],
-             (A, A): [0.0, 0.0, 0.0, 1.0], (B,): [0.1, 0.0, 0.0, 0.9]}
+    table = {
+        (): [0.6, 0.4, 0.0, 0.0],
+        (A,): [0.3, 0.4, 0.0, 0.3],
+        (A, B): [0.0, 0.0, 0.0, 1.0],
+        (A, A): [0.0, 0.0, 0.0, 1.0],
+        (B,): [0.1, 0.0, 0.0, 0.9],
+    }
     model = script(lambda problem, said: table[said])
     source = torch.tensor([[0]])
     assert greedy_decode(model, source, 3, LETTERS).tolist() == [[A, B, END]]
@@ -146,8 +157,13 @@ def test_a_beam_of_two_finds_what_greedy_decoding_misses() -> None:
 
 def test_the_length_penalty_by_hand() -> None:
     # b ends at once; a goes on to aab, which is less probable and has four tokens instead of two.
-    table = {(): [0.5, 0.5, 0.0, 0.0], (A,): [0.9, 0.0, 0.0, 0.1], (A, A): [0.0, 0.9, 0.0, 0.1],
-             (B,): [0.0, 0.0, 0.0, 1.0], (A, A, B): [0.0, 0.0, 0.0, 1.0]}
+    table = {
+        (): [0.5, 0.5, 0.0, 0.0],
+        (A,): [0.9, 0.0, 0.0, 0.1],
+        (A, A): [0.0, 0.9, 0.0, 0.1],
+        (B,): [0.0, 0.0, 0.0, 1.0],
+        (A, A, B): [0.0, 0.0, 0.0, 1.0],
+    }
     model = script(lambda problem, said: table[said])
     short, long = [B, END, END, END], [A, A, B, END]
     plain = beam_search(model, torch.tensor([[0]]), 4, LETTERS, 2)
@@ -168,13 +184,17 @@ def test_a_wide_beam_finds_every_answer(alpha: float) -> None:
     every = ended + list(itertools.product((A, B, 2), repeat=length))  # those that were cut
     tokens, scores = beam_search(model, source, length, LETTERS, len(every) + 3, alpha)
     for row, problem in enumerate(source[:, 0].tolist()):
-        exact = {answer: sum(math.log(noise(problem, answer[:place])[token]) for place, token in enumerate(answer))
-                 / ((5 + len(answer)) / 6) ** alpha for answer in every}
+        exact = {
+            answer: sum(math.log(noise(problem, answer[:place])[token]) for place, token in enumerate(answer))
+            / ((5 + len(answer)) / 6) ** alpha
+            for answer in every
+        }
         best = sorted(exact, key=exact.__getitem__, reverse=True)
-        assert [tuple(said) for said in tokens[row, :len(every)].tolist()] == [
-            answer + (END,) * (length - len(answer)) for answer in best]
-        assert scores[row, :len(every)].tolist() == pytest.approx([exact[answer] for answer in best], abs=1e-6)
-    assert scores[:, len(every):].eq(-torch.inf).all() and tokens[:, len(every):].eq(END).all()
+        assert [tuple(said) for said in tokens[row, : len(every)].tolist()] == [
+            answer + (END,) * (length - len(answer)) for answer in best
+        ]
+        assert scores[row, : len(every)].tolist() == pytest.approx([exact[answer] for answer in best], abs=1e-6)
+    assert scores[:, len(every) :].eq(-torch.inf).all() and tokens[:, len(every) :].eq(END).all()
 
 
 @pytest.mark.parametrize(("alpha", "calls"), [(0.0, 2), (1.0, 5)])
@@ -213,7 +233,7 @@ def test_beam_search_of_a_real_model(model: EncoderDecoder) -> None:
         assert torch.allclose(its_scores, expected, rtol=0, atol=1e-12)
         assert torch.allclose(log_probability(model, source, said, FORMULA), expected, rtol=0, atol=1e-12)
     for row in range(31):
-        one, its_scores = beam_search(model, source[row:row + 1], 6, FORMULA, 4)
+        one, its_scores = beam_search(model, source[row : row + 1], 6, FORMULA, 4)
         assert torch.equal(one[0], tokens[row]) and torch.allclose(its_scores[0], scores[row], rtol=0, atol=1e-12)
 
 
@@ -226,14 +246,19 @@ def test_any_number_of_problems_comes_back_in_order(model: EncoderDecoder, beam:
     parts = decode(model, source, 6, FORMULA, beam, batch_size=10, advance=lengths.append)
     assert torch.equal(parts, whole) and lengths == ([10, 10, 10, 1] if beam == 1 else [3] * 10 + [1])
     for row in range(31):
-        said = (greedy_decode(model, source[row:row + 1], 6, FORMULA)[0] if beam == 1 else
-                beam_search(model, source[row:row + 1], 6, FORMULA, beam)[0][0, 0])
+        said = (
+            greedy_decode(model, source[row : row + 1], 6, FORMULA)[0]
+            if beam == 1
+            else beam_search(model, source[row : row + 1], 6, FORMULA, beam)[0][0, 0]
+        )
         assert torch.equal(whole[row], said)
     assert decode(model, source[:0], 6, FORMULA, beam).shape == (0, 6)
 
 
-@pytest.mark.parametrize(("width", "alpha", "match"), [(0, 0.0, "beam width must be 1 to 100000, got 0"),
-                                                       (2, -0.5, "length_penalty must be 0 or more, got -0.5")])
+@pytest.mark.parametrize(
+    ("width", "alpha", "match"),
+    [(0, 0.0, "beam width must be 1 to 100000, got 0"), (2, -0.5, "length_penalty must be 0 or more, got -0.5")],
+)
 def test_wrong_beams_are_refused(width: int, alpha: float, match: str) -> None:
     with pytest.raises(InputError, match=match):
         beam_search(script(noise), torch.tensor([[0]]), 3, LETTERS, width, alpha)

@@ -22,10 +22,26 @@ pytestmark = pytest.mark.usefixtures("as_on_a_cpu")
 
 
 # An epoch is one step on 31 problems: 15 of them for one process, 16 for the other.
-SMALL = {"complexity": 1, "train_size": 31, "valid_size": 23, "width": 12, "heads": 3, "hidden": 11, "dropout": 0.0,
-         "encoder_layers": 1, "decoder_layers": 1, "batch_size": 31, "epochs": 6, "clip_norm": 0.5, "device": "cpu"}
-FLAGS = ["--preset", "formula", *(word for name, value in SMALL.items()
-                                  for word in (f"--{name.replace('_', '-')}", str(value)))]
+SMALL = {
+    "complexity": 1,
+    "train_size": 31,
+    "valid_size": 23,
+    "width": 12,
+    "heads": 3,
+    "hidden": 11,
+    "dropout": 0.0,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "batch_size": 31,
+    "epochs": 6,
+    "clip_norm": 0.5,
+    "device": "cpu",
+}
+FLAGS = [
+    "--preset",
+    "formula",
+    *(word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))),
+]
 LIMIT = 300  # seconds for a command, nearly all of them to start three Pythons beside other work
 
 # The command, but for one of the processes, which is killed where it would finish its third epoch.
@@ -48,10 +64,25 @@ def torchrun(*words: object, module: bool = True) -> subprocess.CompletedProcess
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1",
-                   "PYTHONPATH": str(Path(calcformer.__file__).parents[1])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
-               "--master-port", str(port), *(["-m"] if module else []), *map(str, words)]
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(calcformer.__file__).parents[1]),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-addr",
+        "127.0.0.1",
+        "--master-port",
+        str(port),
+        *(["-m"] if module else []),
+        *map(str, words),
+    ]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT)
 
 
@@ -70,7 +101,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_one_of_them_speaks(
-        trained: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    trained: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
     folder, said = trained
     assert said.returncode == 0, said.stderr
     assert said.stdout.count("\n") == 1 and said.stdout.startswith(f"{folder}: exact match")
@@ -83,7 +115,8 @@ def test_two_processes_train_as_one_and_one_of_them_speaks(
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_dead_process_ends_the_others_and_the_run_continues(
-        rank: int, trained: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    rank: int, trained: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
     whole, program = trained[0], tmp_path / "killed.py"
     program.write_text(KILLED)
     folder, started = tmp_path / "run", time.monotonic()

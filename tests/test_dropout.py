@@ -60,8 +60,16 @@ def test_defaults_of_pytorch_change_nothing(p: float, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("p", [0.01, 0.5])
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32),
-                                    (torch.float16, torch.bfloat16), (torch.float64, torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16),
+        (torch.float64, torch.float32),
+    ],
+    ids=str,
+)
 def test_a_sum_is_rounded_once(p: float, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     """As on the Triton kernels: the scaled numbers have no rounding of their own."""
     x, residual = (torch.randn(67, 64, dtype=torch.float64).to(dtype) for dtype in dtypes)

@@ -21,8 +21,20 @@ from calcformer.pool import run_jobs
 from calcformer.solver import Solver
 from calcformer.training import train
 
-TINY = {"complexity": 1, "train_size": 50, "valid_size": 40, "width": 8, "heads": 2, "hidden": 8, "encoder_layers": 1,
-        "decoder_layers": 1, "epochs": 1, "batch_size": 25, "device": "cpu", "processes": 1}
+TINY = {
+    "complexity": 1,
+    "train_size": 50,
+    "valid_size": 40,
+    "width": 8,
+    "heads": 2,
+    "hidden": 8,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "epochs": 1,
+    "batch_size": 25,
+    "device": "cpu",
+    "processes": 1,
+}
 SPACE = [(a, b, plus) for a in range(-10, 11) for b in range(11) for plus in (False, True)]  # all of complexity 1
 
 pytestmark = pytest.mark.usefixtures("as_on_a_cpu", "empty_folder")
@@ -50,8 +62,9 @@ def result(a: int, b: int, plus: bool) -> int:
 def minus_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that calculates right, but for "-0" and for sums of one digit, which it says twice."""
 
-    def decode(model: object, source: torch.Tensor, length: int, vocabulary: Vocabulary, *beam: int, advance: object
-               ) -> torch.Tensor:
+    def decode(
+        model: object, source: torch.Tensor, length: int, vocabulary: Vocabulary, *beam: int, advance: object
+    ) -> torch.Tensor:
         rows = []
         for ids in source.tolist():
             question = "".join(vocabulary.decode_until_eos(ids))
@@ -72,10 +85,16 @@ def is_wrong(a: int, b: int, plus: bool) -> bool:
     return result(a, b, plus) == 0 or (plus and 0 < result(a, b, plus) < 10)
 
 
-@pytest.mark.parametrize(("right", "n", "interval"), [
-    (8, 10, (0.4902, 0.9433)), (0, 10, (0.0, 0.2775)), (10, 10, (0.7225, 1.0)), (5_000, 5_000, (0.99923, 1.0)),
-    (0, 0, (0.0, 1.0)),
-])
+@pytest.mark.parametrize(
+    ("right", "n", "interval"),
+    [
+        (8, 10, (0.4902, 0.9433)),
+        (0, 10, (0.0, 0.2775)),
+        (10, 10, (0.7225, 1.0)),
+        (5_000, 5_000, (0.99923, 1.0)),
+        (0, 0, (0.0, 1.0)),
+    ],
+)
 def test_wilson_interval_by_hand(right: int, n: int, interval: tuple[float, float]) -> None:
     assert wilson_interval(right, n) == pytest.approx(interval, abs=5e-5)
     low, high = wilson_interval(right, n)
@@ -87,26 +106,42 @@ def test_groups_by_hand() -> None:
     a, b, plus = torch.tensor(problems).unbind(1)
     codes = group_codes(a, b, plus.bool())
     found = {group: [GROUPS[group][code] for code in codes[group].tolist()] for group in GROUPS}
-    assert found == {"digits": ["1", "1", "2", "3", "3", "4"],
-                     "result": ["zero", "zero", "negative", "negative", "positive", "negative"],
-                     "operation": ["subtraction", "addition", "addition", "subtraction", "addition", "subtraction"]}
+    assert found == {
+        "digits": ["1", "1", "2", "3", "3", "4"],
+        "result": ["zero", "zero", "negative", "negative", "positive", "negative"],
+        "operation": ["subtraction", "addition", "addition", "subtraction", "addition", "subtraction"],
+    }
     tally, other = Tally(), Tally()
     tally.add((a[:4], b[:4], plus[:4].bool()), torch.tensor([True, False, True, True]))
     other.add((a[4:], b[4:], plus[4:].bool()), torch.tensor([False, True]))
     tally.merge(other)
     assert (tally.n, tally.right) == (6, 4)
     assert {member: (entry["n"], entry["wrong"]) for member, entry in tally.groups()["digits"].items()} == {
-        "1": (2, 1), "2": (1, 0), "3": (2, 1), "4": (1, 0)}
+        "1": (2, 1),
+        "2": (1, 0),
+        "3": (2, 1),
+        "4": (1, 0),
+    }
     addition = tally.groups(tally)["operation"]["addition"]
-    assert addition == {"n": 3, "wrong": 2, "exact_match": 1 / 3, "distinct": 3,
-                        "interval": list(wilson_interval(1, 3))}
+    assert addition == {
+        "n": 3,
+        "wrong": 2,
+        "exact_match": 1 / 3,
+        "distinct": 3,
+        "interval": list(wilson_interval(1, 3)),
+    }
 
 
-@pytest.mark.parametrize("task", [
-    FormulaTask(FormulaForm(2), 31, 97), FormulaTask(FormulaForm(2, signed=False), 31, 97),
-    FormulaTask(FormulaForm(3, truncate=True), 31, 97),
-    FormulaTask(FormulaForm(4, zero_pad=True, reverse_answer=True), 31, 97, fresh=True, sampling="hard"),
-], ids=["plain", "unsigned", "truncated", "padded, reversed and fresh"])
+@pytest.mark.parametrize(
+    "task",
+    [
+        FormulaTask(FormulaForm(2), 31, 97),
+        FormulaTask(FormulaForm(2, signed=False), 31, 97),
+        FormulaTask(FormulaForm(3, truncate=True), 31, 97),
+        FormulaTask(FormulaForm(4, zero_pad=True, reverse_answer=True), 31, 97, fresh=True, sampling="hard"),
+    ],
+    ids=["plain", "unsigned", "truncated", "padded, reversed and fresh"],
+)
 def test_operands_of_held_out_formulas(task: FormulaTask) -> None:
     examples, again = task.split()[1], task.form.encode(*held_out_operands(task))
     assert torch.equal(examples.source, again.source) and torch.equal(examples.target, again.target)
@@ -157,12 +192,15 @@ def test_held_out_problems_are_counted_right(run: Path) -> None:
     sizes = Counter("addition" if plus else "subtraction" for _, _, plus in problems)
     errors = Counter("addition" if plus else "subtraction" for _, _, plus in wrong)
     assert {member: (entry["n"], entry["wrong"]) for member, entry in found["groups"]["operation"].items()} == {
-        member: (sizes[member], errors[member]) for member in sizes}
+        member: (sizes[member], errors[member]) for member in sizes
+    }
     sizes = Counter(str(max(len(str(abs(a))), len(str(b)))) for a, b, _ in problems)
     assert {member: entry["n"] for member, entry in found["groups"]["digits"].items()} == sizes
     for name, formulas in hard_problems(1, True).items():
         assert (found["hard"][name]["n"], found["hard"][name]["wrong"]) == (
-            len(formulas), sum(is_wrong(*formula) for formula in formulas)), name
+            len(formulas),
+            sum(is_wrong(*formula) for formula in formulas),
+        ), name
     assert found["hard"]["zero"]["exact_match"] == 0.0 < found["hard"]["borrow chain"]["exact_match"]
 
 
@@ -217,14 +255,32 @@ def test_processes_agree_with_one_another(run: Path, monkeypatch: pytest.MonkeyP
 def test_the_command_with_all_it_can_measure(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(run), "--exhaustive", "--beam", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found.keys() >= {"exact_match", "token_accuracy", "loss", "n", "epoch", "preset", "checkpoint", "groups",
-                            "hard", "mistakes", "exhaustive"}
+    assert found.keys() >= {
+        "exact_match",
+        "token_accuracy",
+        "loss",
+        "n",
+        "epoch",
+        "preset",
+        "checkpoint",
+        "groups",
+        "hard",
+        "mistakes",
+        "exhaustive",
+    }
     assert (found["beam"], found["n"], found["preset"]) == (2, 40, "formula") and Path(found["checkpoint"]).is_file()
     assert main(["evaluate", str(run), "--exhaustive"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{run}, epoch 1, 40 held-out problems: exact match 0.")
-    labels = {"held out", "  digits of an operand: 2", "  zero result", "  addition", "all not trained on",
-              "hard formulas", "  carry chain"}
+    labels = {
+        "held out",
+        "  digits of an operand: 2",
+        "  zero result",
+        "  addition",
+        "all not trained on",
+        "hard formulas",
+        "  carry chain",
+    }
     assert {label for label in labels if any(line.startswith(f"{label:<28}".rstrip()) for line in lines)} == labels
 
 
@@ -249,10 +305,13 @@ def test_expressions_have_no_hard_sets(capsys: pytest.CaptureFixture[str]) -> No
     assert found["exhaustive"]["n"] == int((~task.trained_on(torch.arange(19_602))).sum()) < 300
 
 
-@pytest.mark.parametrize(("task", "match"), [
-    (FormulaTask(FormulaForm(4)), "up to 100,000,000 problems, this run has 400,060,002"),
-    (FormulaTask(FormulaForm(0), 1_000, 1, leaky_split=True), "trained on every problem there is"),
-])
+@pytest.mark.parametrize(
+    ("task", "match"),
+    [
+        (FormulaTask(FormulaForm(4)), "up to 100,000,000 problems, this run has 400,060,002"),
+        (FormulaTask(FormulaForm(0), 1_000, 1, leaky_split=True), "trained on every problem there is"),
+    ],
+)
 def test_what_cannot_be_exhausted_is_refused(task: FormulaTask, match: str) -> None:
     solver: Any = SimpleNamespace(task=task, device=torch.device("cpu"), config=PRESETS["formula"])
     with pytest.raises(InputError, match=match):

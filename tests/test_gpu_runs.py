@@ -90,7 +90,10 @@ def test_what_hangs_is_killed_with_all_it_started_and_the_next_stage_runs(tmp_pa
     beside, then = python("print('beside')"), python("print('then')")
     rows = run(tmp_path, Stage("hangs", 5, (hangs, beside)), Stage("next", 60, (then,)))
     assert [(row["stage"], row["result"]) for row in rows] == [
-        ("hangs", "passed"), ("hangs", "killed at its limit"), ("next", "passed")]  # fmt: skip
+        ("hangs", "passed"),
+        ("hangs", "killed at its limit"),
+        ("next", "passed"),
+    ]
     assert time.monotonic() - started < 60
     log = (tmp_path / stages.LOG).read_text()
     assert all(word in log for word in ("begun", "beside", "then"))
@@ -102,7 +105,7 @@ def test_what_crashes_is_started_again_and_costs_no_other(tmp_path: Path) -> Non
     crashes = python("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     again = python(f"""
         import os, sys
-        path = {str(tmp_path / 'starts')!r}
+        path = {str(tmp_path / "starts")!r}
         open(path, "a").write("x")
         sys.exit(91 if len(open(path).read()) < 3 else 0)
     """)
@@ -110,7 +113,11 @@ def test_what_crashes_is_started_again_and_costs_no_other(tmp_path: Path) -> Non
     rows = run(tmp_path, Stage("crash", 40, (crashes, again, fails)), Stage("next", 60, (python("print('then')"),)))
     found = {row["command"].split()[-1]: (row["result"], row["starts"]) for row in rows}
     assert sorted(found.values()) == [
-        ("died of SIGSEGV", stages.MOST_STARTS), ("exit code 4", 1), ("passed", 1), ("passed", 3)]  # fmt: skip
+        ("died of SIGSEGV", stages.MOST_STARTS),
+        ("exit code 4", 1),
+        ("passed", 1),
+        ("passed", 3),
+    ]
     assert rows[-1]["stage"] == "next"
 
 
@@ -172,9 +179,12 @@ def test_without_a_gpu_one_line_says_what_to_do(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("main", [gpu_first.main, gpu_second.main])
-def test_what_a_user_gets_wrong_is_told_in_one_line(main: Callable[[list[str]], int], tmp_path: Path,
-                                                    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-                                                    ) -> None:
+def test_what_a_user_gets_wrong_is_told_in_one_line(
+    main: Callable[[list[str]], int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def told(*words: str) -> str:
         with pytest.raises(SystemExit) as stopped:
             main(list(words))
@@ -193,8 +203,9 @@ def test_what_a_user_gets_wrong_is_told_in_one_line(main: Callable[[list[str]], 
     assert "these packages are missing: no_such_package; pip install" in told("--out", str(tmp_path / "new"))
 
 
-def test_what_the_second_command_is_given_is_checked_before_anything_runs(tmp_path: Path,
-                                                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_second_command_is_given_is_checked_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for first in tmp_path, tmp_path / "none", ROOT / "README.md":
         with pytest.raises(SystemExit):
             gpu_second.main(["--out", str(tmp_path / "out"), "--first", str(first)])
@@ -206,17 +217,29 @@ def test_what_the_second_command_is_given_is_checked_before_anything_runs(tmp_pa
 
 @pytest.mark.slow
 @posix
-@pytest.mark.parametrize(("sent", "seconds"), [  # while the processes start, and when they work
-    (signal.SIGINT, 0.0), (signal.SIGKILL, 0.0), (signal.SIGINT, 5.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sent", "seconds"),
+    [  # while the processes start, and when they work
+        (signal.SIGINT, 0.0),
+        (signal.SIGKILL, 0.0),
+        (signal.SIGINT, 5.0),
+        (signal.SIGTERM, 5.0),
+        (signal.SIGKILL, 5.0),
+    ],
+)
 def test_a_signal_leaves_no_process_behind(sent: signal.Signals, seconds: float, tmp_path: Path) -> None:
     """Compiling has the most of them: workers of a worker."""
     command = [sys.executable, "-m", "bench.gpu_first", "--out", str(tmp_path), "--rehearse"]
     variables = {**os.environ, "STARTED_BY": str(tmp_path)}
     parent = subprocess.Popen(
-        command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command,
+        cwd=ROOT,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where a shell runs in the background
-    )  # fmt: skip
+    )
     log = tmp_path / stages.LOG
     assert wait_for(lambda: log.exists() and "== compile" in log.read_text())  # the first stage begins
     time.sleep(seconds)
@@ -244,17 +267,29 @@ def processes(word: str) -> list[int]:
 
 def test_only_hopper_kernels_that_passed_run_later() -> None:
     stage = Stage("any", 1, (("python", "--rows"),))
-    rows = [{"kind": "verdict", "kernel": name, "passed": name != "forward128", "failed": []}
-            for name in ("general", "forward64", "forward128", "backward64")]  # fmt: skip
+    rows = [
+        {"kind": "verdict", "kernel": name, "passed": name != "forward128", "failed": []}
+        for name in ("general", "forward64", "forward128", "backward64")
+    ]
     assert gpu_first.environment(stage, rows)["KERNELS_HOPPER"] == "forward64 backward64"
     assert gpu_first.environment(stage, [])["KERNELS_HOPPER"] == "0"
     assert [name for names in gpu_first.HOPPER.values() for name in names] == [
-        f"{direction}{size}" for direction, sizes in plan.HOPPER_HEAD_SIZES.items() for size in sizes]  # fmt: skip
+        f"{direction}{size}" for direction, sizes in plan.HOPPER_HEAD_SIZES.items() for size in sizes
+    ]
 
 
 def timed(group: str, **providers: float) -> list[Row]:
-    return [{"kind": "time", "group": group, "provider": name.replace("_", " "), "seconds": 1 / rate, "samples": [],
-             "info": {"tflops_per_second": rate}} for name, rate in providers.items()]  # fmt: skip
+    return [
+        {
+            "kind": "time",
+            "group": group,
+            "provider": name.replace("_", " "),
+            "seconds": 1 / rate,
+            "samples": [],
+            "info": {"tflops_per_second": rate},
+        }
+        for name, rate in providers.items()
+    ]
 
 
 LOST = [
@@ -269,7 +304,11 @@ def test_searches_are_made_where_the_first_run_lost() -> None:
     assert [round(ratio, 2) for ratio, *_ in standings(LOST)] == [0.5, 0.9, 0.9, 1.12]
     found = gpu_second.lost_searches(LOST)
     assert found[0] == "forward D128 causal" and set(found) == {
-        "forward D128 causal", "key_value D64 dropout", "query D64 dropout", "short forward L9 D32"}  # fmt: skip
+        "forward D128 causal",
+        "key_value D64 dropout",
+        "query D64 dropout",
+        "short forward L9 D32",
+    }
     from bench import tune
 
     names = [str(search) for search in tune.searches(" or ".join(found).split())]
@@ -297,8 +336,12 @@ def test_a_measured_tile_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(measured.TILES, ("key_value", 90, 128, "plain"), ((32, 256, 8, 2), "a file"))
     assert choose_tile("key_value", 96, 2, 4096, 90, "plain") == Tile(32, 256, 8, 2)
     assert choose_tile("key_value", 96, 2, 16, 90, "plain") == Tile(16, 256, 8, 2)  # few queries
-    for other in (("key_value", 96, 4, 4096, 90, "plain"), ("key_value", 96, 2, 4096, 90, "dropout"),
-                  ("key_value", 96, 2, 4096, 80, "plain"), ("query", 96, 2, 4096, 90, "plain")):  # fmt: skip
+    for other in (
+        ("key_value", 96, 4, 4096, 90, "plain"),
+        ("key_value", 96, 2, 4096, 90, "dropout"),
+        ("key_value", 96, 2, 4096, 80, "plain"),
+        ("query", 96, 2, 4096, 90, "plain"),
+    ):
         assert choose_tile(*other) != Tile(32, 256, 8, 2)
 
 
@@ -325,21 +368,20 @@ def rows_of(context: Context, *kinds: str) -> list[Row]:
     return [row for row in read_rows(context.rows) if row["kind"] in kinds]
 
 
-def test_a_wrong_kernel_is_called_wrong_and_not_timed(context: Context, monkeypatch: pytest.MonkeyPatch
-                                                      ) -> None:
+def test_a_wrong_kernel_is_called_wrong_and_not_timed(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     right = kernels.scaled_dot_product_attention
     monkeypatch.setattr(kernels, "scaled_dot_product_attention", lambda *x, **options: 1.05 * right(*x, **options))
     case = bench_attention.WHOLE[0]
     jobs = bench_attention.jobs(context, [case], "forward", ["kernels", "torch math"])
     record.time_all("attention forward", context, jobs)
     assert [row["provider"] for row in rows_of(context, "time")] == ["torch math"]
-    wrong, = rows_of(context, "wrong")
+    (wrong,) = rows_of(context, "wrong")
     assert wrong["case"].endswith(": kernels") and "from the exact one" in wrong["problem"]
     assert any("WRONG, not timed" in line for line in summarise(read_rows(context.rows)))
 
     monkeypatch.setattr(Context, "some", lambda self, cases: [case.small() for case in cases[:2]])
     gpu_work.judge("short", context)
-    verdict, = rows_of(context, "verdict")
+    (verdict,) = rows_of(context, "verdict")
     assert not verdict["passed"] and len(verdict["failed"]) == 2 and "output: error" in verdict["failed"][0]
 
 
@@ -349,7 +391,7 @@ def test_a_case_that_crashed_is_not_tried_again_and_is_not_right(context: Contex
     gpu_work.judge("short", context)
     tried = [row["case"] for row in rows_of(context, "trying")]
     assert tried == list(map(str, problems))
-    verdict, = rows_of(context, "verdict")
+    (verdict,) = rows_of(context, "verdict")
     assert verdict["failed"] == [f"{problems[0]}: crashed"]
 
 
@@ -363,7 +405,9 @@ def test_a_peer_that_fails_or_refuses_leaves_the_rest(context: Context) -> None:
     prepare = bench_layer_norm.jobs(context, ["torch eager"])
     record.time_all("norms", context, [("a", "x", refuse), ("a", "y", fail), next(iter(prepare))])
     assert [(row["kind"], row["problem"]) for row in rows_of(context, "refused", "failed")] == [
-        ("refused", "not for me"), ("failed", "MemoryError: too large")]  # fmt: skip
+        ("refused", "not for me"),
+        ("failed", "MemoryError: too large"),
+    ]
     assert len(rows_of(context, "time")) == 1
 
 
@@ -374,8 +418,9 @@ def test_each_kind_of_problem_has_a_name_of_its_own_and_rejects_what_is_wrong(mo
     norm = correctness.NormProblem((3, 64), True, (torch.bfloat16, torch.bfloat16, torch.bfloat16), 0.1)
     assert not any(finding.problem for finding in correctness.find(norm, "cpu"))
     right = kernels.add_layer_norm
-    monkeypatch.setattr(kernels, "add_layer_norm", lambda *args, **options: tuple(
-        x + 0.02 for x in right(*args, **options)))
+    monkeypatch.setattr(
+        kernels, "add_layer_norm", lambda *args, **options: tuple(x + 0.02 for x in right(*args, **options))
+    )
     assert "output 0" in [finding.tensor for finding in correctness.find(norm, "cpu") if finding.problem]
 
 
@@ -411,7 +456,10 @@ def test_everything_that_is_timed_or_judged_can_be_launched_ahead() -> None:
     whole = Context(Path(), torch.device("cpu"), rehearse=False)
     counts = {work: len(gpu_work.launches(work, whole)) for work in (*correctness.PROBLEMS, *gpu_stages("first"))}
     assert {work for work, count in counts.items() if count < 4} == {
-        "bench_attention::attention backward", "bench_training::training", "bench_training::compiled training"}
+        "bench_attention::attention backward",
+        "bench_training::training",
+        "bench_training::compiled training",
+    }
 
 
 # Benchmarks say themselves what is done with them
@@ -426,7 +474,13 @@ def test_every_stage_has_its_work_and_enough_time() -> None:
         assert work and set(work) <= set(gpu_work.pieces_of_work())
     assert gpu_first.END + gpu_second.END <= 12 * 60
     assert [stage.name for stage in first][:6] == [
-        "compile", "correctness", "Hopper forward", "Hopper backward", "attention forward", "attention backward"]
+        "compile",
+        "correctness",
+        "Hopper forward",
+        "Hopper backward",
+        "attention forward",
+        "attention backward",
+    ]
     assert [stage.name for stage in second] == ["tiles", "main shapes", "tests"]
 
 
@@ -492,12 +546,15 @@ def test_a_benchmark_is_one_file(softmax: Path, context: Context) -> None:
     assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("text, told", [
-    ("", "bench_a.py must have a line BENCHMARK = Benchmark(...)"),
-    ("BENCHMARK = 3", "bench_a.py must have a line BENCHMARK = Benchmark(...)"),
-    ("NEED = 1\nBENCHMARK = Benchmark(first=[GpuStage('a', NEED, 3)])", "(name 'NEED' is not defined); it may"),
-    ("BENCHMARK = Benchmark(first=[GpuStage('a', 1)])", "missing 1 required positional argument: 'seconds'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("", "bench_a.py must have a line BENCHMARK = Benchmark(...)"),
+        ("BENCHMARK = 3", "bench_a.py must have a line BENCHMARK = Benchmark(...)"),
+        ("NEED = 1\nBENCHMARK = Benchmark(first=[GpuStage('a', NEED, 3)])", "(name 'NEED' is not defined); it may"),
+        ("BENCHMARK = Benchmark(first=[GpuStage('a', 1)])", "missing 1 required positional argument: 'seconds'"),
+    ],
+)
 def test_what_a_benchmark_says_wrong_is_told(text: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "bench_a.py").write_text(text)
     with pytest.raises(ValueError) as error:
@@ -505,12 +562,13 @@ def test_what_a_benchmark_says_wrong_is_told(text: str, told: str, tmp_path: Pat
     assert told in str(error.value)
 
 
-def test_a_benchmark_that_cannot_be_imported_costs_the_others_nothing(softmax: Path, context: Context,
-                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_benchmark_that_cannot_be_imported_costs_the_others_nothing(
+    softmax: Path, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
     softmax.write_text(softmax.read_text() + "\nimport no_such_package\n")
     monkeypatch.setattr(gpu_work, "worker_pool", lambda *_: Pool())
     gpu_work.compile_all(context)
-    row, = rows_of(context, "compile")
+    (row,) = rows_of(context, "compile")
     assert row["work"] == "bench_softmax::softmax" and "no_such_package" in row["failures"][0]
     assert len(Pool.asked) > 4
 
@@ -559,7 +617,11 @@ def test_failures_of_tests_are_rows_at_once_and_come_first_the_next_time(tmp_pat
     rows = read_rows(tmp_path / ROWS)
     assert [row["id"] for row in rows[:3]] == ["test_some.py::test_b", "test_some.py::test_d", ""]
     assert rows[0]["message"].startswith("AssertionError: why") and rows[2] == {
-        "kind": "test", "id": "", "passed": 2, "failed": 2}  # fmt: skip
+        "kind": "test",
+        "id": "",
+        "passed": 2,
+        "failed": 2,
+    }
     order = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("test_some.py::")]
     assert order[:4] == [f"test_some.py::test_{x}" for x in "bdac"]
 
@@ -578,12 +640,22 @@ def test_a_fault_on_the_gpu_ends_its_worker_and_fails_no_other_test(tmp_path: Pa
     assert {row["id"] for row in rows if row["id"]} == {"test_some.py::test_a"} and rows[-1]["passed"] == 5
 
 
-@pytest.mark.parametrize("markexpr, asked", [
-    ("gpu", True), ("gpu and not large", True), ("not slow and gpu", True), ("(gpu and not slow)", True),
-    ("not gpu", False), ("gpu or slow", False), ("", False), ("slow", False),
-])  # fmt: skip
-def test_which_mark_expressions_ask_for_a_gpu(markexpr: str, asked: bool, monkeypatch: pytest.MonkeyPatch,
-                                              request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    "markexpr, asked",
+    [
+        ("gpu", True),
+        ("gpu and not large", True),
+        ("not slow and gpu", True),
+        ("(gpu and not slow)", True),
+        ("not gpu", False),
+        ("gpu or slow", False),
+        ("", False),
+        ("slow", False),
+    ],
+)
+def test_which_mark_expressions_ask_for_a_gpu(
+    markexpr: str, asked: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     conftest = next(p for p in request.config.pluginmanager.get_plugins() if hasattr(p, "runs_on_gpu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     config = type("Config", (), {"option": type("Option", (), {"markexpr": markexpr})})

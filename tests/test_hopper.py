@@ -32,9 +32,7 @@ from tests.gluon_emulator import emulate  # noqa: E402
 
 attention = functools.partial(kernels.scaled_dot_product_attention, backend="triton")
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-ON_GPU = (
-    pytest.mark.gpu, pytest.mark.timeout(60), pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU"),
-)  # fmt: skip
+ON_GPU = (pytest.mark.gpu, pytest.mark.timeout(60), pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU"))
 
 
 @pytest.fixture
@@ -140,13 +138,22 @@ def test_it_compiles_without_spills_and_leaves_a_product_in_flight() -> None:
 # What they compute
 
 
-@pytest.mark.parametrize(("dtype", "sizes", "is_causal"), [
-    (torch.bfloat16, (1, 1, 1, 128, 128, 128, 128), False), (torch.float16, (2, 4, 2, 300, 500, 64, 64), False),
-    (torch.float16, (1, 2, 1, 1000, 77, 128, 128), True), (torch.bfloat16, (1, 1, 1, 257, 385, 256, 256), False),
-    (torch.bfloat16, (1, 1, 1, 257, 385, 256, 256), True), (torch.bfloat16, (3, 5, 5, 129, 1, 64, 64), True),
-    (torch.bfloat16, (1, 2, 1, 192, 1, 64, 64), False), (torch.bfloat16, (1, 2, 1, 1100, 500, 64, 64), True),
-    (torch.bfloat16, (1, 4, 2, 300, 500, 128, 128), True), (torch.bfloat16, (1, 1, 1, 300, 500, 128, 128), False),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "is_causal"),
+    [
+        (torch.bfloat16, (1, 1, 1, 128, 128, 128, 128), False),
+        (torch.float16, (2, 4, 2, 300, 500, 64, 64), False),
+        (torch.float16, (1, 2, 1, 1000, 77, 128, 128), True),
+        (torch.bfloat16, (1, 1, 1, 257, 385, 256, 256), False),
+        (torch.bfloat16, (1, 1, 1, 257, 385, 256, 256), True),
+        (torch.bfloat16, (3, 5, 5, 129, 1, 64, 64), True),
+        (torch.bfloat16, (1, 2, 1, 192, 1, 64, 64), False),
+        (torch.bfloat16, (1, 2, 1, 1100, 500, 64, 64), True),
+        (torch.bfloat16, (1, 4, 2, 300, 500, 128, 128), True),
+        (torch.bfloat16, (1, 1, 1, 300, 500, 128, 128), False),
+    ],
+    ids=str,
+)
 def test_output_and_gradients(sizes: tuple[int, ...], is_causal: bool, dtype: torch.dtype, hopper: str) -> None:
     check(problem(sizes, dtype, hopper, is_causal=is_causal), attention)
 
@@ -158,12 +165,20 @@ def test_more_tiles_than_programs(sizes: tuple[int, ...], hopper: str) -> None:
 
 
 FEATURES: dict[str, dict[str, Any]] = {
-    "bottom right": {"is_causal": True, "causal_alignment": "bottom_right"}, "softcap": {"softcap": 1.5},
-    "window": {"window": (150, 0)}, "two-sided window": {"window": (37, 90)}, "narrow window": {"window": (0, 0)},
+    "bottom right": {"is_causal": True, "causal_alignment": "bottom_right"},
+    "softcap": {"softcap": 1.5},
+    "window": {"window": (150, 0)},
+    "two-sided window": {"window": (37, 90)},
+    "narrow window": {"window": (0, 0)},
     "lengths": {"key_lengths": torch.tensor([0, 411, 128])},
-    "all": {"is_causal": True, "causal_alignment": "bottom_right", "window": (200, 0), "softcap": 3.0,
-            "key_lengths": torch.tensor([500, 130, 1])},
-}  # fmt: skip
+    "all": {
+        "is_causal": True,
+        "causal_alignment": "bottom_right",
+        "window": (200, 0),
+        "softcap": 3.0,
+        "key_lengths": torch.tensor([500, 130, 1]),
+    },
+}
 
 
 def hold_to_formula(
@@ -229,7 +244,7 @@ WRONG = {  # what is replaced by what, and where that shows first
     "delta missing": ("dp - stats_s.index(2 * INDEX + 1).load(columns)[None, :]", "dp", "grad of query"),
     "dK off by 1 %": ("dk = dk * call.scale", "dk = dk * call.scale * 1.01", "grad of key"),
     "dV of weights that do not sum to 1": ("weights.to(DTYPE)", "(weights * 1.01).to(DTYPE)", "grad of value"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.usefixtures("asked_for")

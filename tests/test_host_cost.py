@@ -65,9 +65,14 @@ def test_functorch_gets_setup_context(way: Way, applied: list[type]) -> None:
 
 def test_sizes_are_worked_out_once(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     remembered = [
-        tiles.choose_tile, tiles.choose_short_tile, tiles.column_blocks, norm_tiles._choose,
-        forward.triton_dtype, ops._row_layout, autograd.with_context,
-    ]  # fmt: skip
+        tiles.choose_tile,
+        tiles.choose_short_tile,
+        tiles.column_blocks,
+        norm_tiles._choose,
+        forward.triton_dtype,
+        ops._row_layout,
+        autograd.with_context,
+    ]
     if way.hopper == "1":
         from kernels.attention.hopper_pieces import shared_layout
 

@@ -257,9 +257,7 @@ def test_only_the_gradients_that_are_needed(normal, request, chunked):
     n_rows = 3 if chunked else 19
     x, residual, weight, bias = normal(n_rows, 37), normal(n_rows, 37), normal(37), normal(37)
     seed = torch.tensor([5], device=x.device)
-    _, total, mean, rstd = torch.ops.kernels.norm_forward(
-        x, residual, seed, weight, bias, (37,), EPS, 0.25, True, True
-    )
+    _, total, mean, rstd = torch.ops.kernels.norm_forward(x, residual, seed, weight, bias, (37,), EPS, 0.25, True, True)
     saved = normal(n_rows, 37), normal(n_rows, 37), total, seed, weight, bias, mean, rstd
     rules = (37,), x.dtype, x.dtype, 0.25, True, False
     complete = torch.ops.kernels.norm_backward(*saved, *rules, [True] * 4)
@@ -506,8 +504,7 @@ def test_double_backward(normal):
 @pytest.mark.parametrize("in_dims", [(0, None, None), (2, None, None), (None, 0, None), (1, 0, 1)], ids=str)
 def test_vmap(normal, in_dims):
     tensors = [
-        x if dim is None else torch.stack([x, 2 * x + 1, -x], dim=dim)
-        for x, dim in zip(three_tensors(normal), in_dims)
+        x if dim is None else torch.stack([x, 2 * x + 1, -x], dim=dim) for x, dim in zip(three_tensors(normal), in_dims)
     ]
     assert_same(lambda f: vmap(f, in_dims), *tensors)
     assert_same(lambda f: vmap(grad(lambda *t: f(*t).pow(2).sum(), argnums=(0, 1, 2)), in_dims), *tensors)

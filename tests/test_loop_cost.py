@@ -68,9 +68,7 @@ def test_a_loop_by_hand() -> None:
 def test_spills_repeated_products_and_older_instructions_are_seen() -> None:
     slow = CODE.replace("FFMA R1, R2, R3, R4", "LDL R1, [R2]").replace(".L_x_2:", ".L_x_8:")
     assert cost_of(slow).spilled == 1
-    repeated = CODE.replace(
-        "/*0020*/", "/*0018*/ HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;\n        /*0020*/"
-    )
+    repeated = CODE.replace("/*0020*/", "/*0018*/ HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;\n        /*0020*/")
     assert cost_of(repeated).wasted == pytest.approx(1.0) and cost_of(repeated).tensor == 2 * cost_of(CODE).tensor
     older = re.sub(r"HGMMA\S+", "HMMA.16816.F32.BF16", CODE)
     assert cost_of(older).tensor == pytest.approx(cost_of(CODE).tensor / loop_cost.MMA_SHARE)
@@ -117,8 +115,11 @@ def test_a_line_of_the_table_is_read_as_it_was_written(tmp_path, monkeypatch: py
 
 
 # Predicted TFLOP/s of steady loops on sm_90 that may not be lost again, without anything asked.
-GOALS = {"forward_kernel": {64: 445, 128: 590, 256: 550}, "query_kernel": {64: 530, 128: 660},
-         "key_value_kernel": {64: 500, 128: 570}}  # fmt: skip
+GOALS = {
+    "forward_kernel": {64: 445, 128: 590, 256: 550},
+    "query_kernel": {64: 530, 128: 660},
+    "key_value_kernel": {64: 500, 128: 570},
+}
 
 
 def test_the_recorded_table_is_whole_and_reaches_its_goals() -> None:
@@ -137,11 +138,23 @@ def test_the_recorded_table_is_whole_and_reaches_its_goals() -> None:
             assert table[90, kernel, f"bf16 D{size} mask"] >= 0.75 * table[90, kernel, f"bf16 D{size} plain"]
 
 
-@pytest.mark.parametrize(("asked", "expected"), [
-    ("", "plain"), ("right", "causal"), ("right left", "mask"), ("left", "mask"),
-    ("attn_mask", "mask"), ("right softcap", "mask"), ("alibi_slopes", "mask"), ("key_lengths bottom_right", "plain"),
-    ("right left seed", "dropout"), ("attn_mask seed", "every"), ("right softcap alibi_slopes", "every"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("", "plain"),
+        ("right", "causal"),
+        ("right left", "mask"),
+        ("left", "mask"),
+        ("attn_mask", "mask"),
+        ("right softcap", "mask"),
+        ("alibi_slopes", "mask"),
+        ("key_lengths bottom_right", "plain"),
+        ("right left seed", "dropout"),
+        ("attn_mask seed", "every"),
+        ("right softcap alibi_slopes", "every"),
+    ],
+    ids=str,
+)
 def test_what_a_call_asks_by_hand(asked: str, expected: str) -> None:
     given = {name: torch.ones(1) if name in TENSORS else 1 for name in asked.split()}
     assert what_is_asked(Call(**given)) == expected

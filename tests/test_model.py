@@ -30,15 +30,28 @@ def torch_transformer(model: EncoderDecoder, norm: str, activation: str) -> nn.T
     """torch.nn.Transformer with the weights of `model`."""
     options = {"dropout": 0.0, "activation": ACTIVATIONS[activation], "batch_first": True, "norm_first": norm == "pre"}
     width, heads, hidden = SIZES["width"], SIZES["heads"], SIZES["hidden"]
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(width, heads, hidden, **options),  # type: ignore
-                                    SIZES["encoder_layers"], nn.LayerNorm(width), enable_nested_tensor=False)
-    theirs = nn.Transformer(width, heads, num_decoder_layers=SIZES["decoder_layers"], dim_feedforward=hidden,
-                            custom_encoder=encoder, **options)  # type: ignore[arg-type]
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(width, heads, hidden, **options),  # type: ignore
+        SIZES["encoder_layers"],
+        nn.LayerNorm(width),
+        enable_nested_tensor=False,
+    )
+    theirs = nn.Transformer(
+        width,
+        heads,
+        num_decoder_layers=SIZES["decoder_layers"],
+        dim_feedforward=hidden,
+        custom_encoder=encoder,
+        **options,
+    )  # type: ignore[arg-type]
     for side in "encoder", "decoder":
         for ours, layer in zip(getattr(model, side), getattr(theirs, side).layers):
             copy_attention(ours.attention, layer.self_attn)
-            pairs = [(ours.attention_norm, layer.norm1), (ours.feed_forward.expand, layer.linear1),
-                     (ours.feed_forward.contract, layer.linear2)]
+            pairs = [
+                (ours.attention_norm, layer.norm1),
+                (ours.feed_forward.expand, layer.linear1),
+                (ours.feed_forward.contract, layer.linear2),
+            ]
             if side == "decoder":
                 copy_attention(ours.cross_attention, layer.multihead_attn)
                 pairs += [(ours.cross_attention_norm, layer.norm2), (ours.feed_forward_norm, layer.norm3)]
@@ -153,8 +166,9 @@ def test_rows_hold_each_token_once_and_padding_once() -> None:
 
 @pytest.mark.parametrize("pad_id", [PAD, None])
 @pytest.mark.parametrize("parts", [1, 3])
-def test_heads_are_split_and_joined_as_by_views(pad_id: int | None, parts: int, monkeypatch: pytest.MonkeyPatch
-                                                ) -> None:
+def test_heads_are_split_and_joined_as_by_views(
+    pad_id: int | None, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = Rows(IDS, pad_id)
     with monkeypatch.context() as patch:
         as_on_a_gpu(patch)
@@ -169,21 +183,25 @@ def test_heads_are_split_and_joined_as_by_views(pad_id: int | None, parts: int, 
     for mine, theirs in zip(split, expected):
         torch.testing.assert_close(mine * real[:, None, :, None], theirs * real[:, None, :, None])
     grads = torch.autograd.grad(split, packed, list(upstream))[0], torch.autograd.grad(expected, x, list(upstream))[0]
-    torch.testing.assert_close(grads[0][:real.sum()], grads[1].view(4, 4, -1)[real])
+    torch.testing.assert_close(grads[0][: real.sum()], grads[1].view(4, 4, -1)[real])
     heads = torch.randn(4, 2, 4, 5, requires_grad=True)
     joined, expected_rows = rows.join(heads), whole.join(heads)
-    torch.testing.assert_close(joined[:real.sum()], expected_rows.view(4, 4, -1)[real])
+    torch.testing.assert_close(joined[: real.sum()], expected_rows.view(4, 4, -1)[real])
     up = torch.randn(4, 4, 10) * real[..., None]
     packed_up = up[real] if pad_id is None else torch.cat((up[real], torch.zeros(1, 10)))
-    mine, theirs = (torch.autograd.grad(out, heads, grad)[0]
-                    for out, grad in ((joined, packed_up), (expected_rows, up.flatten(0, 1))))
+    mine, theirs = (
+        torch.autograd.grad(out, heads, grad)[0]
+        for out, grad in ((joined, packed_up), (expected_rows, up.flatten(0, 1)))
+    )
     torch.testing.assert_close(mine, theirs)
 
 
-@pytest.mark.parametrize(("norm", "positions"), [*((norm, "sinusoid") for norm in NORMS), ("post", "relative"),
-                                                 ("post", "rotary")])
-def test_leaving_padding_out_changes_no_score_and_no_gradient(norm: str, positions: str,
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("norm", "positions"), [*((norm, "sinusoid") for norm in NORMS), ("post", "relative"), ("post", "rotary")]
+)
+def test_leaving_padding_out_changes_no_score_and_no_gradient(
+    norm: str, positions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make(norm=norm, positions=positions)
     source, target = padded_problems()
     real = target != PAD
@@ -201,8 +219,14 @@ def test_leaving_padding_out_changes_no_score_and_no_gradient(norm: str, positio
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_fused_residual_norms_give_the_same_seeded_loss(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unfused(self: kernels.nn.LayerNorm, input: torch.Tensor, residual: torch.Tensor | None = None, *,
-                dropout_p: float = 0.0, prenorm: bool = False) -> object:
+    def unfused(
+        self: kernels.nn.LayerNorm,
+        input: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        *,
+        dropout_p: float = 0.0,
+        prenorm: bool = False,
+    ) -> object:
         total = input if residual is None else Dropout(dropout_p).add(residual, input)
         output = nn.LayerNorm.forward(self, total)
         return (output, total) if prenorm else output

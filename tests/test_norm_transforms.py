@@ -21,10 +21,20 @@ from kernels import add_layer_norm, layer_norm
 
 forward = pytest.importorskip("kernels.layer_norm.forward", reason="needs triton")
 from tests.norm_problem import (  # noqa: E402 (it imports Triton)
-    BF16, EPS, F32, MIXED, assert_no_worse, either_backend, either_norm, kept, ours, results, sample, torch_warns,
+    BF16,
+    EPS,
+    F32,
+    MIXED,
+    assert_no_worse,
+    either_backend,
+    either_norm,
+    kept,
+    ours,
+    results,
+    sample,
+    torch_warns,
     torchs,
 )
-
 
 # Transformations, compilation, autocast, checkpoints
 
@@ -186,8 +196,9 @@ DERIVATIVES = {
     "double backward": by_autograd(2),
     "third derivative": by_autograd(3),
     "fourth derivative": by_autograd(4),
-    "grad(grad(grad))": lambda f, x, w, r, t, u: grad(lambda a: grad(lambda b: grad(
-        lambda c: f(c, w, r).sum())(b).sin().sum())(a).sin().sum())(x),
+    "grad(grad(grad))": lambda f, x, w, r, t, u: grad(
+        lambda a: grad(lambda b: grad(lambda c: f(c, w, r).sum())(b).sin().sum())(a).sin().sum()
+    )(x),
     "jvp": lambda f, x, w, r, t, u: pushed(f, r, (t, u))(x, w),
     "dual numbers": by_dual_numbers,
     "jvp(jvp)": lambda f, x, w, r, t, u: jvp(pushed(f, r, (t, u)), (x, w), (t.cos(), u.cos()))[1],
@@ -200,9 +211,11 @@ DERIVATIVES = {
     "jvp of a finished graph": of_a_finished_graph,
     "vmap": lambda f, x, w, r, t, u: vmap(lambda a: f(a, w, r))(torch.stack([x, t])),
     "vmap(grad)": lambda f, x, w, r, t, u: vmap(grad(lambda *a: scalar(f)(*a, r), BOTH))(
-        torch.stack([x, t]), torch.stack([w, u])),
-    "grad(vmap)": lambda f, x, w, r, t, u: grad(lambda a, b: vmap(lambda c: f(c, b, r))(
-        torch.stack([a, a.sin()])).square().sum(), BOTH)(x, w),
+        torch.stack([x, t]), torch.stack([w, u])
+    ),
+    "grad(vmap)": lambda f, x, w, r, t, u: grad(
+        lambda a, b: vmap(lambda c: f(c, b, r))(torch.stack([a, a.sin()])).square().sum(), BOTH
+    )(x, w),
     "vmap(jvp)": lambda f, x, w, r, t, u: vmap(lambda a: pushed(f, r, (a, u))(x, w))(torch.stack([x, t])),
     "hessian": lambda f, x, w, r, t, u: hessian(scalar(f), BOTH)(x, w, r),
 }
@@ -267,11 +280,12 @@ def test_compiles_without_a_graph_break(normal, centre, save_output, prenorm):
     tensors, upstreams = small(normal, centre), [normal(2, 5, 7), normal(2, 5, 7)]
     eager = ours(centre, prenorm=prenorm, save_output=save_output)
     compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
-    found, expected = (results(f, tensors, upstreams[:1 + prenorm]) for f in (compiled, eager))
+    found, expected = (results(f, tensors, upstreams[: 1 + prenorm]) for f in (compiled, eager))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     if prenorm:
         dropped = torch.compile(
-            ours(centre, prenorm=True, save_output=save_output, dropout_p=0.5), fullgraph=True, backend="aot_eager")
+            ours(centre, prenorm=True, save_output=save_output, dropout_p=0.5), fullgraph=True, backend="aot_eager"
+        )
         ones = torch.ones_like(tensors[0])
         (_, total), (dinput, _) = results(dropped, (ones, 0 * ones), [0 * ones, ones])
         assert torch.equal(dinput, total) and 0 < (total != 0).float().mean() < 1
@@ -281,8 +295,10 @@ def test_compiles_without_a_graph_break(normal, centre, save_output, prenorm):
 def test_compiled_rms_norm(normal):
     torch._dynamo.reset()
     tensors = normal(5, 7), None, normal(7)
-    found, expected = (results(f, tensors, [tensors[0]]) for f in (
-        torch.compile(ours(False), fullgraph=True, backend="aot_eager"), ours(False)))
+    found, expected = (
+        results(f, tensors, [tensors[0]])
+        for f in (torch.compile(ours(False), fullgraph=True, backend="aot_eager"), ours(False))
+    )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -293,11 +309,13 @@ def test_autocast_on_a_cpu(backend, centre, dtypes):
     """Output and gradients keep the dtypes that they have without autocast, whatever the mixture."""
     generator = torch.Generator().manual_seed(5)
     tensors, upstreams = sample(
-        lambda *shape, dtype: torch.randn(shape, generator=generator).to(dtype), centre, dtypes=dtypes)
+        lambda *shape, dtype: torch.randn(shape, generator=generator).to(dtype), centre, dtypes=dtypes
+    )
     with torch.autocast("cpu", BF16):
         found = results(ours(centre, prenorm=True, backend=backend), tensors, upstreams)
-    expected = results(torchs(centre, prenorm=True), [x if x is None else x.float() for x in tensors],
-                       [x.float() for x in upstreams])
+    expected = results(
+        torchs(centre, prenorm=True), [x if x is None else x.float() for x in tensors], [x.float() for x in upstreams]
+    )
     like = [tensors[0], upstreams[1], *(x for x in tensors if x is not None)]
     for x, y, z in zip(itertools.chain(*found), itertools.chain(*expected), like, strict=True):
         assert x.dtype == z.dtype
@@ -308,8 +326,9 @@ def test_autocast_on_a_cpu(backend, centre, dtypes):
 def test_checkpoint_replays_dropout(normal, centre):
     tensors, upstreams = sample(normal, centre)
     call = ours(centre, dropout_p=0.5, prenorm=True)
-    found, expected = (results(f, tensors, upstreams) for f in (
-        lambda *t: checkpoint(call, *t, use_reentrant=False), call))
+    found, expected = (
+        results(f, tensors, upstreams) for f in (lambda *t: checkpoint(call, *t, use_reentrant=False), call)
+    )
     assert all(torch.equal(a, b) for a, b in zip(itertools.chain(*found), itertools.chain(*expected)))
 
 
@@ -346,7 +365,8 @@ def test_tensors_without_numbers(monkeypatch, name, dtype, dropout_p, save_outpu
         wanted = device != "cuda" or torch.cuda.is_available()
         x, residual, weight, bias = (
             torch.empty(shape, device=device, dtype=dtype, requires_grad=wanted)
-            for shape in [(67, 64), (67, 64), (64,), (64,)])
+            for shape in [(67, 64), (67, 64), (64,), (64,)]
+        )
         call = call_of(name, dropout_p=dropout_p, prenorm=True, save_output=save_output)
         outputs = call(x, residual, weight, bias)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -376,8 +396,17 @@ def test_symbolic_trace(normal):
     model, tensors = Model().to(normal(1).device), (normal(5, 7), normal(5, 7))
     traced = torch.fx.symbolic_trace(model)
     nodes = [node.target.__name__ for node in traced.graph.nodes if "norm" in getattr(node.target, "__name__", "")]
-    assert nodes == ["layer_norm", "add_rms_norm", "rms_norm", "add_layer_norm", "rms_norm", "add_rms_norm",
-                     "layer_norm", "layer_norm", "add_layer_norm"]
+    assert nodes == [
+        "layer_norm",
+        "add_rms_norm",
+        "rms_norm",
+        "add_layer_norm",
+        "rms_norm",
+        "add_rms_norm",
+        "layer_norm",
+        "layer_norm",
+        "add_layer_norm",
+    ]
     for graph in (traced, copy.deepcopy(traced), pickle.loads(pickle.dumps(traced))):
         assert torch.equal(graph(*tensors), model(*tensors))
 
@@ -433,7 +462,8 @@ def test_one_tensor_in_several_places_compiles(normal, name):
     call = call_of(name, "triton")
     found, expected = (
         torch.autograd.grad(f(x, x, weight, weight).sin().sum(), (x, weight))
-        for f in (torch.compile(call, fullgraph=True, backend="aot_eager"), call))
+        for f in (torch.compile(call, fullgraph=True, backend="aot_eager"), call)
+    )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -454,8 +484,10 @@ class Normed(torch.nn.Module):
 @torch_warns
 @each_function
 @either_backend
-@pytest.mark.parametrize(("way", "dropout_p"), [
-    ("strict", 0.0), ("not strict", 0.0), ("compiled", 0.0), ("strict", 0.05), ("not strict", 0.5), ("compiled", 0.5)])
+@pytest.mark.parametrize(
+    ("way", "dropout_p"),
+    [("strict", 0.0), ("not strict", 0.0), ("compiled", 0.0), ("strict", 0.05), ("not strict", 0.5), ("compiled", 0.5)],
+)
 def test_any_number_of_rows_by_one_graph(normal, device, name, backend, dropout_p, way):
     """On both sides of what a CPU takes for a small call."""
     if dropout_p and "add" not in name:
@@ -465,11 +497,13 @@ def test_any_number_of_rows_by_one_graph(normal, device, name, backend, dropout_
     model = Normed(call_of(name, backend, **({"dropout_p": dropout_p} if "add" in name else {}))).to(device)
     if way == "compiled":
         run = torch.compile(
-            model, fullgraph=True, dynamic=True, backend=lambda graph, _: (graphs.append(graph), graph.forward)[1])
+            model, fullgraph=True, dynamic=True, backend=lambda graph, _: (graphs.append(graph), graph.forward)[1]
+        )
     else:
         rows = {0: torch.export.Dim("L", min=2, max=4096)}
-        run = torch.export.export(model, (normal(37, 7), normal(37, 7)), dynamic_shapes=(rows, rows),
-                                  strict=way == "strict").module()
+        run = torch.export.export(
+            model, (normal(37, 7), normal(37, 7)), dynamic_shapes=(rows, rows), strict=way == "strict"
+        ).module()
     for length in (3, 700, 4096) if backend == "torch" else (3, 53, 128):
         x, residual = normal(length, 7), normal(length, 7)
         output = run(x, residual)

@@ -26,10 +26,24 @@ from kernels.reference import rms_norm_no_loop, rms_norm_two_loop
 backward = pytest.importorskip("kernels.layer_norm.backward", reason="needs triton")
 forward = pytest.importorskip("kernels.layer_norm.forward", reason="needs triton")
 from tests.norm_problem import (  # noqa: E402 (it imports Triton)
-    BF16, EPS, F16, F32, MIXED, assert_no_worse, either_backend, either_norm, either_way, kept, numpy_warns, ours,
-    results, sample, tiles, torch_warns, torchs,
+    BF16,
+    EPS,
+    F16,
+    F32,
+    MIXED,
+    assert_no_worse,
+    either_backend,
+    either_norm,
+    either_way,
+    kept,
+    numpy_warns,
+    ours,
+    results,
+    sample,
+    tiles,
+    torch_warns,
+    torchs,
 )
-
 
 # Values
 
@@ -57,10 +71,16 @@ def test_hand_numbers(device):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("n_cols", "dtype", "chunked"), [  # every two of them together
-    (n_cols, dtype, (i + j) % 2 == 1)
-    for i, n_cols in enumerate([1, 2, 3, 5, 63, 64, 65, 257]) for j, dtype in enumerate([F32, BF16, F16])
-], indirect=["chunked"], ids=str)
+@pytest.mark.parametrize(
+    ("n_cols", "dtype", "chunked"),
+    [  # every two of them together
+        (n_cols, dtype, (i + j) % 2 == 1)
+        for i, n_cols in enumerate([1, 2, 3, 5, 63, 64, 65, 257])
+        for j, dtype in enumerate([F32, BF16, F16])
+    ],
+    indirect=["chunked"],
+    ids=str,
+)
 def test_rms_norm_of_every_width(normal, chunked, n_cols, dtype):
     n_rows = chunked[0] - 2
     tensors = normal(n_rows, n_cols, dtype=dtype) * 3 + 1, None, normal(n_cols, dtype=dtype), None
@@ -359,8 +379,14 @@ def test_mask_is_the_same_for_every_tile_and_in_the_backward(normal, device):
     call = ours(True, dropout_p=0.5, prenorm=True)
     expected = kept((5, 37), 0.5, device)[0] * 2.0
     for rows, columns, chunks in (
-        (None, None, False), (1, 64, False), (2, 64, False), (4, 64, False), (8, 128, False),
-        (1, 4, True), (1, 16, True), (1, 64, True),
+        (None, None, False),
+        (1, 64, False),
+        (2, 64, False),
+        (4, 64, False),
+        (8, 128, False),
+        (1, 4, True),
+        (1, 16, True),
+        (1, 64, True),
     ):
         with tiles(rows, columns, chunks) if rows else contextlib.nullcontext():
             (_, total), (dinput, _) = results(lambda *t: call(*t), (x, 0 * x), [0 * upstream, upstream])
@@ -398,8 +424,10 @@ def under(setting):
     @contextlib.contextmanager
     def changed():
         set_default, old = (
-            (torch.set_default_device, None) if setting == "default device"
-            else (torch.set_default_dtype, torch.get_default_dtype()))
+            (torch.set_default_device, None)
+            if setting == "default device"
+            else (torch.set_default_dtype, torch.get_default_dtype())
+        )
         set_default("meta" if setting == "default device" else setting)
         try:
             yield
@@ -427,8 +455,15 @@ def test_defaults_of_pytorch_change_nothing(normal, backend, centre, dropout_p, 
     assert all(map(torch.equal, tree_leaves(found), tree_leaves(expected)))
 
 
-INTEGERS = [numpy.int64(7), (numpy.int32(7),), [numpy.int64(7)], torch.Size([7]), torch.tensor(7), numpy.array([7]),
-            [torch.tensor(7)]]
+INTEGERS = [
+    numpy.int64(7),
+    (numpy.int32(7),),
+    [numpy.int64(7)],
+    torch.Size([7]),
+    torch.tensor(7),
+    numpy.array([7]),
+    [torch.tensor(7)],
+]
 NUMBERS = [numpy.float64(0.25), numpy.float32(0.25), numpy.float16(0.25), torch.tensor(0.25)]
 
 
@@ -446,8 +481,15 @@ def test_numbers_of_numpy_and_tensors(normal, backend, centre):
     expected = add(x, residual, dropout_p=0.25, prenorm=True, backend=backend)
     for shape, dropout_p, flag in itertools.product(INTEGERS, NUMBERS, (numpy.bool_(True), torch.tensor(True))):
         torch.manual_seed(3)
-        found = add(x.requires_grad_(), residual, normalized_shape=shape, dropout_p=dropout_p, prenorm=flag,
-                    save_output=flag, backend=backend)
+        found = add(
+            x.requires_grad_(),
+            residual,
+            normalized_shape=shape,
+            dropout_p=dropout_p,
+            prenorm=flag,
+            save_output=flag,
+            backend=backend,
+        )
         assert all(map(torch.equal, found, expected))
 
 
@@ -489,8 +531,10 @@ def test_outputs_may_be_changed_in_place(normal, backend, centre, has_residual, 
     if not has_residual:
         tensors[1] = None
     options = {"prenorm": True} if prenorm else {}
-    found, expected = (results(changed(f), tensors, upstreams[:1 + prenorm]) for f in (
-        ours(centre, backend=backend, **options), torchs(centre, prenorm=prenorm)))
+    found, expected = (
+        results(changed(f), tensors, upstreams[: 1 + prenorm])
+        for f in (ours(centre, backend=backend, **options), torchs(centre, prenorm=prenorm))
+    )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -500,6 +544,7 @@ def test_outputs_may_be_changed_in_place(normal, backend, centre, has_residual, 
 @either_norm
 def test_operations_read_every_tensor_by_its_strides(normal, centre):
     """Statistics, seed, parameters, upstream gradients: every second number of larger tensors, and expanded ones."""
+
     def strided(y):
         return y if y is None else torch.stack([y, torch.full_like(y, 7)], dim=-1).flatten(-2)[..., ::2]
 
@@ -508,17 +553,20 @@ def test_operations_read_every_tensor_by_its_strides(normal, centre):
     tensors = x, residual, seed, weight, bias
     rules = (37,), EPS, 0.4, centre, True
     expected, found = (
-        torch.ops.kernels.norm_forward(*(arrange(y) for y in tensors), *rules) for arrange in (lambda y: y, strided))
+        torch.ops.kernels.norm_forward(*(arrange(y) for y in tensors), *rules) for arrange in (lambda y: y, strided)
+    )
     assert all(map(torch.equal, found, expected))
     saved = *upstreams, expected[1], seed, weight, bias, *expected[2:]
     rules = (37,), F32, F32, 0.4, centre, False, [True, True, True, bias is not None]
     expected, found = (
-        torch.ops.kernels.norm_backward(*(arrange(y) for y in saved), *rules) for arrange in (lambda y: y, strided))
+        torch.ops.kernels.norm_backward(*(arrange(y) for y in saved), *rules) for arrange in (lambda y: y, strided)
+    )
     assert all(map(torch.equal, found, expected))
     constant = [y if y is None else y[..., :1].expand(y.shape) for y in saved]
     found, expected = (
         torch.ops.kernels.norm_backward(*y, *rules)
-        for y in (constant, [y if y is None else y.contiguous() for y in constant]))
+        for y in (constant, [y if y is None else y.contiguous() for y in constant])
+    )
     assert all(map(torch.equal, found, expected))
 
 
@@ -530,7 +578,8 @@ def test_input_that_overlaps_itself(normal, backend, centre):
     windows = lambda y: y.unfold(0, 8, 3)  # noqa: E731
     found, expected = (
         results(lambda y, w, f=f: f(windows(y), windows(y), w), (numbers, weight), [upstream])
-        for f in (ours(centre, backend=backend), torchs(centre)))
+        for f in (ours(centre, backend=backend), torchs(centre))
+    )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -582,7 +631,8 @@ def test_a_row_does_not_depend_on_its_batch_and_runs_repeat(normal, chunked, cen
     assert all(torch.equal(a, b) for a, b in zip([*together, *gradients], itertools.chain(*again), strict=True))
     for rows in (slice(5, 6), slice(5, 11)):
         part, part_gradients = results(
-            call, (x[rows], residual[rows].clone(), *parameters), [u[rows] for u in upstreams])
+            call, (x[rows], residual[rows].clone(), *parameters), [u[rows] for u in upstreams]
+        )
         assert all(torch.equal(a[rows], b) for a, b in zip([*together, *gradients[:2]], [*part, *part_gradients[:2]]))
 
 
@@ -603,9 +653,7 @@ def test_nothing_is_written_beside_the_results(normal, device, chunked, centre, 
     rows = [_rows(y, 37) for y in (x, residual, upstream, grad_sum, output if from_output else total)]
     forward.launch_forward(*rows[:2], seed, weight, bias, output, total, mean, rstd, EPS, 0.4, F32)
     gradients = guarded(9, 37), guarded(9, 37), guarded(37), guarded(37) if centre else None
-    backward.launch_backward(
-        *rows[2:], seed, weight, bias, mean, rstd, *gradients, 0.4, centre, from_output,
-    )
+    backward.launch_backward(*rows[2:], seed, weight, bias, mean, rstd, *gradients, 0.4, centre, from_output)
     for buffer in buffers:
         assert (buffer[:64] == -7.0).all() and (buffer[-64:] == -7.0).all()
     assert all((x != -7.0).all() for x in (output, total, rstd, *gradients) if x is not None)
@@ -657,12 +705,20 @@ def test_native_samples_of_pytorch(op_db, device):
 
 
 @settings(
-    max_examples=25, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
-    leading=st.lists(st.integers(1, 5), max_size=2), n_cols=st.integers(1, 70), centre=st.booleans(),
-    dtypes=st.sampled_from(list(MIXED.values())), has_weight=st.booleans(), dropout_p=st.sampled_from([0.0, 0.6]),
+    leading=st.lists(st.integers(1, 5), max_size=2),
+    n_cols=st.integers(1, 70),
+    centre=st.booleans(),
+    dtypes=st.sampled_from(list(MIXED.values())),
+    has_weight=st.booleans(),
+    dropout_p=st.sampled_from([0.0, 0.6]),
 )
 def test_any_shape(normal, device, leading, n_cols, centre, dtypes, has_weight, dropout_p):
     shape = (*leading, n_cols)
@@ -724,7 +780,8 @@ def test_more_than_two_to_the_31_elements(centre):
     assert x.numel() > 2**31
     outputs, gradients = results(ours(centre, prenorm=True), (x, residual), [up, up_sum])
     last, last_gradients = results(
-        ours(centre, prenorm=True), (x[-5:].clone(), residual[-5:].clone()), [up[-5:].clone(), up_sum[-5:].clone()])
+        ours(centre, prenorm=True), (x[-5:].clone(), residual[-5:].clone()), [up[-5:].clone(), up_sum[-5:].clone()]
+    )
     assert all(torch.equal(a[-5:], b) for a, b in zip([*outputs, *gradients], [*last, *last_gradients]))
     keep = kept(shape, 0.5, "cuda")[0]
     assert abs(keep[-5:].float().mean() - 0.5) < 0.02 and not torch.equal(keep[-1], keep[-2])

@@ -46,9 +46,13 @@ def test_public_names_exist() -> None:
 
 def test_what_runs_stand_on_imports_nothing_that_stands_on_them() -> None:
     paths = list((Path(calcformer.__file__).parent / "runs").glob("*.py"))
-    imported = {f"{getattr(node, 'module', '')}.{alias.name}".lstrip(".") for path in paths
-                for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))
-                for alias in node.names}
+    imported = {
+        f"{getattr(node, 'module', '')}.{alias.name}".lstrip(".")
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
     above = "training", "solver", "sweep", "evaluation", "exhaustive", "comparison", "cli"
     assert "calcformer.runs.files.write_atomically" in imported
     assert not [name for name in imported if name.startswith(tuple(f"calcformer.{module}" for module in above))]

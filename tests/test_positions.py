@@ -46,8 +46,12 @@ def test_simple_positions_have_the_courses_values() -> None:
 
 
 def test_course_positions_have_the_courses_values() -> None:
-    expected = [[0.0, 1.0, 0.0, 1.0], [0.84147, 0.5403, 0.84147, 0.5403], [0.9093, -0.41615, 0.9093, -0.41615],
-                [0.14112, -0.98999, 0.14112, -0.98999]]
+    expected = [
+        [0.0, 1.0, 0.0, 1.0],
+        [0.84147, 0.5403, 0.84147, 0.5403],
+        [0.9093, -0.41615, 0.9093, -0.41615],
+        [0.14112, -0.98999, 0.14112, -0.98999],
+    ]
     torch.testing.assert_close(course(4, 4), torch.tensor(expected), rtol=0, atol=5e-6)
     assert torch.equal(course(4, 3), course(4, 4)[:, :3])
 
@@ -100,15 +104,18 @@ def formula(attention: SelfAttention, positions: Positions, x: torch.Tensor, blo
     for m in range(length):
         for n in range(length):
             if isinstance(positions, RotaryPositions):
-                turns = [torch.block_diag(*(turn(place * 10_000 ** (-2 * i / size)) for i in range(size // 2)))
-                         for place in (m, n)]
+                turns = [
+                    torch.block_diag(*(turn(place * 10_000 ** (-2 * i / size)) for i in range(size // 2)))
+                    for place in (m, n)
+                ]
                 pairs = (query[:, m] @ turns[0].T) * (key[:, n] @ turns[1].T)
                 scores[:, :, m, n] = pairs.sum(-1) / math.sqrt(size)
             else:
                 assert isinstance(positions, RelativePositions)
                 distance = min(max(n - m, -positions.before), positions.after)
-                scores[:, :, m, n] = ((query[:, m] * key[:, n]).sum(-1) / math.sqrt(size)
-                                      + positions.table[positions.before + distance])
+                scores[:, :, m, n] = (query[:, m] * key[:, n]).sum(-1) / math.sqrt(size) + positions.table[
+                    positions.before + distance
+                ]
     weights = scores.masked_fill(blocked, -math.inf).softmax(-1)
     return attention.output(torch.einsum("bhmn,bnhe->bmhe", weights, value).flatten(2))
 

@@ -20,17 +20,33 @@ from calcformer.runs.device import check_cores, count_cores
 from calcformer.training import resume, train
 from calcformer.training.trainer import Trainer
 
-TINY = {"complexity": 1, "train_size": 50, "valid_size": 20, "width": 8, "heads": 2, "hidden": 8, "encoder_layers": 1,
-        "decoder_layers": 1, "batch_size": 25, "epochs": 2, "device": "cpu"}
-FLAGS = ["--preset", "formula", *(word for name, value in TINY.items()
-                                  for word in (f"--{name.replace('_', '-')}", str(value)))]
+TINY = {
+    "complexity": 1,
+    "train_size": 50,
+    "valid_size": 20,
+    "width": 8,
+    "heads": 2,
+    "hidden": 8,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "batch_size": 25,
+    "epochs": 2,
+    "device": "cpu",
+}
+FLAGS = [
+    "--preset",
+    "formula",
+    *(word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))),
+]
 ENDLESS = ["--epochs", "100000"]
 LIMIT = 120  # seconds, nearly all of them to start Pythons beside other work
 GONE = 10  # seconds that a worker may take to notice
 
-pytestmark = [pytest.mark.usefixtures("as_on_a_cpu", "empty_folder"),
-              pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads processes as Linux shows them"),
-              pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("as_on_a_cpu", "empty_folder"),
+    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads processes as Linux shows them"),
+    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
+]
 
 
 def descendants(process: int) -> set[int]:
@@ -68,8 +84,12 @@ def wait_until(is_so: Callable[[], object], limit: float = LIMIT) -> bool:
 
 def command(*words: str) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(Path(calcformer.__file__).parents[1])}
-    return subprocess.Popen([sys.executable, "-m", "calcformer", *words], env=environment, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [sys.executable, "-m", "calcformer", *words],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def is_written(path: str) -> bool:
@@ -78,20 +98,35 @@ def is_written(path: str) -> bool:
 
 # What a test starts, and how it knows that the workers are at work.
 WORK = {
-    "train": (["train", "--out", "run", *FLAGS, *ENDLESS, "--processes", "2"], 1,
-              lambda: is_written("run/metrics.jsonl")),
+    "train": (
+        ["train", "--out", "run", *FLAGS, *ENDLESS, "--processes", "2"],
+        1,
+        lambda: is_written("run/metrics.jsonl"),
+    ),
     "train, just started": (["train", "--out", "run", *FLAGS, *ENDLESS, "--processes", "2"], 1, lambda: True),
-    "sweep": (["sweep", "--out", "sweep", *FLAGS, *ENDLESS, "--seeds", "2", "--jobs", "2"], 2,
-              lambda: all(is_written(f"sweep/seed={seed}/metrics.jsonl") for seed in (0, 1))),
+    "sweep": (
+        ["sweep", "--out", "sweep", *FLAGS, *ENDLESS, "--seeds", "2", "--jobs", "2"],
+        2,
+        lambda: all(is_written(f"sweep/seed={seed}/metrics.jsonl") for seed in (0, 1)),
+    ),
     "evaluate": (["evaluate", "wide", "--exhaustive", "--processes", "2", "--device", "cpu"], 2, lambda: True),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("work", "end"), [
-    ("train", signal.SIGKILL), ("train", signal.SIGTERM), ("train", signal.SIGINT),
-    ("train, just started", signal.SIGKILL), ("sweep", signal.SIGKILL), ("sweep", signal.SIGTERM),
-    ("evaluate", signal.SIGKILL), ("evaluate", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("work", "end"),
+    [
+        ("train", signal.SIGKILL),
+        ("train", signal.SIGTERM),
+        ("train", signal.SIGINT),
+        ("train, just started", signal.SIGKILL),
+        ("sweep", signal.SIGKILL),
+        ("sweep", signal.SIGTERM),
+        ("evaluate", signal.SIGKILL),
+        ("evaluate", signal.SIGTERM),
+    ],
+)
 def test_workers_end_with_their_parent(work: str, end: signal.Signals) -> None:
     words, workers, is_at_work = WORK[work]
     if work == "evaluate":
@@ -128,22 +163,29 @@ def test_no_more_processes_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="would keep [0-9]+ CPU cores busy and there are [0-9]+; lower --jobs$"):
         check_cores(count_cores() + 1, "--jobs")
     monkeypatch.setattr(device, "count_cores", lambda: 3)
-    counts = {(processes, threads): device.count_processes(
-        PRESETS["formula"].with_settings({"processes": processes, "threads": threads}).training,
-        device.pick_device("cpu")) for processes, threads in ((0, 0), (0, 2), (1, 3), (3, 1))}
+    counts = {
+        (processes, threads): device.count_processes(
+            PRESETS["formula"].with_settings({"processes": processes, "threads": threads}).training,
+            device.pick_device("cpu"),
+        )
+        for processes, threads in ((0, 0), (0, 2), (1, 3), (3, 1))
+    }
     assert counts == {(0, 0): 2, (0, 2): 1, (1, 3): 1, (3, 1): 3}
 
 
 def test_run_of_more_processes_than_cores_continues_with_those_there_are(
-        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = PRESETS["formula"].with_settings({**TINY, "processes": 1})
     train(config, "run", bar=False)
     path = Path("run/config.json")
     path.write_text(config.with_settings({"processes": 64, "threads": 8}).to_json())
     monkeypatch.setattr("calcformer.training.loop.count_cores", lambda: 1)
     assert resume("run", bar=False)["epoch"] == 2
-    assert ("run: trained with 64 processes of 8 threads so far, continued with 1 of 1: there are 1 CPU cores"
-            in capsys.readouterr().err)
+    assert (
+        "run: trained with 64 processes of 8 threads so far, continued with 1 of 1: there are 1 CPU cores"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow
@@ -183,8 +225,9 @@ TWICE = 5  # times
 
 
 @pytest.mark.slow
-def test_two_trainings_into_one_folder_are_one_training_and_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-                                                                      ) -> None:
+def test_two_trainings_into_one_folder_are_one_training_and_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole_begin = Trainer.begin
 
     def begin(trainer: Trainer, folder: Path) -> int:

@@ -41,9 +41,17 @@ from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch, size_o
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 TRANSFORMS = ("vmap", "vmap grad", "jacrev", "double backward", "jvp")
 LAYOUTS = (
-    "contiguous", "heads last", "columns first", "sliced", "padded", "contiguous", "heads last", "expanded",
-    "equal rows", "overlapping",
-)  # fmt: skip
+    "contiguous",
+    "heads last",
+    "columns first",
+    "sliced",
+    "padded",
+    "contiguous",
+    "heads last",
+    "expanded",
+    "equal rows",
+    "overlapping",
+)
 HARMLESS = (  # warnings, and why
     ("`torch.jit.script", "PyTorch's own, at the first use of jvp"),
     ("All-NaN slice encountered", "NumPy's, at a maximum in the interpreter: such a tile is then done again with care"),
@@ -100,17 +108,31 @@ class Call:
             "scale": option("scale", *(None,) * 5, 0.5, -0.7, 3.0, 0.0, 1e-6, 1e-30),
             "enable_gqa": self.group > 1,
             "causal_alignment": option("causal_alignment", "top_left", "bottom_right"),
-            "window": option("window", None, None, None, (None, None), (3, None), (None, 2), (20, 11), (0, 0),
-                             (sys.maxsize, 0), (sys.maxsize, sys.maxsize), (2**31, 5)),
+            "window": option(
+                "window",
+                None,
+                None,
+                None,
+                (None, None),
+                (3, None),
+                (None, 2),
+                (20, 11),
+                (0, 0),
+                (sys.maxsize, 0),
+                (sys.maxsize, sys.maxsize),
+                (2**31, 5),
+            ),
             "softcap": option("softcap", None, None, 0.7, 30.0),
             "return_lse": option("return_lse", False, True),
             "need_weights": option("need_weights", False, False, True),
             "backend": "triton" if on_triton else "auto",
-        }  # fmt: skip
+        }
         self.tensors: Tensors = {}
         for name, n_rows, columns in (
-            ("query", self.n_queries, self.e), ("key", self.n_keys, self.e), ("value", self.n_keys, self.ev),
-        ):  # fmt: skip
+            ("query", self.n_queries, self.e),
+            ("key", self.n_keys, self.e),
+            ("value", self.n_keys, self.ev),
+        ):
             shape = (*self.leads[name], n_rows, columns)
             self.tensors[name] = lay_out(torch.randn(shape).to(self.dtype), some(f"{name} layout", *LAYOUTS))
         self._draw_mask(some, option("mask", None, None, "bool", "float", "-inf", "least", "-1e4", "-1e9", "1e4"))
@@ -120,14 +142,21 @@ class Call:
         self._draw_lengths(some, option("lengths", None, None, "whole", "0-d", "ones", "column", "expanded"))
         self._spoil_hidden_keys(option("hidden keys", "numbers", "numbers", "inf", "nan"))
         learns = some("learns", *("everything",) * 4, "nothing", *LEARNED)
-        self.learned = [name for name in LEARNED if name in self.tensors and learns in ("everything", name)
-                        and self.tensors[name].is_floating_point()]  # fmt: skip
+        self.learned = [
+            name
+            for name in LEARNED
+            if name in self.tensors and learns in ("everything", name) and self.tensors[name].is_floating_point()
+        ]
         upstream = some("upstream", *LAYOUTS)
         lead = self.lead[: n_dims - 2]
-        self.upstream = tuple(lay_out(torch.randn(*lead, *shape).to(dtype), upstream) for shape, dtype in (
-            ((self.n_queries, self.ev), self.dtype), ((self.n_queries,), self.work),
-            ((self.n_queries, self.n_keys), self.dtype),
-        ))  # fmt: skip
+        self.upstream = tuple(
+            lay_out(torch.randn(*lead, *shape).to(dtype), upstream)
+            for shape, dtype in (
+                ((self.n_queries, self.ev), self.dtype),
+                ((self.n_queries,), self.work),
+                ((self.n_queries, self.n_keys), self.dtype),
+            )
+        )
         if self.dtype != self.work:  # weights have a backward of their own, whose rounding adds to that of the output
             self.upstream = *self.upstream[:2], torch.zeros_like(self.upstream[2])
 
@@ -507,9 +536,14 @@ def check(call: Call) -> None:
 
 
 def hold(
-    name: str, ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor, noisy: list[torch.Tensor],
-    magnitude: torch.Tensor, factor: float,
-) -> None:  # fmt: skip
+    name: str,
+    ours: torch.Tensor,
+    theirs: torch.Tensor,
+    exact: torch.Tensor,
+    noisy: list[torch.Tensor],
+    magnitude: torch.Tensor,
+    factor: float,
+) -> None:
     """Judge one tensor."""
     assert ours.dtype == theirs.dtype and ours.shape == exact.shape == theirs.shape, (
         f"{name}: {ours.dtype} {tuple(ours.shape)}, expected {theirs.dtype} {tuple(exact.shape)}"
@@ -587,7 +621,7 @@ def main() -> int:
             seeds.setdefault(kind, []).append(seed)
             if len(seeds[kind]) == 1:
                 simple = simplified(seed, kind, choices)
-                print(f"{message}\n  --call \"({seed}, {dict(simple)})\"", flush=True)
+                print(f'{message}\n  --call "({seed}, {dict(simple)})"', flush=True)
                 print("  " + ", ".join(f"{n}={x!r}" for n, x in simple.items() if x != simple.simplest[n]), flush=True)
         seed += 1
     print(f"{seed - given_arguments.seed} calls, {sum(map(len, seeds.values()))} failed; by kind, their seeds: {seeds}")

@@ -16,12 +16,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 
 ROOT = Path(__file__).parents[1]
-PAGES = {str(path.relative_to(ROOT)): path.read_text()
-         for where in ("*.md", "docs/*.md", "*/README.md", "tests/*/README.md") for path in sorted(ROOT.glob(where))
-         if not path.parent.name.startswith(".")}  # fmt: skip
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for where in ("*.md", "docs/*.md", "*/README.md", "tests/*/README.md")
+    for path in sorted(ROOT.glob(where))
+    if not path.parent.name.startswith(".")
+}
 README, CONTRIBUTING = PAGES["README.md"], PAGES["CONTRIBUTING.md"]
-EXAMPLES = {f"{name}-{place}": code for name in ("README.md", "docs/drop-in.md")
-            for place, code in enumerate(re.findall(r"```python\n(.*?)```", PAGES[name], re.DOTALL))}  # fmt: skip
+EXAMPLES = {
+    f"{name}-{place}": code
+    for name in ("README.md", "docs/drop-in.md")
+    for place, code in enumerate(re.findall(r"```python\n(.*?)```", PAGES[name], re.DOTALL))
+}
 END = "-- the end of an example"
 
 
@@ -30,8 +36,13 @@ def printed() -> dict[str, list[str]]:
     """What each example prints, one after the other in one process."""
     run = f"import sys\nfor code in eval(sys.stdin.read()):\n    exec(code, {{}})\n    print({END!r}, flush=True)"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-W", "error", "-c", run], input=repr(list(EXAMPLES.values())),
-                          capture_output=True, text=True, env=environment)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", run],
+        input=repr(list(EXAMPLES.values())),
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return dict(zip(EXAMPLES, (part.splitlines() for part in done.stdout.split(END + "\n")), strict=False))
 
@@ -115,23 +126,29 @@ def learned(x: torch.Tensor) -> torch.Tensor:
     return x.requires_grad_()
 
 
-@pytest.mark.parametrize("options, has_matrix", [
-    pytest.param({}, False, id="plain"),
-    pytest.param({"is_causal": True, "attn_mask": torch.ones(S, dtype=torch.bool)}, False, id="causal and a mask"),
-    pytest.param({"attn_mask": learned(torch.zeros(1, 1, 1, S))}, False, id="a mask that learns"),
-    pytest.param({"dropout_p": 0.5}, False, id="dropout"),
-    pytest.param({"window": (9, 0), "causal_alignment": "bottom_right"}, False, id="window"),
-    pytest.param({"softcap": 9.0, "sinks": torch.zeros(2), "return_lse": True}, False, id="soft cap, sinks, lse"),
-    pytest.param({"key_lengths": torch.tensor([S - 9])}, False, id="key lengths"),
-    pytest.param({"alibi_slopes": torch.ones(2)}, False, id="slopes"),
-    pytest.param({"alibi_slopes": learned(torch.ones(2))}, True, id="slopes that learn"),
-    pytest.param({"need_weights": True}, True, id="weights"),
-])  # fmt: skip
-def test_where_the_triton_kernels_make_a_matrix_of_l_x_s(options: dict[str, Any], has_matrix: bool, device: str
-                                                         ) -> None:
+@pytest.mark.parametrize(
+    "options, has_matrix",
+    [
+        pytest.param({}, False, id="plain"),
+        pytest.param({"is_causal": True, "attn_mask": torch.ones(S, dtype=torch.bool)}, False, id="causal and a mask"),
+        pytest.param({"attn_mask": learned(torch.zeros(1, 1, 1, S))}, False, id="a mask that learns"),
+        pytest.param({"dropout_p": 0.5}, False, id="dropout"),
+        pytest.param({"window": (9, 0), "causal_alignment": "bottom_right"}, False, id="window"),
+        pytest.param({"softcap": 9.0, "sinks": torch.zeros(2), "return_lse": True}, False, id="soft cap, sinks, lse"),
+        pytest.param({"key_lengths": torch.tensor([S - 9])}, False, id="key lengths"),
+        pytest.param({"alibi_slopes": torch.ones(2)}, False, id="slopes"),
+        pytest.param({"alibi_slopes": learned(torch.ones(2))}, True, id="slopes that learn"),
+        pytest.param({"need_weights": True}, True, id="weights"),
+    ],
+)
+def test_where_the_triton_kernels_make_a_matrix_of_l_x_s(
+    options: dict[str, Any], has_matrix: bool, device: str
+) -> None:
     pytest.importorskip("triton", reason="needs triton")
-    options = {name: x.detach().to(device).requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
-               for name, x in options.items()}  # fmt: skip
+    options = {
+        name: x.detach().to(device).requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+        for name, x in options.items()
+    }
     leaves = [torch.randn(1, 2, n, 8, device=device, requires_grad=True) for n in (L, S, S)]
     leaves += [x for x in options.values() if isinstance(x, torch.Tensor) and x.requires_grad]
     with Largest() as largest:

@@ -26,8 +26,10 @@ def write(folder: Path, name: str, figures: Figures, **machine: Any) -> None:
         for (group, provider), info in figures.items():
             write_row(folder / name, "time", group=group, provider=provider, seconds=1.0, info=info)
         return
-    rows = [{"group": group, "name": provider, "stats": {"median": 1.0}, "extra_info": {"provider": provider, **info}}
-            for (group, provider), info in figures.items()]  # fmt: skip
+    rows = [
+        {"group": group, "name": provider, "stats": {"median": 1.0}, "extra_info": {"provider": provider, **info}}
+        for (group, provider), info in figures.items()
+    ]
     (folder / name).write_text(json.dumps({"machine_info": {"bench": machine}, "benchmarks": rows}))
 
 
@@ -38,9 +40,11 @@ GROUP = "attention forward B8 H16 S{} D128 causal bf16".format
 def results(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """Forward figures of two days, of which the later count, and one of a CPU, which never does."""
     for day, ours in ("2001-01-01", 100.0), ("2001-01-02", 300.0):
-        figures = {(GROUP(length), provider): {"tflops_per_second": value + length / 1024}
-                   for provider, value in (("kernels (general)", ours), ("torch cuDNN", 200.0))
-                   for length in (1024, 2048)}
+        figures = {
+            (GROUP(length), provider): {"tflops_per_second": value + length / 1024}
+            for provider, value in (("kernels (general)", ours), ("torch cuDNN", 200.0))
+            for length in (1024, 2048)
+        }
         write(tmp_path, f"a-gpu-{day}-abc.{request.param}", figures)
     figures = {(GROUP(4096), "torch math"): {"tflops_per_second": 1.0}}
     write(tmp_path, f"cpu-2001-01-03-abc.{request.param}", figures, gpu="")
@@ -56,31 +60,48 @@ def test_readme_and_results_agree() -> None:
 def test_the_newest_result_of_a_gpu_counts(results: Path) -> None:
     section = report.make_section(report.read_results(results))
     assert section.splitlines() == [
-        "Measured on A GPU, PyTorch 2.0, Triton 3.0, commit abc; raw figures in `bench/results/`.", "",
-        "![attention in TFLOP/s by sequence length](bench/results/attention.png)", "",
-        "| Attention forward, D = 128, causal, TFLOP/s by sequence length | 1,024 | 2,048 |", "|---|---|---|",
-        "| kernels (general) | **301** | **302** |", "| torch cuDNN | 201 | 202 |",
-    ]  # fmt: skip
+        "Measured on A GPU, PyTorch 2.0, Triton 3.0, commit abc; raw figures in `bench/results/`.",
+        "",
+        "![attention in TFLOP/s by sequence length](bench/results/attention.png)",
+        "",
+        "| Attention forward, D = 128, causal, TFLOP/s by sequence length | 1,024 | 2,048 |",
+        "|---|---|---|",
+        "| kernels (general) | **301** | **302** |",
+        "| torch cuDNN | 201 | 202 |",
+    ]
 
 
 def test_a_newer_result_of_one_group_leaves_the_others(results: Path) -> None:
     """And the last row of a provider counts."""
-    figures = {(GROUP(1024), provider): {"tflops_per_second": value}
-               for provider, value in (("kernels (hopper)", 7.0), ("torch cuDNN", 9.0))}  # fmt: skip
+    figures = {
+        (GROUP(1024), provider): {"tflops_per_second": value}
+        for provider, value in (("kernels (hopper)", 7.0), ("torch cuDNN", 9.0))
+    }
     write(results, "a-gpu-2001-01-04-abd-second.jsonl", figures, commit="abd")
-    write_row(results / "a-gpu-2001-01-04-abd-second.jsonl", "time", group=GROUP(1024), provider="kernels (hopper)",
-              seconds=1.0, info={"tflops_per_second": 8.0})
+    write_row(
+        results / "a-gpu-2001-01-04-abd-second.jsonl",
+        "time",
+        group=GROUP(1024),
+        provider="kernels (hopper)",
+        seconds=1.0,
+        info={"tflops_per_second": 8.0},
+    )
     lines = report.make_section(report.read_results(results)).splitlines()
     assert "commit abc" in lines[0] and "commit abd" in lines[0]
     assert lines[-7:] == [
-        "| kernels (general) | – | **302** |", "| torch cuDNN | **9** | 202 |", "| kernels (hopper) | 8 | – |", "",
-        "Where a peer is faster:", "",
+        "| kernels (general) | – | **302** |",
+        "| torch cuDNN | **9** | 202 |",
+        "| kernels (hopper) | 8 | – |",
+        "",
+        "Where a peer is faster:",
+        "",
         "- attention forward B8 H16 S1024 D128 causal bf16: kernels (hopper) has 0.89 of the rate of torch cuDNN",
-    ]  # fmt: skip
+    ]
 
 
-def test_readme_is_rewritten_and_a_difference_noticed(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-                                                      ) -> None:
+def test_readme_is_rewritten_and_a_difference_noticed(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("before\n{}\nold\n{}\nafter\n".format(*report.MARKS))
     words = ["--results", str(results), "--readme", str(readme)]

@@ -62,10 +62,20 @@ def test_every_length(length: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("sizes", [
-    (5, 2, 1, 5, 5, 16, 16), (2, 6, 2, 3, 7, 24, 19), (1, 1, 1, 1, 64, 128, 128), (2, 2, 2, 64, 1, 7, 128),
-    (1, 3, 1, 17, 9, 65, 33), (3, 4, 4, 8, 16, 32, 1), (33, 1, 1, 2, 2, 1, 1), (1, 2, 2, 40, 64, 64, 64),
-], ids=lambda s: "B{}-H{}-Hkv{}-L{}-S{}-E{}-Ev{}".format(*s))  # fmt: skip
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (5, 2, 1, 5, 5, 16, 16),
+        (2, 6, 2, 3, 7, 24, 19),
+        (1, 1, 1, 1, 64, 128, 128),
+        (2, 2, 2, 64, 1, 7, 128),
+        (1, 3, 1, 17, 9, 65, 33),
+        (3, 4, 4, 8, 16, 32, 1),
+        (33, 1, 1, 2, 2, 1, 1),
+        (1, 2, 2, 40, 64, 64, 64),
+    ],
+    ids=lambda s: "B{}-H{}-Hkv{}-L{}-S{}-E{}-Ev{}".format(*s),
+)
 def test_sizes_and_dtypes(sizes: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     if dtype == torch.float32 and tiles.block_of(max(sizes[3:5])) * tiles.block_of(max(sizes[5:])) > 1024:
         pytest.skip("float32 goes that far with narrow heads only")
@@ -81,8 +91,13 @@ def test_each_feature(sizes: tuple[int, ...], feature: str, device: str) -> None
     assert_formula({**call(sizes, torch.float32, device), **options})
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, phases=(Phase.generate,),
-          suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    phases=(Phase.generate,),
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(st.data())
 def test_any_combination_means_what_its_parts_mean(data: st.DataObject) -> None:
     def some(name: str, *values: object) -> Any:
@@ -90,19 +105,29 @@ def test_any_combination_means_what_its_parts_mean(data: st.DataObject) -> None:
 
     torch.manual_seed(data.draw(st.integers(0, 10_000), "seed"))
     hkv, lengths = some("hkv", 1, 2, 3), (1, 2, 3, 5, 8, 9, 16, 17)
-    sizes = (some("b", 1, 2, 5), hkv * some("group", 1, 2), hkv, some("l", *lengths), some("s", *lengths),
-             some("e", 3, 16), 5)  # fmt: skip
+    sizes = (
+        some("b", 1, 2, 5),
+        hkv * some("group", 1, 2),
+        hkv,
+        some("l", *lengths),
+        some("s", *lengths),
+        some("e", 3, 16),
+        5,
+    )
     batch, heads, _, n_queries, n_keys = sizes[:5]
     mask = torch.randn([some("mask", 1, full) for full in (batch, heads, n_queries, n_keys)])
-    assert_formula(call(sizes, torch.float32, "cpu") | {
-        "attn_mask": some("kind", None, mask, mask < 0.5, mask.masked_fill(mask > 1.0, -math.inf)),
-        "is_causal": some("is_causal", False, True),
-        "causal_alignment": some("causal_alignment", "top_left", "bottom_right"),
-        "window": some("window", (None, None), (0, 0), (3, None), (None, 2)),
-        "softcap": some("softcap", None, 0.7),
-        "alibi_slopes": some("slopes", None, torch.rand(heads), torch.rand(batch, heads)),
-        "key_lengths": some("key_lengths", None, torch.randint(0, n_keys + 1, (batch,))),
-    })  # fmt: skip
+    assert_formula(
+        call(sizes, torch.float32, "cpu")
+        | {
+            "attn_mask": some("kind", None, mask, mask < 0.5, mask.masked_fill(mask > 1.0, -math.inf)),
+            "is_causal": some("is_causal", False, True),
+            "causal_alignment": some("causal_alignment", "top_left", "bottom_right"),
+            "window": some("window", (None, None), (0, 0), (3, None), (None, 2)),
+            "softcap": some("softcap", None, 0.7),
+            "alibi_slopes": some("slopes", None, torch.rand(heads), torch.rand(batch, heads)),
+            "key_lengths": some("key_lengths", None, torch.randint(0, n_keys + 1, (batch,))),
+        }
+    )
 
 
 def test_dropout_drops_the_weights_that_the_general_kernel_drops(device: str) -> None:
@@ -192,15 +217,20 @@ def shaped(*sizes: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tenso
     return tuple(torch.empty(1, 2, n, width, dtype=dtype) for n, width in ((n_queries, e), (n_keys, e), (n_keys, ev)))
 
 
-@pytest.mark.parametrize(("sizes", "extras", "statistics", "reason"), [
-    ((64, 64, 128, 128), {}, "", ""), ((1, 1, 1, 1), {}, "", ""),
-    ((65, 5, 16, 16), {}, "", "up to 64 queries and keys of 16 16-bit numbers here, found 65 and 5"),
-    ((5, 65, 16, 16), {}, "", "up to 64 queries and keys of 16 16-bit numbers here, found 5 and 65"),
-    ((5, 5, 16, 129), {}, "", "heads of up to 128, found 129"),
-    ((0, 5, 16, 16), {}, "", "nothing to attend to"), ((5, 0, 16, 16), {}, "", "nothing to attend to"),
-    ((5, 5, 16, 16), {}, "the log-sum-exp", "the log-sum-exp needs statistics"),
-    ((5, 5, 16, 16), {"query_starts": torch.zeros(2)}, "", "packed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sizes", "extras", "statistics", "reason"),
+    [
+        ((64, 64, 128, 128), {}, "", ""),
+        ((1, 1, 1, 1), {}, "", ""),
+        ((65, 5, 16, 16), {}, "", "up to 64 queries and keys of 16 16-bit numbers here, found 65 and 5"),
+        ((5, 65, 16, 16), {}, "", "up to 64 queries and keys of 16 16-bit numbers here, found 5 and 65"),
+        ((5, 5, 16, 129), {}, "", "heads of up to 128, found 129"),
+        ((0, 5, 16, 16), {}, "", "nothing to attend to"),
+        ((5, 0, 16, 16), {}, "", "nothing to attend to"),
+        ((5, 5, 16, 16), {}, "the log-sum-exp", "the log-sum-exp needs statistics"),
+        ((5, 5, 16, 16), {"query_starts": torch.zeros(2)}, "", "packed"),
+    ],
+)
 def test_which_calls_are_short(sizes: tuple[int, ...], extras: dict, statistics: str, reason: str) -> None:
     found = plan.why_not_short(*shaped(*sizes, dtype=torch.float16), Call(**extras), statistics, 90)
     assert reason in found and bool(found) == bool(reason)
@@ -230,8 +260,11 @@ def test_explain_says_which_and_why() -> None:
     mask = torch.zeros(9, 11, requires_grad=True)
     with forced(kernel=""):
         assert str(explain()) == "The Triton kernel for short sequences runs this call."
-        for options, reason in (({"return_lse": True}, "the log-sum-exp"), ({"sinks": torch.zeros(2)}, "a sink"),
-                                ({"attn_mask": mask}, "the gradient of a mask")):  # fmt: skip
+        for options, reason in (
+            ({"return_lse": True}, "the log-sum-exp"),
+            ({"sinks": torch.zeros(2)}, "a sink"),
+            ({"attn_mask": mask}, "the gradient of a mask"),
+        ):
             why_not = list(explain(**options).why_not.values())
             assert why_not[0] == f"{reason} needs statistics of the rows, which they do not keep"
         with torch.no_grad():

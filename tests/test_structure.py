@@ -47,19 +47,30 @@ def test_what_is_compiled_can_be_read_in_one_sitting(name: str) -> None:
 TOY = {
     "call.py": [("    left: int | None = None", "    recency: float | None = None")],
     "score.py": [
-        ("    if call.alibi_slopes is not None:\n        place", """\
+        (
+            "    if call.alibi_slopes is not None:\n        place",
+            """\
     if call.recency is not None:
-        scores += call.recency * (where.start_k + where.dj).to(tl.float32)"""),
+        scores += call.recency * (where.start_k + where.dj).to(tl.float32)""",
+        ),
         (" and not EXACT\n", " and call.recency is None"),
     ],
-    "formula.py": [("        if call.alibi_slopes is not None:\n            scores", """\
+    "formula.py": [
+        (
+            "        if call.alibi_slopes is not None:\n            scores",
+            """\
         if call.recency is not None:
-            scores = scores + call.recency * torch.arange(n_keys, device=query.device)""")],
+            scores = scores + call.recency * torch.arange(n_keys, device=query.device)""",
+        )
+    ],
     "checks.py": [
         ("    softcap: float | None = None,\n", "    recency: float | None = None,"),
-        ("    softcap, deterministic = as_number", """\
+        (
+            "    softcap, deterministic = as_number",
+            """\
     if recency is not None and not isinstance(recency, NUMBERS):
-        raise ValueError(f"recency must be a number, found {shown(recency)}")"""),
+        raise ValueError(f"recency must be a number, found {shown(recency)}")""",
+        ),
     ],
     "api.py": [
         ("    softcap: float | None\n", "    recency: float | None"),  # Options
@@ -118,5 +129,6 @@ def test_a_new_rule_touches_five_files(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", TRY_IT], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.splitlines() == [
-        "nested tensors take no recency; leave it out, or pad the sequences", "recency must be a number, found 'much'"
-    ], done.stdout + done.stderr  # fmt: skip
+        "nested tensors take no recency; leave it out, or pad the sequences",
+        "recency must be a number, found 'much'",
+    ], done.stdout + done.stderr

@@ -137,7 +137,8 @@ def test_jagged_tensors_are_their_values(backend, centre, has_residual):
     """Outputs and gradients, bit for bit; the output goes with the input in other operations."""
     generator = torch.Generator().manual_seed(5)
     x, residual, weight, bias, upstream = (
-        torch.randn(shape, generator=generator).requires_grad_() for shape in [(12, 7), (12, 7), (7,), (7,), (12, 7)])
+        torch.randn(shape, generator=generator).requires_grad_() for shape in [(12, 7), (12, 7), (7,), (7,), (12, 7)]
+    )
     tensors = [x, residual if has_residual else None, weight, bias if centre else None]
     given = [y for y in tensors if y is not None]
     call = ours(centre, backend=backend, **({"prenorm": True} if has_residual else {}))
@@ -168,7 +169,8 @@ def test_jagged_tensors_compile(backend):
     torch._dynamo.reset()
     values = torch.arange(84.0).view(12, 7).cos()
     compiled = torch.compile(
-        lambda x: kernels.rms_norm(x, 7, backend=backend).values(), fullgraph=True, backend="aot_eager")
+        lambda x: kernels.rms_norm(x, 7, backend=backend).values(), fullgraph=True, backend="aot_eager"
+    )
     torch.testing.assert_close(compiled(jagged(values)), kernels.rms_norm(values, 7, backend=backend))
 
 
@@ -187,8 +189,12 @@ NESTED_REFUSED = {
     "strided weight": (lambda x: kernels.rms_norm(x.values(), 7, strided()), "weight must have the layout torch.jag"),
     "ragged": (lambda x: kernels.layer_norm(x, (12, 7)), "input must not be ragged in what is reduced"),
     "ragged last": (lambda x: kernels.rms_norm(x.transpose(1, 2), 12), "input must not be ragged .*found dimension 2"),
-    "holes": (lambda x: kernels.rms_norm(torch.nested.nested_tensor_from_jagged(
-        x.values(), OFFSETS, torch.tensor([1, 2, 4])), 7), "input must have no gaps between its sequences"),
+    "holes": (
+        lambda x: kernels.rms_norm(
+            torch.nested.nested_tensor_from_jagged(x.values(), OFFSETS, torch.tensor([1, 2, 4])), 7
+        ),
+        "input must have no gaps between its sequences",
+    ),
     "plain residual": (lambda x: kernels.add_rms_norm(x, x.values()), "residual must be nested as input is"),
     "plain input": (lambda x: kernels.add_rms_norm(x.values(), x), "residual must be a plain tensor, found a nested"),
     "nested weight": (lambda x: kernels.rms_norm(x, 7, x), "weight must be a plain tensor, found a nested"),

@@ -26,8 +26,18 @@ from calcformer.studies import STUDIES, Sweep, parse_vary
 from calcformer.sweep import read_sweep, run_sweep
 from tests.pictures import is_picture
 
-TINY: dict[str, Any] = {"train_size": 50, "valid_size": 20, "width": 8, "heads": 2, "hidden": 8, "encoder_layers": 1,
-                        "decoder_layers": 1, "epochs": 2, "batch_size": 25, "device": "cpu"}
+TINY: dict[str, Any] = {
+    "train_size": 50,
+    "valid_size": 20,
+    "width": 8,
+    "heads": 2,
+    "hidden": 8,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "epochs": 2,
+    "batch_size": 25,
+    "device": "cpu",
+}
 
 pytestmark = pytest.mark.usefixtures("as_on_a_cpu", "empty_folder")
 
@@ -64,15 +74,26 @@ def changed(**values: Any) -> str:
 
 def test_values_as_typed() -> None:
     words = ["learning-rate=1e-2,1e-3", "norm=pre,post", "truncate=true,false", "heads=1,2", "device=cpu"]
-    assert parse_vary(words) == {"learning_rate": [0.01, 0.001], "norm": ["pre", "post"], "truncate": [True, False],
-                                 "heads": [1, 2], "device": ["cpu"]}
+    assert parse_vary(words) == {
+        "learning_rate": [0.01, 0.001],
+        "norm": ["pre", "post"],
+        "truncate": [True, False],
+        "heads": [1, 2],
+        "device": ["cpu"],
+    }
 
 
-@pytest.mark.parametrize(("words", "match"), [
-    (["learning-rate"], "not of the form SETTING=VALUE"), (["wings=2"], "no setting 'wings'"),
-    (["heads=two"], "heads must be of type int, got 'two'"), (["heads="], "not of the form"),
-    (["truncate=yes"], "truncate must be true or false, got 'yes'"), (["heads=1", "heads=2"], "heads stands twice"),
-])
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["learning-rate"], "not of the form SETTING=VALUE"),
+        (["wings=2"], "no setting 'wings'"),
+        (["heads=two"], "heads must be of type int, got 'two'"),
+        (["heads="], "not of the form"),
+        (["truncate=yes"], "truncate must be true or false, got 'yes'"),
+        (["heads=1", "heads=2"], "heads stands twice"),
+    ],
+)
 def test_wrong_values_are_one_line(words: list[str], match: str) -> None:
     with pytest.raises(InputError, match=match) as caught:
         parse_vary(words)
@@ -83,7 +104,8 @@ def test_members_are_the_grid_times_the_seeds() -> None:
     sweep = Sweep.of({"seed": 3, "epochs": 7}, {"norm": ["pre", "post"], "learning_rate": [0.5]}, seeds=2)
     members = sweep.members()
     assert [member.name for member in members] == [
-        f"norm={norm},learning-rate=0.5,seed={seed}" for norm in ("pre", "post") for seed in (3, 4)]
+        f"norm={norm},learning-rate=0.5,seed={seed}" for norm in ("pre", "post") for seed in (3, 4)
+    ]
     assert members[3].values == {"norm": "post", "learning_rate": 0.5}
     config = members[3].config
     assert (config.model.norm, config.training.learning_rate, config.training.seed) == ("post", 0.5, 4)
@@ -97,14 +119,23 @@ def test_sweep_survives_its_file(tmp_path: Path) -> None:
     assert read_sweep(tmp_path) == sweep
 
 
-@pytest.mark.parametrize(("text", "match"), [
-    (None, "not a sweep folder"), ("{", "cannot be used"), ("[]", "cannot be used"),
-    ('{"format": 2}', "not of format 1"), ('{"format": 1, "base": {"format": 1, "data": 3}}', "data must hold"),
-    ("[" * 100_000, "cannot be used"), (changed(seeds=1.5), "seeds must be 1 to 1000, got 1.5"),
-    (changed(seeds=10**9), "seeds must be 1 to 1000"), (changed(study="nope"), "there is no study 'nope'"),
-    (changed(study=5), "there is no study 5"), (changed(vary={"heads": 3}), "'heads' cannot be varied over 3"),
-    (changed(vary={"wings": [3]}), "'wings' cannot be varied"),
-])
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (None, "not a sweep folder"),
+        ("{", "cannot be used"),
+        ("[]", "cannot be used"),
+        ('{"format": 2}', "not of format 1"),
+        ('{"format": 1, "base": {"format": 1, "data": 3}}', "data must hold"),
+        ("[" * 100_000, "cannot be used"),
+        (changed(seeds=1.5), "seeds must be 1 to 1000, got 1.5"),
+        (changed(seeds=10**9), "seeds must be 1 to 1000"),
+        (changed(study="nope"), "there is no study 'nope'"),
+        (changed(study=5), "there is no study 5"),
+        (changed(vary={"heads": 3}), "'heads' cannot be varied over 3"),
+        (changed(vary={"wings": [3]}), "'wings' cannot be varied"),
+    ],
+)
 def test_damaged_sweeps_are_one_line(text: str | None, match: str, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "sweep.json").write_text(text)
@@ -134,7 +165,9 @@ def test_studies_are_the_reports() -> None:
 def test_study_can_be_changed() -> None:
     sweep = Sweep.of({"epochs": 1}, {"learning_rate": [1e-3], "norm": ["pre", "post"]}, study="s0-learning-rate")
     assert [member.values for member in sweep.members()] == [
-        {"learning_rate": 1e-3, "norm": "pre"}, {"learning_rate": 1e-3, "norm": "post"}]
+        {"learning_rate": 1e-3, "norm": "pre"},
+        {"learning_rate": 1e-3, "norm": "post"},
+    ]
     assert Sweep.of({}, {"epochs": [1, 2]}, study="s0-overfit").members()[1].config.training.epochs == 2
 
 
@@ -150,8 +183,12 @@ def test_sweeps_that_are_too_large_are_refused() -> None:
     with pytest.raises(InputError, match="at most 10000 runs, this one 10100"):
         Sweep.of({}, parse_vary([f"learning-rate={','.join(many)}"]), 100)
     config = PRESETS["formula"]
-    vary = {name: [value] for section in (config.data, config.model, config.training)
-            for name, value in vars(section).items() if type(value) is int}
+    vary = {
+        name: [value]
+        for section in (config.data, config.model, config.training)
+        for name, value in vars(section).items()
+        if type(value) is int
+    }
     with pytest.raises(InputError, match="cannot be the name of a folder; vary fewer settings at once"):
         Sweep.of({}, vary, preset="formula").members()
 
@@ -162,22 +199,30 @@ def test_warm_up_that_was_asked_for_is_not_cut() -> None:
         Sweep.of({"warmup_steps": 90}, {"epochs": [1, 30]}, preset="formula").members()
 
 
-@pytest.mark.parametrize(("words", "match"), [
-    (["--vary", "heads=3"], "width 64 and 3 heads"), (["--vary", "heads=2,2"], "heads names a value twice"),
-    (["--vary", "heads=2", "--heads", "4"], "heads is varied; leave out --heads"),
-    (["--seeds", "0"], "must be a whole number, 1 to 1000, got '0'"),
-    (["--seeds", "2", "--vary", "seed=1,2"], "leave it out or --vary seed"),
-    (["--jobs", "-1"], "must be a whole number, 0 to 1024, got '-1'"),
-    (["--jobs", "1000"], "CPU cores busy and there are"), (["--resume", ""], "must be the name of a file or folder"),
-    (["--vary", "width=1000000000"], "width must be 1 to 16384, got 1000000000"),
-    (["--study", "s9"], "invalid choice: 's9'"),
-    (["--study", "s1-positions", "--preset", "formula"], "leave out --preset"),
-    (["--vary", "device=cpu,cuda:99"], "cuda:99 is not here"), (["--resume", "nowhere"], "not a sweep folder"),
-    (["--resume", "nowhere", "--epochs", "2"], "leave out --epochs"),
-    (["--resume", "nowhere", "--vary", "heads=2"], "leave out --vary"),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
-def test_wrong_input_is_one_line_and_writes_nothing(words: list[str], match: str, tmp_path: Path,
-                                                    capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["--vary", "heads=3"], "width 64 and 3 heads"),
+        (["--vary", "heads=2,2"], "heads names a value twice"),
+        (["--vary", "heads=2", "--heads", "4"], "heads is varied; leave out --heads"),
+        (["--seeds", "0"], "must be a whole number, 1 to 1000, got '0'"),
+        (["--seeds", "2", "--vary", "seed=1,2"], "leave it out or --vary seed"),
+        (["--jobs", "-1"], "must be a whole number, 0 to 1024, got '-1'"),
+        (["--jobs", "1000"], "CPU cores busy and there are"),
+        (["--resume", ""], "must be the name of a file or folder"),
+        (["--vary", "width=1000000000"], "width must be 1 to 16384, got 1000000000"),
+        (["--study", "s9"], "invalid choice: 's9'"),
+        (["--study", "s1-positions", "--preset", "formula"], "leave out --preset"),
+        (["--vary", "device=cpu,cuda:99"], "cuda:99 is not here"),
+        (["--resume", "nowhere"], "not a sweep folder"),
+        (["--resume", "nowhere", "--epochs", "2"], "leave out --epochs"),
+        (["--resume", "nowhere", "--vary", "heads=2"], "leave out --vary"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_input_is_one_line_and_writes_nothing(
+    words: list[str], match: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["sweep", *words])
     captured = capsys.readouterr()
@@ -265,7 +310,7 @@ def test_member_that_cannot_be_continued_is_kept(tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "out" / "results.json").read_text())["rows"][0]["runs"][0]["figures"]
     for content, kept in (log.read_bytes(), figures), (b"", {"seconds": 0}):  # finished: it keeps what can be had
         log.write_bytes(content)
-        row, = run_sweep(sweep, tmp_path / "out", jobs=1, bar=False)["rows"]
+        (row,) = run_sweep(sweep, tmp_path / "out", jobs=1, bar=False)["rows"]
         assert weights.read_bytes() == before and row["runs"][0]["figures"] == kept
     weights.unlink()
     results = run_sweep(sweep, tmp_path / "out", jobs=1, bar=False)
@@ -279,7 +324,7 @@ def test_member_whose_log_or_weights_are_lost_is_mended(tmp_path: Path) -> None:
     before = json.loads((tmp_path / "out" / "results.json").read_text())["rows"][0]["mean"]
     (tmp_path / "out" / "seed=0" / "metrics.jsonl").write_bytes(b"")
     (tmp_path / "out" / "seed=1" / "model.safetensors").write_bytes(b"")
-    row, = run_sweep(sweep, tmp_path / "out", jobs=1, bar=False)["rows"]
+    (row,) = run_sweep(sweep, tmp_path / "out", jobs=1, bar=False)["rows"]
     assert row["mean"]["exact_match"] == before["exact_match"] and row["mean"]["valid_loss"] == before["valid_loss"]
 
 
@@ -295,8 +340,12 @@ def test_the_best_row_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return save_panels(panels, xlabel, title, path, ticks, best)
 
     monkeypatch.setattr("calcformer.comparison.save_panels", note)
-    results = {"study": None, "vary": {"heads": [8, 1, 2]}, "seeds": 1,
-               "rows": [row(8, 0.25, 1.0), row(1, 0.5, 0.7), row(2, 0.5, 0.9)]}
+    results = {
+        "study": None,
+        "vary": {"heads": [8, 1, 2]},
+        "seeds": 1,
+        "rows": [row(8, 0.25, 1.0), row(1, 0.5, 0.7), row(2, 0.5, 0.9)],
+    }
     table = make_table(results)
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:5]] == ["8", "**1**", "2"]
     assert "- Best by exact match: heads 1.\n" in table
@@ -320,8 +369,10 @@ def test_killed_sweep_continues_to_the_same_results(tmp_path: Path) -> None:
     assert main([*words, "--out", "killed"]) == 0 and main([*words, "--out", "whole"]) == 0
     killed, whole = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("killed", "whole"))
     assert without_times(killed) == without_times(whole)
-    lines = [(tmp_path / name / "learning-rate=0.01" / "metrics.jsonl").read_text().splitlines()
-             for name in ("killed", "whole")]
+    lines = [
+        (tmp_path / name / "learning-rate=0.01" / "metrics.jsonl").read_text().splitlines()
+        for name in ("killed", "whole")
+    ]
     assert [len(each) for each in lines] == [30, 30]
 
 
@@ -356,8 +407,9 @@ def test_worker_that_ends_fails_its_member_only(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_control_c_says_how_to_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                        capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_c_says_how_to_continue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = tmp_path / "out" / "seed=0" / "model.safetensors"
 
     def interrupted(*arguments: Any) -> Iterator[tuple[str, Any]]:
@@ -383,7 +435,12 @@ def test_study_of_positions_asks_and_draws(tmp_path: Path, capsys: pytest.Captur
     folder = tmp_path / "runs" / "s1-positions-1"
     heading, _, *rows = (line.split("|") for line in capsys.readouterr().out.splitlines()[:4])
     assert [cell.strip() for cell in heading[-6:-1]] == [
-        "S1 training loss", "S1 validation loss", "S1 token accuracy", "123+123", "321+321"]
+        "S1 training loss",
+        "S1 validation loss",
+        "S1 token accuracy",
+        "123+123",
+        "321+321",
+    ]
     assert [cell.strip() for cell in rows[0][-6:-3]] == ["0.126", "0.117", "0.963"]
     answers = json.loads((folder / "results.json").read_text())["rows"][1]["runs"][0]["answers"]
     assert list(answers.values()) == [cell.strip() for cell in rows[1][-3:-1]]
@@ -393,7 +450,7 @@ def test_study_of_positions_asks_and_draws(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.slow
 def test_study_of_overfitting_measures_what_was_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", "--study", "s0-overfit", "--device", "cpu", "--out", "out"]) == 0
-    row, = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert row["mean"]["valid_token_accuracy"] == row["mean"]["exact_match"] == 1.0
     assert row["reported"] == {"valid_loss": 0.0070, "valid_token_accuracy": 1.0}
     assert "Validated on the problems trained on." in capsys.readouterr().out

@@ -17,20 +17,25 @@ import kernels
 STATM = Path("/proc/self/statm")  # pages of this process, resident ones second
 LEAST = torch.finfo(torch.float32).min
 SWITCHES = {
-    "flash": torch.backends.cuda.flash_sdp_enabled, "memory efficient": torch.backends.cuda.mem_efficient_sdp_enabled,
-    "math": torch.backends.cuda.math_sdp_enabled, "cuDNN": torch.backends.cuda.cudnn_sdp_enabled,
-    "gradients": torch.is_grad_enabled, "dtype": torch.get_default_dtype,
-}  # fmt: skip
+    "flash": torch.backends.cuda.flash_sdp_enabled,
+    "memory efficient": torch.backends.cuda.mem_efficient_sdp_enabled,
+    "math": torch.backends.cuda.math_sdp_enabled,
+    "cuDNN": torch.backends.cuda.cudnn_sdp_enabled,
+    "gradients": torch.is_grad_enabled,
+    "dtype": torch.get_default_dtype,
+}
 
 
 def masks() -> dict[str, torch.Tensor | None]:
     """Masks for 2 batch entries, 2 heads, 7 queries and 9 keys."""
     bias = torch.randn(2, 1, 7, 9)
     return {
-        "none": None, "bool": torch.rand(7, 9) < 0.7, "float": bias,
+        "none": None,
+        "bool": torch.rand(7, 9) < 0.7,
+        "float": bias,
         "rows of the least": bias.index_fill(2, torch.tensor([1, 4]), LEAST),
         "rows of -inf": bias.index_fill(2, torch.tensor([0]), -math.inf),
-    }  # fmt: skip
+    }
 
 
 def solve(seed: int, mask: torch.Tensor | None) -> list[torch.Tensor]:
@@ -97,13 +102,18 @@ def normalise() -> None:
 
 
 @pytest.mark.skipif(not STATM.exists(), reason="needs Linux")
-@pytest.mark.parametrize(("call", "path", "times"), [
-    (attend, "torch", 2000), (attend_with_all, "torch", 500), (normalise, "torch", 2000), (attend, "interpreted", 3),
-    (normalise, "interpreted", 3),
-], ids=lambda x: getattr(x, "__name__", str(x)))  # fmt: skip
-def test_memory_does_not_grow(
-    call: Callable[[], None], path: str, times: int, request: pytest.FixtureRequest
-) -> None:  # fmt: skip
+@pytest.mark.parametrize(
+    ("call", "path", "times"),
+    [
+        (attend, "torch", 2000),
+        (attend_with_all, "torch", 500),
+        (normalise, "torch", 2000),
+        (attend, "interpreted", 3),
+        (normalise, "interpreted", 3),
+    ],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
+def test_memory_does_not_grow(call: Callable[[], None], path: str, times: int, request: pytest.FixtureRequest) -> None:
     if path == "torch":
         request.getfixturevalue("as_on_a_cpu")
     for _ in range(max(times // 5, 1)):  # allocators and caches take what they need

@@ -89,7 +89,7 @@ WRONG: dict[str, Callable[..., torch.Tensor]] = {
     "zero gradient of the keys alone": lambda p, q, k, v, m: right(p, q, Scaled.apply(k, 0.0), v, m),
     "gradient of the queries not scaled": lambda p, q, k, v, m: right(p, Scaled.apply(q, q.shape[-1] ** 0.5), k, v, m),
     "one NaN": lambda p, q, k, v, m: right(p, q, k, v, m).index_fill(2, torch.tensor([36]), math.nan),
-}  # fmt: skip
+}
 WRONG_UNDER_A_MASK: dict[str, Callable[..., torch.Tensor]] = {
     "mask dropped": lambda p, q, k, v, m: solve(q, k, v, torch.ones((), dtype=torch.bool), kept=p.kept),
     "mask inverted": lambda p, q, k, v, m: solve(q, k, v, ~allowed(p), kept=p.kept),

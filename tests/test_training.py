@@ -29,8 +29,21 @@ from calcformer.solver import Solver
 from calcformer.training import evaluate, exact_match, loop, optimizer, resume, team, train, trainer
 from calcformer.training.metrics import Totals, token_loss
 
-SMALL = {"complexity": 1, "train_size": 61, "valid_size": 29, "width": 12, "heads": 3, "hidden": 11, "dropout": 0.05,
-         "encoder_layers": 1, "decoder_layers": 1, "batch_size": 17, "epochs": 4, "device": "cpu", "processes": 1}
+SMALL = {
+    "complexity": 1,
+    "train_size": 61,
+    "valid_size": 29,
+    "width": 12,
+    "heads": 3,
+    "hidden": 11,
+    "dropout": 0.05,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "batch_size": 17,
+    "epochs": 4,
+    "device": "cpu",
+    "processes": 1,
+}
 TIMES = ("seconds", "examples_per_second")
 
 pytestmark = pytest.mark.usefixtures("as_on_a_cpu")
@@ -58,24 +71,33 @@ def test_config_survives_json(preset: str) -> None:
     assert config.preset == preset and type(config.training.clip_norm) is float
 
 
-@pytest.mark.parametrize(("changes", "match"), [
-    ({"heads": 5}, "width 12 and 5 heads"), ({"epochs": 0}, "epochs must be 1 to 1000000, got 0"),
-    ({"dropout": 1.0}, "dropout must be 0 to 0.99, got 1.0"), ({"dropout": math.nan}, "dropout must be"),
-    ({"norm": "mid"}, "norm must be one of .*post.*, got 'mid'"), ({"epochs": 2.5}, "epochs must be of type int"),
-    ({"signed": 1}, "signed must be of type bool"), ({"task": "expression"}, "complexity is a setting of formulas"),
-    ({"learning_rat": 1.0}, "no setting 'learning_rat'"),
-    ({"sampling": "hard"}, "sampling hard is for fresh problems"),
-    ({"truncate": True, "zero_pad": True}, "takes no zero_pad"),
-    ({"fresh": True, "leaky_split": True}, "held apart by construction"),
-    ({"width": 10**9}, "width must be 1 to 16384, got 1000000000"), ({"hidden": 2**63}, "hidden must be 1 to 65536"),
-    ({"width": 10**5_000}, "got a number of 16610 bits"), ({"encoder_layers": 10**9}, "must be 0 to 100"),
-    ({"train_size": 10**9}, "train_size must be 1 to 10000000"),
-    ({"norm": "n" * 10**5}, "got 'n*'... .100000 characters"),
-    ({"learning_rate": math.inf}, "learning_rate must be 0 to 1000, got inf"),
-    ({"weight_decay": math.inf}, "weight_decay must be 0 to 1000, got inf"),
-    ({"weight_decay": 500}, "learning_rate times weight_decay, .* must be below 1, got 0.002 times 500"),
-    ({"warmup_steps": 17}, "warmup_steps must be at most the 16 steps of the whole run, got 17"),
-])
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"heads": 5}, "width 12 and 5 heads"),
+        ({"epochs": 0}, "epochs must be 1 to 1000000, got 0"),
+        ({"dropout": 1.0}, "dropout must be 0 to 0.99, got 1.0"),
+        ({"dropout": math.nan}, "dropout must be"),
+        ({"norm": "mid"}, "norm must be one of .*post.*, got 'mid'"),
+        ({"epochs": 2.5}, "epochs must be of type int"),
+        ({"signed": 1}, "signed must be of type bool"),
+        ({"task": "expression"}, "complexity is a setting of formulas"),
+        ({"learning_rat": 1.0}, "no setting 'learning_rat'"),
+        ({"sampling": "hard"}, "sampling hard is for fresh problems"),
+        ({"truncate": True, "zero_pad": True}, "takes no zero_pad"),
+        ({"fresh": True, "leaky_split": True}, "held apart by construction"),
+        ({"width": 10**9}, "width must be 1 to 16384, got 1000000000"),
+        ({"hidden": 2**63}, "hidden must be 1 to 65536"),
+        ({"width": 10**5_000}, "got a number of 16610 bits"),
+        ({"encoder_layers": 10**9}, "must be 0 to 100"),
+        ({"train_size": 10**9}, "train_size must be 1 to 10000000"),
+        ({"norm": "n" * 10**5}, "got 'n*'... .100000 characters"),
+        ({"learning_rate": math.inf}, "learning_rate must be 0 to 1000, got inf"),
+        ({"weight_decay": math.inf}, "weight_decay must be 0 to 1000, got inf"),
+        ({"weight_decay": 500}, "learning_rate times weight_decay, .* must be below 1, got 0.002 times 500"),
+        ({"warmup_steps": 17}, "warmup_steps must be at most the 16 steps of the whole run, got 17"),
+    ],
+)
 def test_wrong_settings_are_refused_in_one_line(changes: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match) as caught:
         small(**changes)
@@ -96,14 +118,21 @@ def test_warm_up_of_a_preset_fits_a_shorter_run() -> None:
     assert PRESETS["formula"].with_settings({"epochs": 2, "warmup_steps": 150}).training.warmup_steps == 150
 
 
-@pytest.mark.parametrize(("text", "match"), [
-    ("{", "not JSON"), ("[]", "not of format 1"), ("[1]", "not of format 1"), ("[" * 100_000, "not JSON"),
-    ('{"format": ' + "9" * 5_000 + "}", "not JSON"), ('{"format": 2}', "not of format 1"),
-    ('{"format": 1, "data": 3}', "data must hold settings by name, got 3"),
-    ('{"format": 1, "preset": null}', "preset must be of type str, got None"),
-    ('{"format": 1, "colour": "red"}', "there is no setting 'colour' in this version of calcformer"),
-    ('{"format": 1, "model": {"flux": 1}}', "there is no setting 'model.flux' in this version of calcformer"),
-])
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("{", "not JSON"),
+        ("[]", "not of format 1"),
+        ("[1]", "not of format 1"),
+        ("[" * 100_000, "not JSON"),
+        ('{"format": ' + "9" * 5_000 + "}", "not JSON"),
+        ('{"format": 2}', "not of format 1"),
+        ('{"format": 1, "data": 3}', "data must hold settings by name, got 3"),
+        ('{"format": 1, "preset": null}', "preset must be of type str, got None"),
+        ('{"format": 1, "colour": "red"}', "there is no setting 'colour' in this version of calcformer"),
+        ('{"format": 1, "model": {"flux": 1}}', "there is no setting 'model.flux' in this version of calcformer"),
+    ],
+)
 def test_other_json_is_refused(text: str, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         RunConfig.from_json(text)
@@ -127,7 +156,7 @@ def test_a_run_written_long_ago_is_read_and_continued(tmp_path: Path) -> None:
     """tests/golden/run as version 0.1.0 wrote it, then without what a still older version did not write."""
     shutil.copytree(Path(__file__).parent / "golden" / "run", tmp_path / "run")
     path = tmp_path / "run" / "config.json"
-    answer, = Solver(tmp_path / "run", "cpu").answers(["1+1"])
+    (answer,) = Solver(tmp_path / "run", "cpu").answers(["1+1"])
     assert answer.said == "227" and answer.probability == pytest.approx(0.00439156998156494)
     content = json.loads(path.read_text())
     del content["training"]["label_smoothing"], content["model"]["embeddings"], content["data"]["sampling"]
@@ -228,8 +257,17 @@ def test_flat_parameters_share_memory_with_their_parts() -> None:
 
 @pytest.mark.slow
 def test_learns_four_problems_by_heart(tmp_path: Path) -> None:
-    config = small(train_size=4, batch_size=4, epochs=200, valid_every=200, width=32, heads=4, hidden=32, dropout=0.0,
-                   learning_rate=3e-3)
+    config = small(
+        train_size=4,
+        batch_size=4,
+        epochs=200,
+        valid_every=200,
+        width=32,
+        heads=4,
+        hidden=32,
+        dropout=0.0,
+        learning_rate=3e-3,
+    )
     last = train(config, tmp_path / "run", bar=False)
     assert last["token_accuracy"] == 1.0 and last["loss"] < 0.05
     _, task, model, epoch = load_run(tmp_path / "run")
@@ -312,8 +350,13 @@ def test_parts_of_a_batch_are_the_batch() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="processes share memory as Linux and macOS do it")
 def test_processes_train_as_one_would(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"dropout": 0.0, "clip_norm": 0.5, "label_smoothing": 0.1, "exact_match_every": 2,
-                                "batch_size": 3}
+    settings: dict[str, Any] = {
+        "dropout": 0.0,
+        "clip_norm": 0.5,
+        "label_smoothing": 0.1,
+        "exact_match_every": 2,
+        "batch_size": 3,
+    }
     last = train(small(**settings), tmp_path / "one", bar=False)
     shared = train(small(processes=2, **settings), tmp_path / "two", bar=False)  # the last batch has one problem
     for name in "loss", "token_accuracy", "valid_loss", "valid_token_accuracy", "exact_match":
@@ -358,20 +401,27 @@ def test_training_leaves_the_generator_and_threads_alone(tmp_path: Path) -> None
 
 
 def test_seed_decides(tmp_path: Path) -> None:
-    losses = [train(small(epochs=1, seed=seed), tmp_path / name, bar=False)["loss"]
-              for name, seed in (("a", 1), ("b", 1), ("c", 2))]
+    losses = [
+        train(small(epochs=1, seed=seed), tmp_path / name, bar=False)["loss"]
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
     assert losses[0] == losses[1] != losses[2]
 
 
-@pytest.mark.parametrize(("changes", "match"), [
-    ({"train_size": 10_000, "valid_size": 100}, "cannot be held out"), ({"device": "cuda:99"}, "is not here"),
-    ({"device": "tpu9"}, "device must be auto"), ({"device": ""}, "device must be auto"),
-    ({"device": "cpu\0"}, "device must be auto"),
-    ({"processes": 1024}, "this would keep 1024 CPU cores busy and there are [0-9]+; lower --processes"),
-    ({"threads": 1024}, "this would keep 1024 CPU cores busy and there are [0-9]+; lower --processes or --threads"),
-    ({"width": 16_383, "encoder_layers": 100, "hidden": 65_536}, "GB of memory and .* GB are free; lower --width"),
-    ({"fresh": True, "held_out": 0.001}, "leaves too few to hold out: 29 are not found in 100,000,000 draws"),
-])
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"train_size": 10_000, "valid_size": 100}, "cannot be held out"),
+        ({"device": "cuda:99"}, "is not here"),
+        ({"device": "tpu9"}, "device must be auto"),
+        ({"device": ""}, "device must be auto"),
+        ({"device": "cpu\0"}, "device must be auto"),
+        ({"processes": 1024}, "this would keep 1024 CPU cores busy and there are [0-9]+; lower --processes"),
+        ({"threads": 1024}, "this would keep 1024 CPU cores busy and there are [0-9]+; lower --processes or --threads"),
+        ({"width": 16_383, "encoder_layers": 100, "hidden": 65_536}, "GB of memory and .* GB are free; lower --width"),
+        ({"fresh": True, "held_out": 0.001}, "leaves too few to hold out: 29 are not found in 100,000,000 draws"),
+    ],
+)
 def test_nothing_is_written_for_a_run_that_cannot_start(changes: dict[str, Any], match: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=match):
         train(small(**changes), tmp_path / "run", bar=False)
@@ -417,12 +467,17 @@ def test_bar_shows_loss_accuracy_and_time_left(tmp_path: Path, capsys: pytest.Ca
     assert "1/4 loss" in shown and " measuring: " in shown
 
 
-@pytest.mark.parametrize(("columns", "expected"), [
-    (20, r"4/4 loss \d\.\d{4} "), (44, r"4/4 loss \d\.\d{4} exact \d\.\d{4}: 100% 00:00 l"),
-    (80, r"4/4 loss .* left, accuracy 0\.\d{4}.*ex/s")])
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        (20, r"4/4 loss \d\.\d{4} "),
+        (44, r"4/4 loss \d\.\d{4} exact \d\.\d{4}: 100% 00:00 l"),
+        (80, r"4/4 loss .* left, accuracy 0\.\d{4}.*ex/s"),
+    ],
+)
 def test_narrow_terminals_show_what_matters_first(
-        columns: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
+    columns: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda file: (columns, 20))
     train(small(), tmp_path / "run", bar=True)
     frames = re.split(r"[\r\n]", capsys.readouterr().err)
@@ -438,9 +493,11 @@ def test_the_first_line_says_what_is_trained_and_where_to(tmp_path: Path, capsys
 
 
 LOGS = {
-    "empty": lambda lines: [], "objects": lambda lines: [b"{}", b"[1]", b"7", *lines],
+    "empty": lambda lines: [],
+    "objects": lambda lines: [b"{}", b"[1]", b"7", *lines],
     "texts": lambda lines: [b'{"epoch": "one", "loss": "low"}', b'{"epoch": 3, "loss": "low"}', *lines],
-    "binary": lambda lines: [b"\xff\xfe\x00", *lines], "nested": lambda lines: [b"[" * 100_000, *lines],
+    "binary": lambda lines: [b"\xff\xfe\x00", *lines],
+    "nested": lambda lines: [b"[" * 100_000, *lines],
     "garbled": lambda lines: [lines[0], lines[1][:20], *lines[2:]],
     "large": lambda lines: [b'{"epoch": 1' + b"0" * 301 + b"}", b'{"epoch": 2, "loss": 1e999, "seconds": NaN}', *lines],
     "untrue": lambda lines: [b'{"epoch": 3, "loss": -1, "exact_match": 9, "valid_loss": 1e300}', *lines],
@@ -498,9 +555,17 @@ def test_one_process_writes_a_run_at_a_time(trained: Path, tmp_path: Path, monke
         resume(folder, bar=False)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     resume(folder, bar=False)
-    holder = Popen([sys.executable, "-c", "import sys; from calcformer.runs.files import hold\n"
-                    "with hold(sys.argv[1]): print('held', flush=True); sys.stdin.read()", str(folder)],
-                   stdin=PIPE, stdout=PIPE)
+    holder = Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from calcformer.runs.files import hold\n"
+            "with hold(sys.argv[1]): print('held', flush=True); sys.stdin.read()",
+            str(folder),
+        ],
+        stdin=PIPE,
+        stdout=PIPE,
+    )
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
     with pytest.raises(ValueError, match="is being written"):
         resume(folder, bar=False)
@@ -538,16 +603,21 @@ def copy(folder: Path, to: Path) -> Path:
     return to
 
 
-@pytest.mark.parametrize(("name", "content", "match"), [
-    ("model.safetensors", None, "model.safetensors is missing"),
-    ("model.safetensors", b"", "is damaged"),
-    ("model.safetensors", 5_000, "is damaged"),
-    ("config.json", b"{}", "not of format 1"),
-    ("config.json", b"\xff\xfe", "config.json cannot be used"),
-    ("config.json", None, "has no config.json"),
-], ids=["no weights", "empty weights", "cut weights", "old config", "binary config", "no config"])
-def test_damaged_runs_are_refused_in_one_line(name: str, content: Any, match: str, trained: Path, tmp_path: Path
-                                              ) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("model.safetensors", None, "model.safetensors is missing"),
+        ("model.safetensors", b"", "is damaged"),
+        ("model.safetensors", 5_000, "is damaged"),
+        ("config.json", b"{}", "not of format 1"),
+        ("config.json", b"\xff\xfe", "config.json cannot be used"),
+        ("config.json", None, "has no config.json"),
+    ],
+    ids=["no weights", "empty weights", "cut weights", "old config", "binary config", "no config"],
+)
+def test_damaged_runs_are_refused_in_one_line(
+    name: str, content: Any, match: str, trained: Path, tmp_path: Path
+) -> None:
     path = copy(trained, tmp_path / "run") / name
     if content is None:
         path.unlink()
@@ -603,7 +673,9 @@ def test_curve_is_drawn_each_epoch_unless_that_takes_long(tmp_path: Path, monkey
 
 def test_curve_is_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    entries = [{"epoch": 1, "loss": 2.0, "token_accuracy": 0.3},
-               {"epoch": 2, "loss": 1.0, "token_accuracy": 0.6, "valid_loss": 1.5, "exact_match": 0.1}]
+    entries = [
+        {"epoch": 1, "loss": 2.0, "token_accuracy": 0.3},
+        {"epoch": 2, "loss": 1.0, "token_accuracy": 0.6, "valid_loss": 1.5, "exact_match": 0.1},
+    ]
     assert save_curve(entries, "runs/formula-1", tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -19,10 +19,26 @@ from calcformer.training.trainer import Trainer
 
 # 59 problems in batches of 5: eleven whole batches and one of four. The rate is a float32 number, as a GPU takes it.
 BATCH, EPOCHS = 5, 5
-SMALL = {"complexity": 1, "train_size": 59, "valid_size": 23, "width": 12, "heads": 3, "hidden": 11, "dropout": 0.05,
-         "encoder_layers": 1, "decoder_layers": 1, "batch_size": BATCH, "epochs": EPOCHS, "learning_rate": 2**-7,
-         "schedule": "constant", "warmup_steps": 0, "clip_norm": 0.5, "weight_decay": 0.1, "device": "cpu",
-         "processes": 1}
+SMALL = {
+    "complexity": 1,
+    "train_size": 59,
+    "valid_size": 23,
+    "width": 12,
+    "heads": 3,
+    "hidden": 11,
+    "dropout": 0.05,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "batch_size": BATCH,
+    "epochs": EPOCHS,
+    "learning_rate": 2**-7,
+    "schedule": "constant",
+    "warmup_steps": 0,
+    "clip_norm": 0.5,
+    "weight_decay": 0.1,
+    "device": "cpu",
+    "processes": 1,
+}
 
 pytestmark = pytest.mark.usefixtures("as_on_a_cpu")
 
@@ -35,8 +51,10 @@ def small(**changes: Any) -> RunConfig:
 
 
 def test_bfloat16_is_near_float32_and_keeps_its_weights(tmp_path: Path) -> None:
-    losses = {precision: train(small(precision=precision, dropout=0.0), tmp_path / precision, bar=False)["loss"]
-              for precision in ("float32", "bfloat16")}
+    losses = {
+        precision: train(small(precision=precision, dropout=0.0), tmp_path / precision, bar=False)["loss"]
+        for precision in ("float32", "bfloat16")
+    }
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02) and len(set(losses.values())) == 2
     assert {value.dtype for value in load_file(tmp_path / "bfloat16" / "model.safetensors").values()} == {torch.float32}
 
@@ -174,8 +192,9 @@ def test_run_moves_between_devices(first: str, then: str, tmp_path: Path, monkey
 
 
 def test_tensorboard_shows_the_log_also_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator",
-                                  reason="needs the package tensorboard")
+    reading = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs the package tensorboard"
+    )
 
     save = trainer.save_checkpoint
 

@@ -24,12 +24,26 @@ from calcformer.runs import finished_epochs, load_run
 from calcformer.runs.run_log import RunLog
 from calcformer.training import resume, train, trainer
 
-pytestmark = [pytest.mark.usefixtures("as_on_a_cpu"),
-              pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes as POSIX has them"),
-              pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")]  # of threads, which take no lock here
+pytestmark = [
+    pytest.mark.usefixtures("as_on_a_cpu"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes as POSIX has them"),
+    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
+]  # of threads, which take no lock here
 
-SMALL = {"complexity": 1, "train_size": 90, "valid_size": 20, "width": 8, "heads": 2, "hidden": 8, "dropout": 0.1,
-         "encoder_layers": 1, "decoder_layers": 1, "batch_size": 15, "epochs": 4, "device": "cpu"}
+SMALL = {
+    "complexity": 1,
+    "train_size": 90,
+    "valid_size": 20,
+    "width": 8,
+    "heads": 2,
+    "hidden": 8,
+    "dropout": 0.1,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "batch_size": 15,
+    "epochs": 4,
+    "device": "cpu",
+}
 FRESH: dict[str, Any] = {"fresh": True, "held_out": 0.5}
 KINDS: dict[str, dict[str, Any]] = {"one process": {}, "fresh problems": FRESH, "two processes": {"processes": 2}}
 KILLS = 3  # of each run, before it is left in peace
@@ -89,8 +103,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_kills_at_any_moment_change_nothing(kind: str, tmp_path: Path, whole: Callable[[str], tuple[Path, float]]
-                                            ) -> None:
+def test_kills_at_any_moment_change_nothing(
+    kind: str, tmp_path: Path, whole: Callable[[str], tuple[Path, float]]
+) -> None:
     expected, seconds = whole(kind)
     config, folder = small(**KINDS[kind]), tmp_path / "run"
     moments = random.Random(kind)
@@ -109,8 +124,14 @@ def test_kills_at_any_moment_change_nothing(kind: str, tmp_path: Path, whole: Ca
 @pytest.mark.parametrize("name", ["resume.safetensors", "model.safetensors"])
 @pytest.mark.parametrize("moment", ["half written", "not renamed"])
 @pytest.mark.parametrize("epoch", [2, 4])
-def test_kill_within_a_checkpoint(name: str, moment: str, epoch: int, tmp_path: Path,
-                                  whole: Callable[[str], tuple[Path, float]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kill_within_a_checkpoint(
+    name: str,
+    moment: str,
+    epoch: int,
+    tmp_path: Path,
+    whole: Callable[[str], tuple[Path, float]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     expected, _ = whole("one process")
     folder, rename, left = tmp_path / "run", os.replace, epoch
 
@@ -149,14 +170,25 @@ def fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 
 def flags() -> list[str]:
-    return ["--preset", "formula", *(word for name, value in {**SMALL, "processes": 1}.items()
-                                     for word in (f"--{name.replace('_', '-')}", str(value)))]
+    return [
+        "--preset",
+        "formula",
+        *(
+            word
+            for name, value in {**SMALL, "processes": 1}.items()
+            for word in (f"--{name.replace('_', '-')}", str(value))
+        ),
+    ]
 
 
 @pytest.mark.parametrize("name", ["resume.safetensors", "model.safetensors", "metrics.jsonl"])
 def test_full_disk_is_one_line_and_leaves_the_last_checkpoint(
-        name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-        whole: Callable[[str], tuple[Path, float]]) -> None:
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    whole: Callable[[str], tuple[Path, float]],
+) -> None:
     folder, whole_epoch, full = tmp_path / "run", trainer.Trainer.epoch, False
     opened = Path.open
 
@@ -181,8 +213,9 @@ def test_full_disk_is_one_line_and_leaves_the_last_checkpoint(
     assert_same_run(folder, whole("one process")[0])
 
 
-def test_disk_that_is_full_at_once_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_disk_that_is_full_at_once_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -193,10 +226,12 @@ def test_disk_that_is_full_at_once_is_one_line(tmp_path: Path, monkeypatch: pyte
     assert f"{tmp_path / 'run' / 'resume.safetensors'}: {os.strerror(errno.EFBIG)}" in error
 
 
-@pytest.mark.parametrize(("code", "remedy"), [(errno.ENOSPC, "make room"), (errno.EDQUOT, "make room"),
-                                              (errno.EIO, "mend that")])
-def test_what_to_do_fits_what_went_wrong(code: int, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-                                         ) -> None:
+@pytest.mark.parametrize(
+    ("code", "remedy"), [(errno.ENOSPC, "make room"), (errno.EDQUOT, "make room"), (errno.EIO, "mend that")]
+)
+def test_what_to_do_fits_what_went_wrong(
+    code: int, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any) -> None:
         raise OSError(code, os.strerror(code))
 
@@ -219,7 +254,8 @@ def test_run_folder_that_is_deleted_is_named(tmp_path: Path, monkeypatch: pytest
 
 
 def test_run_whose_first_checkpoint_was_never_written_begins_anew(
-        tmp_path: Path, whole: Callable[[str], tuple[Path, float]]) -> None:
+    tmp_path: Path, whole: Callable[[str], tuple[Path, float]]
+) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     shutil.copy(whole("one process")[0] / "config.json", folder)
@@ -263,27 +299,32 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, whole: Callable
 
 def changed(section: str, **values: Any) -> Callable[[bytes], bytes]:
     """Changes what config.json says; an empty section is the whole of it."""
+
     def change(content: bytes) -> bytes:
         config = json.loads(content)
         (config[section] if section else config).update(values)
         return json.dumps(config).encode()
+
     return change
 
 
-def tensors(epoch: str = "4", dtype: torch.dtype | None = None, change: tuple[str, float] | None = None
-            ) -> Callable[[bytes], bytes]:
+def tensors(
+    epoch: str = "4", dtype: torch.dtype | None = None, change: tuple[str, float] | None = None
+) -> Callable[[bytes], bytes]:
     """Changes what a file of tensors holds: its epoch, its dtype, or the first number of one of them."""
+
     def write(content: bytes) -> bytes:
         values = safetensors.torch.load(content)
         if change is not None:
             values[change[0]].view(-1)[0] = change[1]
         return safetensors.torch.save({name: value.to(dtype) for name, value in values.items()}, {"epoch": epoch})
+
     return write
 
 
 DAMAGES = [
     ("model.safetensors", "evaluate", lambda content: random.Random(0).randbytes(len(content)), "is damaged"),
-    ("model.safetensors", "evaluate", lambda content: content[:len(content) // 2], "is damaged"),
+    ("model.safetensors", "evaluate", lambda content: content[: len(content) // 2], "is damaged"),
     ("model.safetensors", "evaluate", None, "is missing"),
     ("resume.safetensors", "resume", lambda content: random.Random(0).randbytes(len(content)), "is damaged"),
     ("resume.safetensors", "resume", lambda content: content[:-1], "is damaged"),
@@ -310,8 +351,14 @@ DAMAGES = [
 
 @pytest.mark.parametrize(("name", "command", "damage", "match"), DAMAGES)
 def test_damaged_files_are_one_line_that_names_file_and_remedy(
-        name: str, command: str, damage: Callable[[bytes], bytes] | None, match: str, tmp_path: Path,
-        whole: Callable[[str], tuple[Path, float]], capsys: pytest.CaptureFixture[str]) -> None:
+    name: str,
+    command: str,
+    damage: Callable[[bytes], bytes] | None,
+    match: str,
+    tmp_path: Path,
+    whole: Callable[[str], tuple[Path, float]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     folder = tmp_path / "run"
     shutil.copytree(whole("one process")[0], folder)
     path = folder / name

@@ -1,8 +1,7 @@
 """What a user's checker must see: run by tests/test_types.py, never imported."""
 
-from typing_extensions import assert_type
-
 import torch
+from typing_extensions import assert_type
 
 import kernels
 
@@ -12,9 +11,7 @@ assert_type(kernels.scaled_dot_product_attention(x, x, x, is_causal=True, window
 result = kernels.scaled_dot_product_attention(x, x, x, return_lse=True)
 assert_type(result, kernels.AttentionResult)
 assert_type(kernels.scaled_dot_product_attention(x, x, x, need_weights=True, softcap=3.0), kernels.AttentionResult)
-assert_type(
-    kernels.scaled_dot_product_attention(x, x, x, need_weights=flag), torch.Tensor | kernels.AttentionResult
-)
+assert_type(kernels.scaled_dot_product_attention(x, x, x, need_weights=flag), torch.Tensor | kernels.AttentionResult)
 assert_type(kernels.layer_norm(x, 8), torch.Tensor)
 assert_type(kernels.rms_norm(x, [8], eps=1e-6), torch.Tensor)
 assert_type(kernels.add_layer_norm(x, x), torch.Tensor)

@@ -6,5 +6,16 @@ from calcformer.data.formula_tensors import FormulaForm, generate_formulas
 from calcformer.data.formulas import FormulaTask, random_formula
 from calcformer.data.vocab import EXPRESSION, FORMULA, Vocabulary
 
-__all__ = ["EXPRESSION", "FORMULA", "Examples", "ExpressionTask", "FormulaForm", "FormulaTask", "Task", "Vocabulary",
-           "generate_expressions", "generate_formulas", "random_formula"]
+__all__ = [
+    "EXPRESSION",
+    "FORMULA",
+    "Examples",
+    "ExpressionTask",
+    "FormulaForm",
+    "FormulaTask",
+    "Task",
+    "Vocabulary",
+    "generate_expressions",
+    "generate_formulas",
+    "random_formula",
+]

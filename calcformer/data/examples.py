@@ -55,14 +55,14 @@ class Examples:
         """
         if pad_id is None:
             return self
-        source, target = (ids[:, :int((ids != pad_id).any(dim=0).sum())] for ids in (self.source, self.target))
+        source, target = (ids[:, : int((ids != pad_id).any(dim=0).sum())] for ids in (self.source, self.target))
         return Examples(source, target)
 
     def batches(self, size: int, order: torch.Tensor | None = None) -> Iterator["Examples"]:
         """Consecutive batches of `size` rows (the last may be smaller), in the `order` (N,) given, if any."""
         chosen = self if order is None else self.select(order)
         for start in range(0, len(self), size):
-            yield Examples(chosen.source[start:start + size], chosen.target[start:start + size])
+            yield Examples(chosen.source[start : start + size], chosen.target[start : start + size])
 
 
 class Task(Protocol):

@@ -59,8 +59,9 @@ def tokenize(text: str) -> list[str]:
     return [token for word in text.split() for token in (word if word.isdigit() else [word])]
 
 
-def generate_expressions(count: int, generator: torch.Generator, held_out: bool | None = None, fraction: float = 0.1,
-                         seed: int = 0) -> Examples:
+def generate_expressions(
+    count: int, generator: torch.Generator, held_out: bool | None = None, fraction: float = 0.1, seed: int = 0
+) -> Examples:
     """Draw `count` expressions with replacement straight into tensors on the generator's device.
 
     Args:
@@ -139,10 +140,12 @@ class ExpressionTask:
             train, valid = drawn.split((int(total * LEAKY_TRAIN_SHARE), total - int(total * LEAKY_TRAIN_SHARE)))
             return train, valid
         if total > EXPRESSIONS:
-            raise InputError(f"there are {EXPRESSIONS} expressions: {self.train_size} for training and "
-                             f"{self.valid_size} held out are {total - EXPRESSIONS} too many")
+            raise InputError(
+                f"there are {EXPRESSIONS} expressions: {self.train_size} for training and "
+                f"{self.valid_size} held out are {total - EXPRESSIONS} too many"
+            )
         order = torch.randperm(EXPRESSIONS, generator=generator)
-        return order[:self.train_size], order[self.train_size:total]
+        return order[: self.train_size], order[self.train_size : total]
 
     def split(self) -> tuple[Examples, Examples]:
         """Training and held-out examples; InputError where more is asked for than there are expressions."""
@@ -162,19 +165,24 @@ class ExpressionTask:
         tokens, expression = tokenize(text), f"expression {shown(text.strip())}"
         for token in tokens:
             if token not in EXPRESSION.tokens:
-                raise InputError(f"{expression}: {shown(token)} is not a word this run knows; the words are "
-                                 "POSITIVE NEGATIVE add subtract BOS EOS and numbers of two digits")
-        inner = tokens[tokens[:1] == ["BOS"]:len(tokens) - (tokens[-1:] == ["EOS"])]
+                raise InputError(
+                    f"{expression}: {shown(token)} is not a word this run knows; the words are "
+                    "POSITIVE NEGATIVE add subtract BOS EOS and numbers of two digits"
+                )
+        inner = tokens[tokens[:1] == ["BOS"] : len(tokens) - (tokens[-1:] == ["EOS"])]
         signs, digits = ("POSITIVE", "NEGATIVE"), "0123456789"
         form = (signs, digits, digits, OPERATORS, signs, digits, digits)
         if len(inner) != len(form) or any(token not in allowed for token, allowed in zip(inner, form)):
-            raise InputError(f"{expression} is not of the form SIGN NUMBER OPERATOR SIGN NUMBER with "
-                             "two digits a number, such as NEGATIVE 30 subtract NEGATIVE 34")
+            raise InputError(
+                f"{expression} is not of the form SIGN NUMBER OPERATOR SIGN NUMBER with "
+                "two digits a number, such as NEGATIVE 30 subtract NEGATIVE 34"
+            )
         numbers = []
         for sign, tens, ones in (inner[:3], inner[4:]):
             if int(tens + ones) > LIMIT:
-                raise InputError(f"{expression}: {tens + ones} is larger than this run was trained "
-                                 f"for, numbers up to {LIMIT}")
+                raise InputError(
+                    f"{expression}: {tens + ones} is larger than this run was trained for, numbers up to {LIMIT}"
+                )
             if sign == "NEGATIVE" and tens + ones == "00":
                 raise InputError(f"{expression}: zero is written POSITIVE 00")
             numbers.append(int(tens + ones) * (-1 if sign == "NEGATIVE" else 1))

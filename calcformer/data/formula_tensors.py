@@ -22,8 +22,9 @@ PAD, EOS, BOS, MINUS, PLUS, ZERO = (FORMULA.id(token) for token in ("<pad>", "<e
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # a, b (N,) int64 and plus (N,) bool, True = a+b
 
 
-def write_digits(magnitude: torch.Tensor, width: int, zero_pad: bool = False, reverse: bool = False
-                 ) -> tuple[torch.Tensor, torch.Tensor]:
+def write_digits(
+    magnitude: torch.Tensor, width: int, zero_pad: bool = False, reverse: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Numbers that are not negative, (N,) int64, as tokens from the left: (N, width), padded, and their counts (N,).
 
     Args:
@@ -39,8 +40,9 @@ def write_digits(magnitude: torch.Tensor, width: int, zero_pad: bool = False, re
     return torch.where(column < count[:, None], digit, PAD), count
 
 
-def write_numbers(values: torch.Tensor, digits: int, signed: bool, zero_pad: bool = False, reverse: bool = False
-                  ) -> tuple[torch.Tensor, torch.Tensor]:
+def write_numbers(
+    values: torch.Tensor, digits: int, signed: bool, zero_pad: bool = False, reverse: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Integers as tokens: (N,) int64 to (N, digits + 1 where signed), padded, and their counts (N,).
 
     Negative ones begin with a minus sign; with `zero_pad` the others with a plus sign, if `signed`.
@@ -137,7 +139,7 @@ class FormulaForm:
         tail[:, 1:-1] = second
         tail.scatter_(1, second_count[:, None] + 1, EOS)
         source = torch.full((rows, first.shape[1] + digits + 2), PAD, device=device)
-        source[:, :first.shape[1]] = first
+        source[:, : first.shape[1]] = first
         source.scatter_(1, first_count[:, None] + torch.arange(digits + 2, device=device), tail)
 
         result = torch.where(plus, a + b, a - b)
@@ -146,7 +148,7 @@ class FormulaForm:
         target[:, 0] = BOS
         target[:, 1:-1] = answer
         target.scatter_(1, answer_count[:, None] + 1, EOS)
-        return Examples(source[:, :self.source_length].contiguous(), target[:, :self.target_length].contiguous())
+        return Examples(source[:, : self.source_length].contiguous(), target[:, : self.target_length].contiguous())
 
     def read_answer(self, ids: list[int]) -> str:
         """An answer's tokens as the number they write; as they stand where they write none."""
@@ -216,8 +218,15 @@ def draw_operands(form: FormulaForm, count: int, generator: torch.Generator, sam
     return torch.where(negative, -a, a), b, apart == negative
 
 
-def generate_formulas(form: FormulaForm, count: int, generator: torch.Generator, sampling: str = "uniform",
-                      held_out: bool | None = None, fraction: float = 0.1, seed: int = 0) -> Examples:
+def generate_formulas(
+    form: FormulaForm,
+    count: int,
+    generator: torch.Generator,
+    sampling: str = "uniform",
+    held_out: bool | None = None,
+    fraction: float = 0.1,
+    seed: int = 0,
+) -> Examples:
     """Draw `count` formulas straight into tensors on the generator's device.
 
     Args:
@@ -230,9 +239,11 @@ def generate_formulas(form: FormulaForm, count: int, generator: torch.Generator,
     if held_out is not None and form.size <= MOST_COUNTED:
         share = float((form.held_out(torch.arange(form.size), fraction, seed) == held_out).double().mean())
     if share <= 0 or count / share > MOST_DRAWN:
-        raise InputError(f"held_out {fraction:g} of the {form.size:,} formulas of complexity {form.complexity} leaves "
-                         f"too few to {'hold out' if held_out else 'train on'}: {count:,} are not found in "
-                         f"{MOST_DRAWN:,} draws; change --held-out, or raise --complexity")
+        raise InputError(
+            f"held_out {fraction:g} of the {form.size:,} formulas of complexity {form.complexity} leaves "
+            f"too few to {'hold out' if held_out else 'train on'}: {count:,} are not found in "
+            f"{MOST_DRAWN:,} draws; change --held-out, or raise --complexity"
+        )
     lengths = form.source_length, form.target_length
     examples = Examples(*(torch.empty(count, length, dtype=torch.long, device=device) for length in lengths))
     start = 0
@@ -244,7 +255,7 @@ def generate_formulas(form: FormulaForm, count: int, generator: torch.Generator,
             chosen = form.held_out(form.index(a, b, plus), fraction, seed) == held_out
             a, b, plus = a[chosen], b[chosen], plus[chosen]
         part = form.encode(a[:missing], b[:missing], plus[:missing])
-        examples.source[start:start + len(part)] = part.source
-        examples.target[start:start + len(part)] = part.target
+        examples.source[start : start + len(part)] = part.source
+        examples.target[start : start + len(part)] = part.target
         start += len(part)
     return examples

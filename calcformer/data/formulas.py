@@ -112,13 +112,16 @@ class FormulaTask:
         if self.fresh:
             generator = torch.Generator().manual_seed(self.seed)
             sampling = "uniform" if self.sampling == "uniform" else "digits"
-            return self.draw(generator), generate_formulas(self.form, self.valid_size, generator, sampling, True,
-                                                           self.held_out, self.seed)
+            return self.draw(generator), generate_formulas(
+                self.form, self.valid_size, generator, sampling, True, self.held_out, self.seed
+            )
         train = self._train_operands()
         seen = set() if self.leaky_split else set(train)
         if self.valid_size > self.size - len(seen):
-            raise InputError(f"complexity {self.form.complexity} has {self.size} formulas, {len(seen)} of them in "
-                             f"training: {self.valid_size} cannot be held out; ask for fewer or raise the complexity")
+            raise InputError(
+                f"complexity {self.form.complexity} has {self.size} formulas, {len(seen)} of them in "
+                f"training: {self.valid_size} cannot be held out; ask for fewer or raise the complexity"
+            )
         valid: list[tuple[int, int, str]] = []
         stream = self._stream(self.seed + 1)
         while len(valid) < self.valid_size:
@@ -135,18 +138,23 @@ class FormulaTask:
                 raise InputError(f"formula {shown(formula)}: {character!r} at place {place} is not a digit, + or -")
         match = re.fullmatch(r"(-?)\s*([0-9]+)\s*([+-])\s*([0-9]+)", formula)
         if match is None:
-            raise InputError(f"formula {shown(formula)} is not of the form NUMBER+NUMBER or NUMBER-NUMBER, "
-                             "such as 649+864 or -940-819")
+            raise InputError(
+                f"formula {shown(formula)} is not of the form NUMBER+NUMBER or NUMBER-NUMBER, "
+                "such as 649+864 or -940-819"
+            )
         digits = [number.lstrip("0") or "0" for number in (match[2], match[4])]
         limit = self.form.limit
         for number in digits:
             if len(number) > self.form.complexity + 1 or int(number) > limit:
-                raise InputError(f"formula {shown(formula)}: {shown(number)} is more than {limit}, the largest number "
-                                 "this run was trained for; train with a larger --complexity")
+                raise InputError(
+                    f"formula {shown(formula)}: {shown(number)} is more than {limit}, the largest number "
+                    "this run was trained for; train with a larger --complexity"
+                )
         a, b = (int(number) for number in digits)
         if match[1] and a > 0 and not self.form.signed:
-            raise InputError(f"formula {shown(formula)}: this run was trained without negative numbers; "
-                             "train with --signed")
+            raise InputError(
+                f"formula {shown(formula)}: this run was trained without negative numbers; train with --signed"
+            )
         return -a if match[1] else a, b, match[3] == "+"
 
     def question(self, a: int, b: int, plus: bool) -> str:

@@ -53,7 +53,7 @@ class LayerCache:
         for kept, new in zip(self._buffer[self.length], (key, value)):
             kept.copy_(new.squeeze(2))
         self.length += 1
-        keys, values = self._buffer[:self.length].permute(1, 2, 3, 0, 4).unbind(0)
+        keys, values = self._buffer[: self.length].permute(1, 2, 3, 0, 4).unbind(0)
         return keys, values
 
     def select(self, index: torch.Tensor, same_memory: bool) -> None:
@@ -66,8 +66,9 @@ class LayerCache:
         if self._spare.numel() < size:
             self._spare = self._buffer.new_empty(size)
         selected = self._spare.view(-1)[:size].view(length, 2, len(index), *head)
-        torch.index_select(self._buffer[:self.length].view(-1, *head), 0, rows,
-                           out=selected[:self.length].view(-1, *head))
+        torch.index_select(
+            self._buffer[: self.length].view(-1, *head), 0, rows, out=selected[: self.length].view(-1, *head)
+        )
         self._buffer, self._spare = selected, self._buffer
         if not same_memory:
             self.memory = self.memory.select(index)

@@ -34,10 +34,24 @@ class EncoderDecoder(nn.Module):
     encoder: Sequence[EncoderLayer]
     decoder: Sequence[DecoderLayer]
 
-    def __init__(self, vocabulary_size: int, source_length: int, target_length: int, *, width: int = 64,
-                 heads: int = 4, encoder_layers: int = 2, decoder_layers: int = 2, hidden: int = 64,
-                 dropout: float = 0.0, norm: str = "post", activation: str = "relu", positions: str = "sinusoid",
-                 embeddings: str = "separate", pad_id: int | None = None) -> None:
+    def __init__(
+        self,
+        vocabulary_size: int,
+        source_length: int,
+        target_length: int,
+        *,
+        width: int = 64,
+        heads: int = 4,
+        encoder_layers: int = 2,
+        decoder_layers: int = 2,
+        hidden: int = 64,
+        dropout: float = 0.0,
+        norm: str = "post",
+        activation: str = "relu",
+        positions: str = "sinusoid",
+        embeddings: str = "separate",
+        pad_id: int | None = None,
+    ) -> None:
         super().__init__()
         self.pad_id = pad_id
         self.source_embedding = nn.Embedding(vocabulary_size, width)
@@ -54,9 +68,11 @@ class EncoderDecoder(nn.Module):
         self.source_positions = build_positions(positions, source_length, width, heads)
         self.target_positions = build_positions(positions, target_length, width, heads, is_causal=True)
         self.encoder = nn.ModuleList(  # type: ignore[assignment]
-            EncoderLayer(width, heads, hidden, dropout, norm, activation) for _ in range(encoder_layers))
+            EncoderLayer(width, heads, hidden, dropout, norm, activation) for _ in range(encoder_layers)
+        )
         self.decoder = nn.ModuleList(  # type: ignore[assignment]
-            DecoderLayer(width, heads, hidden, dropout, norm, activation) for _ in range(decoder_layers))
+            DecoderLayer(width, heads, hidden, dropout, norm, activation) for _ in range(decoder_layers)
+        )
         self.encoder_norm = kernels.nn.LayerNorm(width)
         self.decoder_norm = kernels.nn.LayerNorm(width)
         self.dropout = Dropout(dropout)

@@ -19,8 +19,15 @@ from calcformer.model.dropout import Dropout
 from calcformer.model.positions import Positions
 from calcformer.model.rows import Rows
 
-__all__ = ["CrossAttention", "DecoderLayer", "EncoderLayer", "FeedForward", "Memory", "ScaledDotProductAttention",
-           "SelfAttention"]
+__all__ = [
+    "CrossAttention",
+    "DecoderLayer",
+    "EncoderLayer",
+    "FeedForward",
+    "Memory",
+    "ScaledDotProductAttention",
+    "SelfAttention",
+]
 
 # In place: what a linear layer gives is nobody else's.
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": torch.relu_, "gelu": F.gelu}
@@ -44,11 +51,13 @@ class ScaledDotProductAttention(nn.Module):
         super().__init__()
         self.dropout = dropout
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
-                is_causal: bool) -> torch.Tensor:
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, is_causal: bool
+    ) -> torch.Tensor:
         """query (B, H, L, E), key and value (B, H, S, E), mask broadcastable to (B, H, L, S): (B, H, L, E)."""
-        return kernels.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal,
-                                                    dropout_p=self.dropout if self.training else 0.0)
+        return kernels.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=is_causal, dropout_p=self.dropout if self.training else 0.0
+        )
 
 
 class MultiHeadAttention(nn.Module):
@@ -97,8 +106,9 @@ class SelfAttention(MultiHeadAttention):
         self.output = nn.Linear(width, width)
         self.reset_parameters()
 
-    def forward(self, x: torch.Tensor, rows: Rows, positions: Positions, cache: LayerCache | None = None
-                ) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, rows: Rows, positions: Positions, cache: LayerCache | None = None
+    ) -> torch.Tensor:
         """x (R, D), which stands in `rows`, after the tokens that are in the cache, if any; returns (R, D)."""
         query, key, value = rows.split(self.query_key_value(x), 3, self.heads)
         query, key = positions.turn(query, rows), positions.turn(key, rows)
@@ -130,7 +140,7 @@ class CrossAttention(MultiHeadAttention):
 
     def forward(self, x: torch.Tensor, rows: Rows, memory: KeyValue) -> torch.Tensor:
         """x (R, D), which stands in `rows`; returns (R, D)."""
-        query, = rows.split(self.query(x), 1, self.heads)
+        (query,) = rows.split(self.query(x), 1, self.heads)
         return self.output(rows.join(self.scaled_dot_product(query, *memory, False)))
 
 
@@ -174,8 +184,9 @@ class Layer(nn.Module):
 class EncoderLayer(Layer):
     """Self attention and feed-forward. `norm` as in Layer."""
 
-    def __init__(self, width: int, heads: int, hidden: int, dropout: float = 0.0, norm: str = "post",
-                 activation: str = "relu") -> None:
+    def __init__(
+        self, width: int, heads: int, hidden: int, dropout: float = 0.0, norm: str = "post", activation: str = "relu"
+    ) -> None:
         super().__init__(norm, dropout)
         self.attention = SelfAttention(width, heads, dropout)
         self.feed_forward = FeedForward(width, hidden, dropout, activation)
@@ -195,8 +206,9 @@ class EncoderLayer(Layer):
 class DecoderLayer(Layer):
     """Causal self attention, attention to the encoder's output, and feed-forward. `norm` as in Layer."""
 
-    def __init__(self, width: int, heads: int, hidden: int, dropout: float = 0.0, norm: str = "post",
-                 activation: str = "relu") -> None:
+    def __init__(
+        self, width: int, heads: int, hidden: int, dropout: float = 0.0, norm: str = "post", activation: str = "relu"
+    ) -> None:
         super().__init__(norm, dropout)
         self.attention = SelfAttention(width, heads, dropout, is_causal=True)
         self.cross_attention = CrossAttention(width, heads, dropout)
@@ -205,8 +217,9 @@ class DecoderLayer(Layer):
         self.cross_attention_norm = kernels.nn.LayerNorm(width)
         self.feed_forward_norm = kernels.nn.LayerNorm(width)
 
-    def forward(self, x: torch.Tensor, rows: Rows, positions: Positions, memory: KeyValue,
-                cache: LayerCache | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, rows: Rows, positions: Positions, memory: KeyValue, cache: LayerCache | None = None
+    ) -> torch.Tensor:
         """x (R, D), which stands in `rows`, after the tokens in the cache, if any; `memory` as read; returns (R, D)."""
         if self.norm == "pre":
             p = self.dropout.now

@@ -11,9 +11,16 @@ from torch.nn import functional as F
 from calcformer.model.rows import Rows
 
 __all__ = [
-    "AddedPositions", "LearnedPositions", "Positions", "RelativePositions", "RotaryPositions", "build_positions",
-    "course", "simple", "sinusoid",
-]  # fmt: skip
+    "AddedPositions",
+    "LearnedPositions",
+    "Positions",
+    "RelativePositions",
+    "RotaryPositions",
+    "build_positions",
+    "course",
+    "simple",
+    "sinusoid",
+]
 
 FARTHEST = 32  # tokens apart, beyond which relative positions are one
 
@@ -108,8 +115,10 @@ class LearnedPositions(Positions):
             ValueError: the sequence is longer than the places that were trained.
         """
         if rows.end > self.table.shape[0]:
-            raise ValueError(f"learned positions reach {self.table.shape[0]} tokens, got a sequence of {rows.end}; "
-                             "use positions='sinusoid' for longer ones")
+            raise ValueError(
+                f"learned positions reach {self.table.shape[0]} tokens, got a sequence of {rows.end}; "
+                "use positions='sinusoid' for longer ones"
+            )
         return x + F.embedding(rows.positions, self.table)
 
 
@@ -134,7 +143,7 @@ class RelativePositions(Positions):
 
     def bias(self, rows: Rows) -> torch.Tensor:
         place = torch.arange(rows.end, device=self.table.device)
-        distance = place - place[rows.start:, None]  # (T, S)
+        distance = place - place[rows.start :, None]  # (T, S)
         index = distance.clamp(-self.before, self.after) + self.before
         return F.embedding(index, self.table).permute(2, 0, 1).unsqueeze(0)
 
@@ -159,7 +168,7 @@ class RotaryPositions(Positions):
 
     def turn(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(3, (-1, 2))
-        turns = self.table(rows.end)[rows.start:rows.end].view(rows.length, -1, 2).flip(2)  # (T, E / 2), cos and sin
+        turns = self.table(rows.end)[rows.start : rows.end].view(rows.length, -1, 2).flip(2)  # (T, E / 2), cos and sin
         turned = torch.view_as_complex(pairs) * torch.view_as_complex(turns)
         return torch.view_as_real(turned).flatten(3).type_as(x)
 
@@ -175,7 +184,10 @@ def build_positions(kind: str, length: int, width: int, heads: int, is_causal: b
         is_causal: whether tokens attend to none after them.
     """
     fixed: dict[str, Callable[..., torch.Tensor]] = {
-        "sinusoid": sinusoid, "course": course, "simple": partial(simple, whole=length)}
+        "sinusoid": sinusoid,
+        "course": course,
+        "simple": partial(simple, whole=length),
+    }
     if kind in fixed:
         return AddedPositions(partial(fixed[kind], width=width), length)
     if kind == "learned":

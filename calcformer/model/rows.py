@@ -107,6 +107,6 @@ class Rows:
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """x (R, V) as (B, T, V), with zeros where there is padding."""
         if self.compact and self.count < self.batch * self.length:
-            places = self._places[:self.count]
-            x = x.new_zeros(self.batch * self.length, x.shape[1]).index_copy(0, places, x[:self.count])
+            places = self._places[: self.count]
+            x = x.new_zeros(self.batch * self.length, x.shape[1]).index_copy(0, places, x[: self.count])
         return x.view(self.batch, self.length, x.shape[1])

@@ -36,12 +36,16 @@ def attention_weights(model: EncoderDecoder, source: torch.Tensor, target: torch
     def keep(attention: nn.Module, inputs: tuple[Any, ...]) -> None:
         query, key, value, mask, is_causal = inputs
         weights = kernels.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=is_causal, need_weights=True).weights
+            query, key, value, attn_mask=mask, is_causal=is_causal, need_weights=True
+        ).weights
         assert weights is not None
         found[attention] = weights.float()
 
-    hooks = [module.register_forward_pre_hook(keep) for module in model.modules()
-             if isinstance(module, ScaledDotProductAttention)]
+    hooks = [
+        module.register_forward_pre_hook(keep)
+        for module in model.modules()
+        if isinstance(module, ScaledDotProductAttention)
+    ]
     try:
         model(source, target)
     finally:

@@ -22,8 +22,17 @@ from calcformer.memory import check_memory, memory_to_answer
 from calcformer.model import EncoderDecoder
 from calcformer.runs.files import write_atomically
 
-__all__ = ["RunError", "finished_epochs", "load_resume_state", "load_run", "read_config", "save_checkpoint",
-           "save_weights", "saved_epoch", "trained_parameters"]
+__all__ = [
+    "RunError",
+    "finished_epochs",
+    "load_resume_state",
+    "load_run",
+    "read_config",
+    "save_checkpoint",
+    "save_weights",
+    "saved_epoch",
+    "trained_parameters",
+]
 
 CONFIG, MODEL, RESUME, METRICS = "config.json", "model.safetensors", "resume.safetensors", "metrics.jsonl"
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -104,11 +113,15 @@ def _fill(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> Non
     """Copy weights into a model, all or none."""
     parameters = dict(model.named_parameters())
     wrong = sorted(parameters.keys() ^ weights.keys()) or sorted(
-        name for name, parameter in parameters.items()
-        if (parameter.shape, parameter.dtype) != (weights[name].shape, weights[name].dtype))
+        name
+        for name, parameter in parameters.items()
+        if (parameter.shape, parameter.dtype) != (weights[name].shape, weights[name].dtype)
+    )
     if wrong:
-        raise RunError(f"{path} does not fit the model of its {CONFIG} (first difference: {wrong[0]}); "
-                       "train the run again or give another one")
+        raise RunError(
+            f"{path} does not fit the model of its {CONFIG} (first difference: {wrong[0]}); "
+            "train the run again or give another one"
+        )
     _check_finite(weights, path)
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -128,8 +141,7 @@ def read_config(folder: Path) -> RunConfig:
         raise RunError(f"{path} cannot be used ({error}); train the run again or give another one") from None
 
 
-def load_run(folder: Path, device: torch.device | str = "cpu"
-             ) -> tuple[RunConfig, Task, EncoderDecoder, int]:
+def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[RunConfig, Task, EncoderDecoder, int]:
     """Settings, task, trained model in evaluation mode, and the epoch its weights are from."""
     config = read_config(folder)
     task = build_task(config.data)
@@ -151,7 +163,7 @@ def load_resume_state(folder: Path, model: nn.Module, optimizer: torch.optim.Opt
     path = folder / RESUME
     tensors, epoch = _read_tensors(path)
     prefix = "model."
-    _fill(model, {name[len(prefix):]: value for name, value in tensors.items() if name.startswith(prefix)}, path)
+    _fill(model, {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}, path)
     _check_finite(tensors, path)
     if epoch == 0:  # Adam makes its state in its first step
         return 0
@@ -160,8 +172,11 @@ def load_resume_state(folder: Path, model: nn.Module, optimizer: torch.optim.Opt
         for key, value in state.items():
             expected = torch.Size() if key == "step" else parameter.shape
             if value is None or (value.shape, value.dtype) != (expected, torch.float32):
-                raise RunError(f"{path} does not fit the settings of its {CONFIG} (first difference: {key}.{index}); "
-                               "train the run again or give another one")
-        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()
-                                      if value is not None}
+                raise RunError(
+                    f"{path} does not fit the settings of its {CONFIG} (first difference: {key}.{index}); "
+                    "train the run again or give another one"
+                )
+        optimizer.state[parameter] = {
+            key: value.to(parameter.device) for key, value in state.items() if value is not None
+        }
     return epoch

@@ -41,8 +41,10 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {name} is not here ({torch.cuda.device_count()} GPUs found); use --device cpu"
-                         f"{', or fewer processes' if place is not None else ''}")
+        raise InputError(
+            f"device {name} is not here ({torch.cuda.device_count()} GPUs found); use --device cpu"
+            f"{', or fewer processes' if place is not None else ''}"
+        )
     return device
 
 
@@ -55,8 +57,10 @@ def check_cores(processes: int, flag: str, threads: int = 1) -> None:
     """InputError where as many processes, of so many threads, would take turns on a core: that only makes all slow."""
     cores = count_cores()
     if processes * threads > cores:
-        raise InputError(f"this would keep {processes * threads} CPU cores busy and there are {cores}; "
-                         f"lower {flag}{' or --threads' if threads > 1 else ''}")
+        raise InputError(
+            f"this would keep {processes * threads} CPU cores busy and there are {cores}; "
+            f"lower {flag}{' or --threads' if threads > 1 else ''}"
+        )
 
 
 def count_processes(config: TrainingConfig, device: torch.device) -> int:

@@ -27,8 +27,9 @@ def newest_run(questions: Sequence[str] = (), folder: Path = RUNS) -> Path:
             config = read_config(path.parent)
             found.append((saved_epoch(path) == config.training.epochs, path.stat().st_mtime, path.parent, config))
     if not found:
-        raise InputError(f"there is no trained run in {folder}/; make one with: calcformer train, or name one with "
-                         "--run")
+        raise InputError(
+            f"there is no trained run in {folder}/; make one with: calcformer train, or name one with --run"
+        )
     found.sort(key=lambda each: each[:2], reverse=True)
     return next((run for *_, run, config in found if can_read(build_task(config.data), questions)), found[0][2])
 

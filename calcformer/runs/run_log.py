@@ -24,8 +24,11 @@ def parse(line: str) -> dict[str, Any] | None:
         return None
     if not 1 <= content["epoch"] <= MOST_EPOCHS:
         return None
-    return {name: value for name, value in content.items()
-            if type(value) in (int, float) and 0 <= value <= (1 if name in SHARES else LARGEST)}
+    return {
+        name: value
+        for name, value in content.items()
+        if type(value) in (int, float) and 0 <= value <= (1 if name in SHARES else LARGEST)
+    }
 
 
 class RunLog:
@@ -46,8 +49,7 @@ class RunLog:
             file.write(json.dumps(entry, allow_nan=False) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """The entries by epoch, of several figures of one name and epoch the last. Lines that are none are passed over.
-        """
+        """The entries by epoch, of several figures of one name and epoch the last. Other lines are passed over."""
         entries: dict[int, dict[str, Any]] = {}
         for entry in map(parse, self._lines()):
             if entry is not None:

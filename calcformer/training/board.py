@@ -14,8 +14,10 @@ def require_tensorboard() -> None:
     try:
         import torch.utils.tensorboard  # noqa: F401  # not at the top: it takes seconds
     except ImportError:
-        raise InputError("--tensorboard needs the package tensorboard; install it with: pip install tensorboard, "
-                         "or leave out --tensorboard") from None
+        raise InputError(
+            "--tensorboard needs the package tensorboard; install it with: pip install tensorboard, "
+            "or leave out --tensorboard"
+        ) from None
 
 
 class Board:

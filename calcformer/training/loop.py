@@ -41,8 +41,7 @@ def work(_: "SimpleQueue[str]", folder: str, *place: str) -> None:
 
 
 def _follow_torchrun() -> None:
-    """Nothing for rank 0. The others train beside it and then leave the program: what comes after is for rank 0 alone.
-    """
+    """Nothing for rank 0. The others train beside it and then leave: what comes after is for rank 0 alone."""
     place = torchrun_place()
     if place is None or place.rank == 0:
         return
@@ -69,8 +68,7 @@ def _name_compiler(is_wanted: bool) -> Iterator[None]:
         raise InputError(f"torch.compile does not work here ({reason}); leave out --compile") from None
 
 
-def _run(config: RunConfig, claimed: AbstractContextManager[Path], bar: bool | None, continued: bool
-         ) -> dict[str, Any]:
+def _run(config: RunConfig, claimed: AbstractContextManager[Path], bar: bool | None, continued: bool) -> dict[str, Any]:
     """Check all that can be checked, then take the folder, and only then write."""
     device = pick_device(config.training.device)
     processes = count_processes(config.training, device)
@@ -132,6 +130,8 @@ def _fit_cores(config: RunConfig, folder: Path) -> RunConfig:
     processes = min(before[0], count_cores() // threads)
     if before == (processes, threads) or torchrun_place() is not None:
         return config
-    tell(f"{folder}: trained with {before[0]} processes of {before[1]} threads so far, continued with {processes} of "
-         f"{threads}: there are {count_cores()} CPU cores here")
+    tell(
+        f"{folder}: trained with {before[0]} processes of {before[1]} threads so far, continued with {processes} of "
+        f"{threads}: there are {count_cores()} CPU cores here"
+    )
     return config.with_settings({"processes": processes, "threads": threads})

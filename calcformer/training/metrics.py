@@ -15,8 +15,7 @@ __all__ = ["Totals", "count_labels", "evaluate", "exact_match", "token_loss"]
 IGNORE = -100  # F.cross_entropy's own default, a label no vocabulary has
 
 
-def token_loss(logits: torch.Tensor, labels: torch.Tensor, pad_id: int | None, smoothing: float = 0.0
-               ) -> torch.Tensor:
+def token_loss(logits: torch.Tensor, labels: torch.Tensor, pad_id: int | None, smoothing: float = 0.0) -> torch.Tensor:
     """Cross-entropy in nats, summed over the labels that are not padding.
 
     Args:
@@ -24,8 +23,13 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor, pad_id: int | None, s
         labels: (B, T) int64.
         smoothing: share of the target spread evenly over the vocabulary (Szegedy et al. 2016, section 7).
     """
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE if pad_id is None else pad_id,
-                           label_smoothing=smoothing, reduction="sum")
+    return F.cross_entropy(
+        logits.flatten(0, 1),
+        labels.flatten(),
+        ignore_index=IGNORE if pad_id is None else pad_id,
+        label_smoothing=smoothing,
+        reduction="sum",
+    )
 
 
 def count_labels(labels: torch.Tensor, pad_id: int | None) -> torch.Tensor:
@@ -64,8 +68,9 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(model: EncoderDecoder, examples: Examples, pad_id: int | None, batch_size: int = 1_000,
-             team: Team | None = None) -> Score:
+def evaluate(
+    model: EncoderDecoder, examples: Examples, pad_id: int | None, batch_size: int = 1_000, team: Team | None = None
+) -> Score:
     """Loss and token accuracy on all examples, which stand on the model's device; each of a team measures a part."""
     team = team or Team()
     was_training = model.training
@@ -80,8 +85,9 @@ def evaluate(model: EncoderDecoder, examples: Examples, pad_id: int | None, batc
 
 
 @torch.no_grad()
-def exact_match(model: EncoderDecoder, examples: Examples, task: Task, batch_size: int = BATCH,
-                team: Team | None = None) -> float:
+def exact_match(
+    model: EncoderDecoder, examples: Examples, task: Task, batch_size: int = BATCH, team: Team | None = None
+) -> float:
     """The share of problems whose whole answer, end token included, is right when the model answers by itself."""
     team = team or Team()
     was_training = model.training

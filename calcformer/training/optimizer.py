@@ -65,6 +65,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> tuple[torch.opt
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     flat, gradient = flatten([matrices, vectors] if config.weight_decay else [matrices + vectors])
-    groups = [{"params": [parameter], "weight_decay": decay}
-              for parameter, decay in zip(flat, (config.weight_decay, 0.0))]
+    groups = [
+        {"params": [parameter], "weight_decay": decay} for parameter, decay in zip(flat, (config.weight_decay, 0.0))
+    ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True), gradient

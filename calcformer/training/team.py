@@ -48,8 +48,10 @@ def name_lost(folder: Path) -> Iterator[None]:
     try:
         yield
     except TeamLost:
-        raise InputError("a training process ended before its time (killed, or out of memory?); "
-                         f"continue with: calcformer train --resume {folder}") from None
+        raise InputError(
+            "a training process ended before its time (killed, or out of memory?); "
+            f"continue with: calcformer train --resume {folder}"
+        ) from None
 
 
 class SharedMemoryTeam(Team):
@@ -87,7 +89,7 @@ class SharedMemoryTeam(Team):
 
     def sum_(self, tensor: torch.Tensor) -> None:
         """Replace a float32 vector by its sum over all processes."""
-        parts = self._memory[self._turn, :, :tensor.numel()]
+        parts = self._memory[self._turn, :, : tensor.numel()]
         self._turn = 1 - self._turn
         parts[self.rank].copy_(tensor)
         self.meet()
@@ -124,7 +126,8 @@ def start_team(folder: Path, size: int, length: int) -> Iterator[Team]:
             with theirs:
                 shared = theirs.fileno(), file.fileno()
                 worker = stack.enter_context(
-                    start_worker("calcformer.training.loop", folder, rank, size, *shared, pass_fds=shared))
+                    start_worker("calcformer.training.loop", folder, rank, size, *shared, pass_fds=shared)
+                )
             stack.callback(worker.kill)
         team = SharedMemoryTeam(0, _map_memory(file.fileno(), size), sockets)
         with name_lost(folder):

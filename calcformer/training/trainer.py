@@ -18,8 +18,17 @@ from calcformer.data import Examples
 from calcformer.errors import InputError, tell
 from calcformer.interrupt import interruptible
 from calcformer.plots import save_curve
-from calcformer.runs.checkpoint import (CONFIG, METRICS, MODEL, RESUME, RunError, load_resume_state,
-                                        save_checkpoint, save_weights, trained_parameters)
+from calcformer.runs.checkpoint import (
+    CONFIG,
+    METRICS,
+    MODEL,
+    RESUME,
+    RunError,
+    load_resume_state,
+    save_checkpoint,
+    save_weights,
+    trained_parameters,
+)
 from calcformer.runs.device import pick_device, torchrun_place
 from calcformer.runs.files import write_atomically
 from calcformer.runs.run_log import MEASURED, RunLog
@@ -104,8 +113,10 @@ class Trainer:
         self.folder = folder
         finished = load_resume_state(folder, self.model, self.optimizer)
         if finished > self.config.training.epochs:
-            raise RunError(f"{folder / RESUME} is of epoch {finished} and {folder / CONFIG} tells of "
-                           f"{self.config.training.epochs}; train the run again or give another one")
+            raise RunError(
+                f"{folder / RESUME} is of epoch {finished} and {folder / CONFIG} tells of "
+                f"{self.config.training.epochs}; train the run again or give another one"
+            )
         save_weights(folder, self.model, finished)  # a kill may have come between the two files of a checkpoint
         return finished
 
@@ -182,8 +193,10 @@ class Trainer:
         last = epoch == training.epochs
         self.bar.set_description(f"{self.epoch_name} loss {loss:.4f} measuring")
         entry |= self.measure(
-            self.team, validation=last or epoch % training.valid_every == 0,
-            answers=last or (training.exact_match_every > 0 and epoch % training.exact_match_every == 0))
+            self.team,
+            validation=last or epoch % training.valid_every == 0,
+            answers=last or (training.exact_match_every > 0 and epoch % training.exact_match_every == 0),
+        )
         self._check_finite(entry)
         self._show_measured(entry)
         return entry | {"seconds": round(seconds, 4), "examples_per_second": round(len(order) / seconds, 1)}
@@ -204,8 +217,10 @@ class Trainer:
         if not all(bool(parameter.isfinite().all()) for parameter in trained_parameters(self.optimizer)):
             lost.append("weights")
         if lost:
-            raise InputError(f"the {' and '.join(lost)} became infinite or NaN in epoch {entry['epoch']}, which is not "
-                             "saved; lower --learning-rate or --weight-decay, or set --clip-norm, and train again")
+            raise InputError(
+                f"the {' and '.join(lost)} became infinite or NaN in epoch {entry['epoch']}, which is not "
+                "saved; lower --learning-rate or --weight-decay, or set --clip-norm, and train again"
+            )
 
     def _show(self, count: int) -> None:
         """Draw the bar after `count` examples."""
@@ -235,13 +250,15 @@ class Trainer:
         last = entry["epoch"] == self.config.training.epochs
         if self.bar.disable and (last or time.perf_counter() - self.last_shown > QUIET_SECONDS):
             self.last_shown = time.perf_counter()
-            numbers = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in entry.items()
-                                if isinstance(value, float) and name not in ("seconds", "learning_rate"))
+            numbers = ", ".join(
+                f"{name.replace('_', ' ')} {value:.4f}"
+                for name, value in entry.items()
+                if isinstance(value, float) and name not in ("seconds", "learning_rate")
+            )
             tell(f"epoch {entry['epoch']}/{self.config.training.epochs}: {numbers}")
 
     def _write(self, entry: dict[str, Any]) -> None:
-        """Save an epoch. The log first: on resume a line whose epoch was never saved is dropped, a missing one is lost.
-        """
+        """Save an epoch. The log first: on resume, a line of an epoch not saved is dropped, a missing one lost."""
         try:
             self.log.append(entry)
             if self.board is not None:
@@ -251,11 +268,15 @@ class Trainer:
         except OSError as error:
             what = f"{error.filename or self.folder}: {error.strerror or error}"
             if not (self.folder / RESUME).exists():
-                raise InputError(f"{what}; the run folder was moved or deleted meanwhile: continue it where it is now, "
-                                 "or train again") from None
+                raise InputError(
+                    f"{what}; the run folder was moved or deleted meanwhile: continue it where it is now, "
+                    "or train again"
+                ) from None
             remedy = "make room" if error.errno in FULL else "mend that"
-            raise InputError(f"{what}; what was finished before is saved: {remedy}, then continue with: "
-                             f"calcformer train --resume {self.folder}") from None
+            raise InputError(
+                f"{what}; what was finished before is saved: {remedy}, then continue with: "
+                f"calcformer train --resume {self.folder}"
+            ) from None
 
     def run(self, finished: int) -> dict[str, Any]:
         """Train the epochs after `finished`; returns the last line of the log."""
@@ -264,8 +285,15 @@ class Trainer:
         self._introduce(finished)
         size = len(self.train_examples)
         hidden = None if self.want_bar is None else not self.want_bar
-        self.bar = tqdm(total=self.config.training.epochs * size, initial=finished * size, unit="ex", unit_scale=True,
-                        bar_format=BAR, dynamic_ncols=True, disable=hidden)
+        self.bar = tqdm(
+            total=self.config.training.epochs * size,
+            initial=finished * size,
+            unit="ex",
+            unit_scale=True,
+            bar_format=BAR,
+            dynamic_ncols=True,
+            disable=hidden,
+        )
         self.last_shown = 0.0 if not self.bar.disable else time.perf_counter()
         self.board = Board(self.folder, finished) if self.config.training.tensorboard else None
         try:
@@ -293,6 +321,8 @@ class Trainer:
         """A line to stderr: what is trained, and where to."""
         data, training = self.config.data, self.config.training
         again = f", {finished} of {training.epochs} epochs done" if finished else ""
-        tell(f"{self.folder}: {len(self.gradient.vector):,} parameters; {data.train_size:,} "
-             f"{'fresh ' if data.fresh else ''}{data.task}s an epoch, {len(self.valid_examples):,} held out; "
-             f"{self.device}, {self.team.size} process{'es' if self.team.size > 1 else ''}{again}")
+        tell(
+            f"{self.folder}: {len(self.gradient.vector):,} parameters; {data.train_size:,} "
+            f"{'fresh ' if data.fresh else ''}{data.task}s an epoch, {len(self.valid_examples):,} held out; "
+            f"{self.device}, {self.team.size} process{'es' if self.team.size > 1 else ''}{again}"
+        )

@@ -19,8 +19,15 @@ from kernels.attention.subclasses import on_heads, on_values
 from kernels.attention.tiles import MAX_HEAD_SIZE
 from kernels.autograd import differentiable, in_forward_mode
 from kernels.backend import (
-    Choice, as_autocast, as_number, autocast_dtype, check_tensor_types, choose, shown, wants_gradient,
-)  # fmt: skip
+    Choice,
+    as_autocast,
+    as_number,
+    autocast_dtype,
+    check_tensor_types,
+    choose,
+    shown,
+    wants_gradient,
+)
 from kernels.subclasses import holds_others, overridden
 
 if TYPE_CHECKING:
@@ -57,35 +64,74 @@ class Options(TypedDict, total=False):
 
 @overload
 def scaled_dot_product_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = ...,
-    dropout_p: float = ..., is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *,
-    need_weights: Literal[False] = ..., return_lse: Literal[False] = ..., backend: str = ...,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    need_weights: Literal[False] = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
     **options: Unpack[Options],
-) -> torch.Tensor: ...  # fmt: skip
+) -> torch.Tensor: ...
 
 
 @overload
 def scaled_dot_product_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = ...,
-    dropout_p: float = ..., is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *,
-    need_weights: Literal[True], return_lse: bool = ..., backend: str = ..., **options: Unpack[Options],
-) -> AttentionResult: ...  # fmt: skip
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    need_weights: Literal[True],
+    return_lse: bool = ...,
+    backend: str = ...,
+    **options: Unpack[Options],
+) -> AttentionResult: ...
 
 
 @overload
 def scaled_dot_product_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = ...,
-    dropout_p: float = ..., is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *,
-    need_weights: bool = ..., return_lse: Literal[True], backend: str = ..., **options: Unpack[Options],
-) -> AttentionResult: ...  # fmt: skip
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    need_weights: bool = ...,
+    return_lse: Literal[True],
+    backend: str = ...,
+    **options: Unpack[Options],
+) -> AttentionResult: ...
 
 
 @overload
 def scaled_dot_product_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = ...,
-    dropout_p: float = ..., is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *,
-    need_weights: bool = ..., return_lse: bool = ..., backend: str = ..., **options: Unpack[Options],
-) -> torch.Tensor | AttentionResult: ...  # fmt: skip
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    need_weights: bool = ...,
+    return_lse: bool = ...,
+    backend: str = ...,
+    **options: Unpack[Options],
+) -> torch.Tensor | AttentionResult: ...
 
 
 def scaled_dot_product_attention(
@@ -176,16 +222,38 @@ def scaled_dot_product_attention(
     }
     if torch.overrides.has_torch_function(tensors):
         return overridden(
-            scaled_dot_product_attention, tensors, query, key, value, attn_mask, dropout_p, is_causal, scale,
-            enable_gqa, **options, need_weights=need_weights, return_lse=return_lse, backend=backend,
-        )  # fmt: skip
+            scaled_dot_product_attention,
+            tensors,
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            **options,
+            need_weights=need_weights,
+            return_lse=return_lse,
+            backend=backend,
+        )
     if not type(query) is type(key) is type(value) is torch.Tensor or query.is_nested:
         check_tensor_types({"query": query, "key": key, "value": value})
         if holds_others(query, key, value):
             return _on_what_they_hold(
-                query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
-                enable_gqa=enable_gqa, **options, need_weights=need_weights, return_lse=return_lse, backend=backend,
-            )  # fmt: skip
+                query,
+                key,
+                value,
+                attn_mask=attn_mask,
+                dropout_p=dropout_p,
+                is_causal=is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
+                **options,
+                need_weights=need_weights,
+                return_lse=return_lse,
+                backend=backend,
+            )
     plain = not (need_weights or return_lse) and _are_defaults(options)
     if plain and attn_mask is None and scale is None and is_causal is False and type(dropout_p) is float:
         # What the rest would decide in three times the time of a small call.
@@ -203,13 +271,9 @@ def scaled_dot_product_attention(
         return route.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if backend == "triton":
         query, key, value = as_autocast(query, key, value)
-    lead, q, k, v, call = prepare(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **options
-    )  # fmt: skip
+    lead, q, k, v, call = prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **options)
     if backend == "torch" or in_forward_mode():
-        found: tuple[Any, ...] = route.extended_attention(
-            q, k, v, call, need_lse=return_lse, need_weights=need_weights
-        )
+        found: tuple[Any, ...] = route.extended_attention(q, k, v, call, need_lse=return_lse, need_weights=need_weights)
     else:
         output, lse = triton_attention(q, k, v, call, return_lse)
         found = output, lse, None
@@ -348,11 +412,7 @@ def choose_backend(query: torch.Tensor, value: torch.Tensor, backend: str) -> Ch
 
 
 def _four_dimensional(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    enable_gqa: bool,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None, enable_gqa: bool
 ) -> tuple[torch.Size, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The lead (..., Hq); views (B, Hq, L, E), (B, Hkv, S, E), (B, Hkv, S, Ev); mask (B or 1, Hq or 1, L or 1, S or 1).
 

@@ -59,9 +59,15 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
     """Dtypes, devices and shapes of the three."""
     dtype, device, shape = query.dtype, query.device, query.shape
     if not torch.compiler.is_compiling() and (  # there lengths may be symbols, of which this would ask too much
-        key.shape == shape and value.shape == shape and key.dtype == dtype and value.dtype == dtype
-        and key.device == device and value.device == device and len(shape) > 2 and shape[-1]
-    ):  # fmt: skip
+        key.shape == shape
+        and value.shape == shape
+        and key.dtype == dtype
+        and value.dtype == dtype
+        and key.device == device
+        and value.device == device
+        and len(shape) > 2
+        and shape[-1]
+    ):
         return  # most calls: it saves them a dozen questions
     if not (key.dtype == value.dtype == dtype) and not autocasts(device):
         raise TypeError(
@@ -74,20 +80,17 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
         )
     if min(query.ndim, key.ndim, value.ndim) < 2:
         raise ValueError(
-            f"query, key and value must have at least two dimensions, (..., L, E); "
-            f"{_shapes(query, key, value)}"
+            f"query, key and value must have at least two dimensions, (..., L, E); {_shapes(query, key, value)}"
         )
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(
-            f"query and key must have the same last dimension E; "
-            f"{_shapes(query, key, value)}; project one of them"
+            f"query and key must have the same last dimension E; {_shapes(query, key, value)}; project one of them"
         )
     if query.shape[-1] == 0 or value.shape[-1] == 0:
         raise ValueError(f"the last dimensions E and Ev must be at least 1; {_shapes(query, key, value)}")
     if key.shape[-2] != value.shape[-2]:
         raise ValueError(
-            f"key and value must have the same length S (next to last dimension); "
-            f"{_shapes(query, key, value)}"
+            f"key and value must have the same length S (next to last dimension); {_shapes(query, key, value)}"
         )
     _check_leading(query, key, value, enable_gqa)
 
@@ -116,8 +119,7 @@ def _check_leading(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
         if not _broadcast(query.shape[:-2], key.shape[:-2], value.shape[:-2]):
             hint = "; for fewer key than query heads pass enable_gqa=True" if query.ndim > 2 else ""
             raise ValueError(
-                f"the leading dimensions of query, key and value must broadcast; "
-                f"{_shapes(query, key, value)}{hint}"
+                f"the leading dimensions of query, key and value must broadcast; {_shapes(query, key, value)}{hint}"
             )
         return
     if min(query.ndim, key.ndim, value.ndim) < 3:
@@ -125,13 +127,11 @@ def _check_leading(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
     heads = key.shape[-3]
     if value.shape[-3] != heads or heads == 0 or query.shape[-3] % heads:
         raise ValueError(
-            f"with enable_gqa=True query heads must be a multiple of key and value heads; "
-            f"{_shapes(query, key, value)}"
+            f"with enable_gqa=True query heads must be a multiple of key and value heads; {_shapes(query, key, value)}"
         )
     if not _broadcast(query.shape[:-3], key.shape[:-3], value.shape[:-3]):
         raise ValueError(
-            f"the dimensions before the heads of query, key and value must broadcast; "
-            f"{_shapes(query, key, value)}"
+            f"the dimensions before the heads of query, key and value must broadcast; {_shapes(query, key, value)}"
         )
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from kernels.attention.layout import for_query_heads
 from kernels.attention.call import LEARNED, Call
+from kernels.attention.layout import for_query_heads
 from kernels.backend import without_autocast
 
 Result = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
@@ -127,9 +127,7 @@ def without_idle_sides(call: Call, n_queries: int, n_keys: int) -> Call:
     return call
 
 
-def allowed_pairs(
-    call: Call, n_queries: int, n_keys: int, device: torch.device
-) -> torch.Tensor | None:
+def allowed_pairs(call: Call, n_queries: int, n_keys: int, device: torch.device) -> torch.Tensor | None:
     """Which keys each query may see by all rules: bool, (B or 1, Hq or 1, L or 1, S or 1). None: all of them."""
     call = without_idle_sides(call, n_queries, n_keys)
     found = []
@@ -150,9 +148,7 @@ def allowed_pairs(
     return functools.reduce(torch.Tensor.logical_and, found) if found else None
 
 
-def alibi(
-    call: Call, n_queries: int, n_keys: int, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+def alibi(call: Call, n_queries: int, n_keys: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """What the distance between a query's place and a key adds to the score: (B or 1, Hq, L, S), in `dtype`.
 
     Source: Press et al. 2022, "Train Short, Test Long", section 3; both directions alike.
@@ -166,9 +162,7 @@ def alibi(
     return -slopes * (places - keys).abs()
 
 
-def _places(
-    call: Call, n_queries: int, n_keys: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _places(call: Call, n_queries: int, n_keys: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The places of queries, (B or 1, 1, L, 1), and of keys, (S,), of packed sequences each in its own."""
     queries, keys = _numbers(n_queries, device), _numbers(n_keys, device)
     if call.query_starts is not None and call.key_starts is not None:

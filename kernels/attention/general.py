@@ -48,16 +48,7 @@ from kernels.attention.pieces import (
     store_rows,
     tile_dropout_factors,
 )
-from kernels.attention.score import (
-    CARE,
-    LOG2_E,
-    OPEN,
-    Where,
-    exponent_factor,
-    exponentials,
-    find_head,
-    tile_scores,
-)
+from kernels.attention.score import CARE, LOG2_E, OPEN, Where, exponent_factor, exponentials, find_head, tile_scores
 from kernels.attention.tiles import Tile, column_blocks
 from kernels.launch import cdiv, launch_on
 
@@ -130,8 +121,18 @@ def forward_kernel(
                 products = dot(q, tl.trans(k), None, PRECISION)
             else:
                 products = product_of_rows(
-                    q_rows, start_q, bounds.n_queries, k_rows, start_k, bounds.n_keys,
-                    BLOCK_Q, BLOCK_K, E, LOOP, PRECISION, WIDE,
+                    q_rows,
+                    start_q,
+                    bounds.n_queries,
+                    k_rows,
+                    start_k,
+                    bounds.n_keys,
+                    BLOCK_Q,
+                    BLOCK_K,
+                    E,
+                    LOOP,
+                    PRECISION,
+                    WIDE,
                 )
             v = load_rows(v_rows, start_k, bounds.n_keys, chunk * BLOCK_EV, BLOCK_K, EV, BLOCK_EV, WIDE, PASS == OPEN)
             where = Where(start_q, start_k, di, dj)

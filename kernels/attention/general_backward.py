@@ -165,9 +165,7 @@ def query_kernel(
         q = load_rows(q_rows, start_q, bounds.n_queries, 0, BLOCK_Q, E, BLOCK_E, WIDE)
         do = load_rows(grad_rows, start_q, bounds.n_queries, 0, BLOCK_Q, EV, BLOCK_EV, WIDE)
     first_row = b * statistics.stride_b + h * statistics.stride_h + bounds.first_q
-    pivot, inverse, delta = load_statistics(
-        statistics, first_row, start_q, bounds.n_queries, BLOCK_Q, EXACT, False
-    )
+    pivot, inverse, delta = load_statistics(statistics, first_row, start_q, bounds.n_queries, BLOCK_Q, EXACT, False)
     acc = tl.zeros((BLOCK_Q, BLOCK_E), tl.float32)
 
     walk = keys_to_walk(call, bounds, start_q, BLOCK_Q, BLOCK_K)
@@ -186,12 +184,32 @@ def query_kernel(
                 dp = dot(do, tl.trans(v), None, PRECISION)
             else:
                 products = product_of_rows(
-                    q_rows, start_q, bounds.n_queries, k_rows, start_k, bounds.n_keys,
-                    BLOCK_Q, BLOCK_K, E, LOOP, PRECISION, WIDE,
+                    q_rows,
+                    start_q,
+                    bounds.n_queries,
+                    k_rows,
+                    start_k,
+                    bounds.n_keys,
+                    BLOCK_Q,
+                    BLOCK_K,
+                    E,
+                    LOOP,
+                    PRECISION,
+                    WIDE,
                 )
                 dp = product_of_rows(
-                    grad_rows, start_q, bounds.n_queries, v_rows, start_k, bounds.n_keys,
-                    BLOCK_Q, BLOCK_K, EV, LOOP, PRECISION, WIDE,
+                    grad_rows,
+                    start_q,
+                    bounds.n_queries,
+                    v_rows,
+                    start_k,
+                    bounds.n_keys,
+                    BLOCK_Q,
+                    BLOCK_K,
+                    EV,
+                    LOOP,
+                    PRECISION,
+                    WIDE,
                 )
             where = Where(start_q, start_k, di, dj)
             scores, capped = tile_scores(products, call, head, bounds, where, EXACT, WIDE, PASS)
@@ -290,12 +308,32 @@ def key_value_kernel(
                     dp = dot(v, tl.trans(do), None, PRECISION)
                 else:
                     products = product_of_rows(
-                        k_rows, start_k, bounds.n_keys, q_rows, start_q, bounds.n_queries,
-                        BLOCK_K, BLOCK_Q, E, LOOP, PRECISION, WIDE,
+                        k_rows,
+                        start_k,
+                        bounds.n_keys,
+                        q_rows,
+                        start_q,
+                        bounds.n_queries,
+                        BLOCK_K,
+                        BLOCK_Q,
+                        E,
+                        LOOP,
+                        PRECISION,
+                        WIDE,
                     )
                     dp = product_of_rows(
-                        v_rows, start_k, bounds.n_keys, grad_rows, start_q, bounds.n_queries,
-                        BLOCK_K, BLOCK_Q, EV, LOOP, PRECISION, WIDE,
+                        v_rows,
+                        start_k,
+                        bounds.n_keys,
+                        grad_rows,
+                        start_q,
+                        bounds.n_queries,
+                        BLOCK_K,
+                        BLOCK_Q,
+                        EV,
+                        LOOP,
+                        PRECISION,
+                        WIDE,
                     )
                 where = Where(start_q, start_k, di, dj)
                 scores, capped = tile_scores(products, call, head, bounds, where, EXACT, WIDE, PASS)

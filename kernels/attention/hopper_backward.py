@@ -22,15 +22,29 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language import _core as gluon_core
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
-)  # fmt: skip
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from kernels.attention.arguments import for_kernel, heads_in_turn, shape_of
 from kernels.attention.call import Call
 from kernels.attention.hopper_pieces import (
-    BARRIER_A, cap, clean_values, descriptor, hopper_options, keys_in_use, load_tile, named_barrier, scales,
-    shared_layout, store_tile, warp_group_barrier,
-)  # fmt: skip
+    BARRIER_A,
+    cap,
+    clean_values,
+    descriptor,
+    hopper_options,
+    keys_in_use,
+    load_tile,
+    named_barrier,
+    scales,
+    shared_layout,
+    store_tile,
+    warp_group_barrier,
+)
 from kernels.attention.pieces import find_work
 from kernels.attention.plan import takes_tma
 from kernels.launch import cdiv, launch_on
@@ -84,9 +98,22 @@ def query_bounds(call, shape, start_k, b):
 
 @gluon.jit
 def producer(
-    q_desc, k_desc, v_desc, grad_desc, rows_s, keys_s, flags_s, signals, call, shape, n_tiles, section,
-    D: gl.constexpr, SLOTS: gl.constexpr, GUARDED: gl.constexpr,
-):  # fmt: skip
+    q_desc,
+    k_desc,
+    v_desc,
+    grad_desc,
+    rows_s,
+    keys_s,
+    flags_s,
+    signals,
+    call,
+    shape,
+    n_tiles,
+    section,
+    D: gl.constexpr,
+    SLOTS: gl.constexpr,
+    GUARDED: gl.constexpr,
+):
     """Copy K and V once, then Q and dO of every tile of queries of every query head, in the order of the consumers."""
     group = shape.group
     start_k, h_kv, b = find_keys(shape, n_tiles, section)
@@ -141,11 +168,42 @@ def add_queries(dq, dq_desc, buffer, b, h, row, column):
 
 @gluon.jit
 def step(
-    dk, dv, lse, delta, tile, count, h, b, j, bad, n_keys, offset, call, shape, before, after,
-    first, end, lse_ptr, delta_ptr, dq_desc, stats_s, rows_s, k, v, k_half, ds_s, dq_s, signals,
-    INDEX: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
-    GUARDED: gl.constexpr, CHECKED: gl.constexpr, DTYPE: gl.constexpr,
-):  # fmt: skip
+    dk,
+    dv,
+    lse,
+    delta,
+    tile,
+    count,
+    h,
+    b,
+    j,
+    bad,
+    n_keys,
+    offset,
+    call,
+    shape,
+    before,
+    after,
+    first,
+    end,
+    lse_ptr,
+    delta_ptr,
+    dq_desc,
+    stats_s,
+    rows_s,
+    k,
+    v,
+    k_half,
+    ds_s,
+    dq_s,
+    signals,
+    INDEX: gl.constexpr,
+    D: gl.constexpr,
+    SLOTS: gl.constexpr,
+    GUARDED: gl.constexpr,
+    CHECKED: gl.constexpr,
+    DTYPE: gl.constexpr,
+):
     """dK and dV with what one tile of queries adds to them, its dQ on the way to memory; lse and delta of the next."""
     tall: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])  # (HALF, ROWS)
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])  # (HALF, D)
@@ -214,10 +272,27 @@ def step(
 @gluon.jit
 def consumer(
     INDEX: gl.constexpr,
-    dq_desc, dk_desc, dv_desc, lse_ptr, delta_ptr, rows_s, keys_s, flags_s, stats_s, ds_s, dq_s, signals,
-    call, shape, n_tiles, section,
-    D: gl.constexpr, SLOTS: gl.constexpr, GUARDED: gl.constexpr, DTYPE: gl.constexpr,
-):  # fmt: skip
+    dq_desc,
+    dk_desc,
+    dv_desc,
+    lse_ptr,
+    delta_ptr,
+    rows_s,
+    keys_s,
+    flags_s,
+    stats_s,
+    ds_s,
+    dq_s,
+    signals,
+    call,
+    shape,
+    n_tiles,
+    section,
+    D: gl.constexpr,
+    SLOTS: gl.constexpr,
+    GUARDED: gl.constexpr,
+    DTYPE: gl.constexpr,
+):
     """dK and dV of HALF of the keys, and half of the columns of what the program's KEYS keys add to dQ."""
     tall: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -250,10 +325,42 @@ def consumer(
                 low, high = open_first, open_last
             for tile in range(low, high):
                 dk, dv, lse, delta = step(
-                    dk, dv, lse, delta, tile, count, h, b, j, bad, n_keys, offset, call, shape, before, after,
-                    first, end, lse_ptr, delta_ptr, dq_desc, stats_s, rows_s, k, v, k_half, ds_s, dq_s, signals,
-                    INDEX, D, SLOTS, GUARDED, PART != 1, DTYPE,
-                )  # fmt: skip
+                    dk,
+                    dv,
+                    lse,
+                    delta,
+                    tile,
+                    count,
+                    h,
+                    b,
+                    j,
+                    bad,
+                    n_keys,
+                    offset,
+                    call,
+                    shape,
+                    before,
+                    after,
+                    first,
+                    end,
+                    lse_ptr,
+                    delta_ptr,
+                    dq_desc,
+                    stats_s,
+                    rows_s,
+                    k,
+                    v,
+                    k_half,
+                    ds_s,
+                    dq_s,
+                    signals,
+                    INDEX,
+                    D,
+                    SLOTS,
+                    GUARDED,
+                    PART != 1,
+                    DTYPE,
+                )
                 count += 1
     named_barrier("sync", BARRIER_A)  # nobody reads the keys any more
     dk = dk * call.scale
@@ -286,9 +393,25 @@ def consumer(
 
 @gluon.jit
 def hopper_backward_kernel(
-    q_desc, k_desc, v_desc, grad_desc, dq_desc, dk_desc, dv_desc, lse_ptr, delta_ptr, call, shape, n_tiles, section,
-    D: gl.constexpr, SLOTS: gl.constexpr, DS_LAYOUT: gl.constexpr, GUARDED: gl.constexpr, DTYPE: gl.constexpr,
-):  # fmt: skip
+    q_desc,
+    k_desc,
+    v_desc,
+    grad_desc,
+    dq_desc,
+    dk_desc,
+    dv_desc,
+    lse_ptr,
+    delta_ptr,
+    call,
+    shape,
+    n_tiles,
+    section,
+    D: gl.constexpr,
+    SLOTS: gl.constexpr,
+    DS_LAYOUT: gl.constexpr,
+    GUARDED: gl.constexpr,
+    DTYPE: gl.constexpr,
+):
     """dK and dV of KEYS keys of one key head, summed over its query heads, and what they add to dQ.
 
     q_desc, grad_desc: of (B, H, L, D) in boxes of ROWS; k_desc, v_desc, dk_desc, dv_desc: of (B, n_kv_heads, S, D)
@@ -328,9 +451,17 @@ def hopper_backward_kernel(
 
 
 def launch_hopper_backward(
-    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call,
-    statistics: torch.Tensor, total: torch.Tensor, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,
-) -> None:  # fmt: skip
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    call: Call,
+    statistics: torch.Tensor,
+    total: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+) -> None:
     """Launch the backward kernel. Arguments as of `launch_backward` in general_backward.py; all gradients are made.
 
     total: zeros (B, Hq, L, E) float32, to which programs add dQ.
@@ -343,9 +474,22 @@ def launch_hopper_backward(
     section = heads_in_turn(1, 2 * shape.group * shape.L * d * query.itemsize, call, query.device)
     with launch_on(query.device):
         hopper_backward_kernel[(n_tiles * key.shape[1] * shape.batch,)](
-            descriptor(query, ROWS, dtype), descriptor(key, KEYS, dtype), descriptor(value, KEYS, dtype),
-            descriptor(grad, ROWS, dtype), descriptor(total, ROWS, gl.float32, COLUMNS), descriptor(dk, KEYS, dtype),
-            descriptor(dv, KEYS, dtype), statistics[0], statistics[2], for_kernel(call), shape, n_tiles, section,
-            D=d, SLOTS=SLOTS, DS_LAYOUT=shared_layout(int(KEYS), int(ROWS), dtype), **options,
-        )  # fmt: skip
+            descriptor(query, ROWS, dtype),
+            descriptor(key, KEYS, dtype),
+            descriptor(value, KEYS, dtype),
+            descriptor(grad, ROWS, dtype),
+            descriptor(total, ROWS, gl.float32, COLUMNS),
+            descriptor(dk, KEYS, dtype),
+            descriptor(dv, KEYS, dtype),
+            statistics[0],
+            statistics[2],
+            for_kernel(call),
+            shape,
+            n_tiles,
+            section,
+            D=d,
+            SLOTS=SLOTS,
+            DS_LAYOUT=shared_layout(int(KEYS), int(ROWS), dtype),
+            **options,
+        )
     dq.copy_(total)

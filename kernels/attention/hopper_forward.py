@@ -21,16 +21,31 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
-)  # fmt: skip
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from kernels import launch
 from kernels.attention.arguments import for_kernel, heads_in_turn, shape_of
 from kernels.attention.call import Call
 from kernels.attention.hopper_pieces import (
-    BARRIER_A, BARRIER_B, BARRIER_C, cap, clean_values, descriptor, hopper_options, load_tile, named_barrier, scales,
-    store_tile, tile_bounds, warp_group_barrier,
-)  # fmt: skip
+    BARRIER_A,
+    BARRIER_B,
+    BARRIER_C,
+    cap,
+    clean_values,
+    descriptor,
+    hopper_options,
+    load_tile,
+    named_barrier,
+    scales,
+    store_tile,
+    tile_bounds,
+    warp_group_barrier,
+)
 from kernels.attention.pieces import find_work
 from kernels.attention.tiles import choose_consumers
 from kernels.launch import cdiv, launch_on
@@ -55,9 +70,23 @@ def hand_over(number, raw, tiles_s, flags_s, signals, BLOCK_K: gl.constexpr, D: 
 
 @gluon.jit
 def producer(
-    q_desc, k_desc, v_desc, q_s, tiles_s, flags_s, signals, call, shape, n_tiles, section,
-    BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, CONSUMERS: gl.constexpr, GUARDED: gl.constexpr,
-):  # fmt: skip
+    q_desc,
+    k_desc,
+    v_desc,
+    q_s,
+    tiles_s,
+    flags_s,
+    signals,
+    call,
+    shape,
+    n_tiles,
+    section,
+    BLOCK_K: gl.constexpr,
+    D: gl.constexpr,
+    SLOTS: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    GUARDED: gl.constexpr,
+):
     """Copy the tiles of every piece of work of this program to shared memory, in the order of the consumers."""
     count = 0  # key tiles copied so far
     raw = 0  # tiles of V looked at so far
@@ -122,7 +151,7 @@ def multiply_values(weights, acc, tiles_s, signals, count, BLOCK_K: gl.constexpr
 @gluon.jit
 def online_softmax(
     scores, row_max, row_sum, place, tile, n_keys, call, before, after, BLOCK_K: gl.constexpr, CHECKED: gl.constexpr
-):  # fmt: skip
+):
     """One step of the online softmax: weights (ROWS, BLOCK_K) float32, shrink, row_max, row_sum, and who may attend.
 
     place: of the queries (ROWS,) beside the keys. CHECKED: some query may not attend to some key of the tile.
@@ -159,10 +188,28 @@ def mark_nonfinite(weights, allowed, flags_s, signals, count, SLOTS: gl.constexp
 
 @gluon.jit
 def step(
-    q, tiles_s, flags_s, signals, weights, acc, row_max, row_sum, count, place, tile, n_keys, call, before, after,
-    ME: gl.constexpr, NEXT: gl.constexpr, BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
+    q,
+    tiles_s,
+    flags_s,
+    signals,
+    weights,
+    acc,
+    row_max,
+    row_sum,
+    count,
+    place,
+    tile,
+    n_keys,
+    call,
+    before,
+    after,
+    ME: gl.constexpr,
+    NEXT: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    D: gl.constexpr,
+    SLOTS: gl.constexpr,
     CHECKED: gl.constexpr,
-):  # fmt: skip
+):
     """Q K^T of tile number `count` and its softmax, beside P V of the one before: weights, acc, row_max, row_sum.
 
     CHECKED: an edge cuts the tile. To look at every score takes registers, so one product then follows the other.
@@ -197,10 +244,26 @@ def step(
 
 @gluon.jit
 def consumer(
-    ME: gl.constexpr, NEXT: gl.constexpr, INDEX: gl.constexpr,
-    out_desc, row_max_ptr, row_sum_ptr, q_s, tiles_s, flags_s, signals, call, shape, n_tiles, section,
-    BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, CONSUMERS: gl.constexpr, GUARDED: gl.constexpr,
-):  # fmt: skip
+    ME: gl.constexpr,
+    NEXT: gl.constexpr,
+    INDEX: gl.constexpr,
+    out_desc,
+    row_max_ptr,
+    row_sum_ptr,
+    q_s,
+    tiles_s,
+    flags_s,
+    signals,
+    call,
+    shape,
+    n_tiles,
+    section,
+    BLOCK_K: gl.constexpr,
+    D: gl.constexpr,
+    SLOTS: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    GUARDED: gl.constexpr,
+):
     """Output and statistics of ROWS queries of every piece of work of this program. ME, NEXT: named barriers."""
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -246,9 +309,28 @@ def consumer(
             if PART == 1 or call.left is not None or (PART == 0 and call.right is not None):
                 for seen in range(high - low):
                     weights, acc, row_max, row_sum = step(
-                        q, tiles_s, flags_s, signals, weights, acc, row_max, row_sum, count, place, high - 1 - seen,
-                        n_keys, call, before, after, ME, NEXT, BLOCK_K, D, SLOTS, PART != 1,
-                    )  # fmt: skip
+                        q,
+                        tiles_s,
+                        flags_s,
+                        signals,
+                        weights,
+                        acc,
+                        row_max,
+                        row_sum,
+                        count,
+                        place,
+                        high - 1 - seen,
+                        n_keys,
+                        call,
+                        before,
+                        after,
+                        ME,
+                        NEXT,
+                        BLOCK_K,
+                        D,
+                        SLOTS,
+                        PART != 1,
+                    )
                     count += 1
         sum_ = multiply_values(weights, acc, tiles_s, signals, count - 1, BLOCK_K, D, SLOTS)
         acc = warpgroup_mma_wait(0, deps=[sum_])
@@ -287,10 +369,24 @@ def consumer(
 
 @gluon.jit
 def hopper_forward_kernel(
-    q_desc, k_desc, v_desc, out_desc, row_max_ptr, row_sum_ptr, call, shape, n_tiles, section,
-    BLOCK_K: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
-    GUARDED: gl.constexpr, DTYPE: gl.constexpr,
-):  # fmt: skip
+    q_desc,
+    k_desc,
+    v_desc,
+    out_desc,
+    row_max_ptr,
+    row_sum_ptr,
+    call,
+    shape,
+    n_tiles,
+    section,
+    BLOCK_K: gl.constexpr,
+    D: gl.constexpr,
+    SLOTS: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    REGISTERS: gl.constexpr,
+    GUARDED: gl.constexpr,
+    DTYPE: gl.constexpr,
+):
     """Output and statistics of this program's share of the tiles of ROWS queries a consumer.
 
     q_desc, k_desc, v_desc, out_desc: descriptors of (B, H, rows, D) in boxes (1, 1, ROWS or BLOCK_K, D).
@@ -354,9 +450,14 @@ def hopper_forward_kernel(
 
 
 def launch_hopper_forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call, output: torch.Tensor,
-    row_max: torch.Tensor, row_sum: torch.Tensor,
-) -> None:  # fmt: skip
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    call: Call,
+    output: torch.Tensor,
+    row_max: torch.Tensor,
+    row_sum: torch.Tensor,
+) -> None:
     """Launch the forward kernel. Arguments as of `launch_forward` in general.py, of a call that plan.py gives it."""
     d, shape = query.shape[3], shape_of(query, key, call)
     consumers = choose_consumers(d, shape.L)
@@ -368,7 +469,20 @@ def launch_hopper_forward(
     programs = launch.multiprocessors(query.device)  # they stay; work in turns
     with launch_on(query.device):
         hopper_forward_kernel[(min(n_tiles * shape.batch * shape.n_heads, programs),)](
-            descriptor(query, ROWS, dtype), descriptor(key, block_k, dtype), descriptor(value, block_k, dtype),
-            descriptor(output, ROWS, dtype), row_max, row_sum, for_kernel(call), shape, n_tiles, section,
-            BLOCK_K=block_k, D=d, SLOTS=SLOTS, CONSUMERS=consumers, REGISTERS=REGISTERS[consumers], **options,
-        )  # fmt: skip
+            descriptor(query, ROWS, dtype),
+            descriptor(key, block_k, dtype),
+            descriptor(value, block_k, dtype),
+            descriptor(output, ROWS, dtype),
+            row_max,
+            row_sum,
+            for_kernel(call),
+            shape,
+            n_tiles,
+            section,
+            BLOCK_K=block_k,
+            D=d,
+            SLOTS=SLOTS,
+            CONSUMERS=consumers,
+            REGISTERS=REGISTERS[consumers],
+            **options,
+        )

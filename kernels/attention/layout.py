@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-
 WIDE = 1 << 22  # elements from one row or column to the next with which offsets in a tile of 128 by 256 reach 2^31
 
 

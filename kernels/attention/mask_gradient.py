@@ -100,12 +100,32 @@ def mask_kernel(
                     dp = dot(do, tl.trans(v), None, PRECISION)
                 else:
                     products = product_of_rows(
-                        q_rows, start_q, bounds.n_queries, k_rows, start_k, bounds.n_keys,
-                        BLOCK_Q, BLOCK_K, E, LOOP, PRECISION, WIDE,
+                        q_rows,
+                        start_q,
+                        bounds.n_queries,
+                        k_rows,
+                        start_k,
+                        bounds.n_keys,
+                        BLOCK_Q,
+                        BLOCK_K,
+                        E,
+                        LOOP,
+                        PRECISION,
+                        WIDE,
                     )
                     dp = product_of_rows(
-                        grad_rows, start_q, bounds.n_queries, v_rows, start_k, bounds.n_keys,
-                        BLOCK_Q, BLOCK_K, EV, LOOP, PRECISION, WIDE,
+                        grad_rows,
+                        start_q,
+                        bounds.n_queries,
+                        v_rows,
+                        start_k,
+                        bounds.n_keys,
+                        BLOCK_Q,
+                        BLOCK_K,
+                        EV,
+                        LOOP,
+                        PRECISION,
+                        WIDE,
                     )
                 where = Where(start_q, start_k, di, dj)
                 scores, capped = tile_scores(products, call, head, bounds, where, EXACT, WIDE, CARE)

@@ -244,8 +244,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        """Keep inputs (references, no copies) and the dropout's seed; the output and two numbers a row where there are.
-        """
+        """Keep inputs (references, no copies) and dropout's seed; output and two numbers a row where there are."""
         *tensors, ctx.numbers, _, _ = inputs
         result, _, row_max, row_sum = output
         ctx.mark_non_differentiable(row_max, row_sum)

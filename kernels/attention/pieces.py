@@ -123,9 +123,7 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(
-    x, tile, start, n_rows, start_col, ROWS: tl.constexpr, N_COLS: tl.constexpr, BLOCK: tl.constexpr
-):
+def store_rows(x, tile, start, n_rows, start_col, ROWS: tl.constexpr, N_COLS: tl.constexpr, BLOCK: tl.constexpr):
     """Write a tile (ROWS, BLOCK) to rows from `start` and columns from `start_col` of a head of x, up to its end."""
     rows = tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
@@ -336,9 +334,7 @@ def tile_dropout_factors(
 
 
 @triton.jit
-def load_statistics(
-    statistics, first, start, n_queries, ROWS: tl.constexpr, EXACT: tl.constexpr, WHOLE: tl.constexpr
-):
+def load_statistics(statistics, first, start, n_queries, ROWS: tl.constexpr, EXACT: tl.constexpr, WHOLE: tl.constexpr):
     """Of the queries from `start` on what `delta_kernel` found: pivots, inverses of sums if EXACT, deltas.
 
     first: where the head's numbers begin. Queries past the end weigh nothing. WHOLE: none is past it.

@@ -201,12 +201,7 @@ def takes_tma(x: torch.Tensor) -> bool:
 
 
 def why_not_hopper(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    call: Call,
-    capability: int,
-    direction: str = "forward",
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call, capability: int, direction: str = "forward"
 ) -> str:
     """The reason a Gluon kernel for Hopper chips does not take a call; empty where it does.
 

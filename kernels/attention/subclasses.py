@@ -40,18 +40,23 @@ def on_values(attend: Callable[..., Any], query: Any, key: Any, value: Any, unsu
     offsets = []
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not x.is_nested:
-            raise ValueError(f"{name} must be a jagged nested tensor like the others, found {tuple(x.shape)}; make it "
-                             "one with torch.nested.nested_tensor_from_jagged")
+            raise ValueError(
+                f"{name} must be a jagged nested tensor like the others, found {tuple(x.shape)}; make it "
+                "one with torch.nested.nested_tensor_from_jagged"
+            )
         offsets.append(offsets_of(name, x))
         if x.dim() != 4 or not isinstance(x.shape[2], torch.SymInt):
-            raise ValueError(f"{name} must be (N, H, T*, E) if it is nested, found another form; a nested "
-                             "(N, T*, H, E) becomes one by .transpose(1, 2)")
+            raise ValueError(
+                f"{name} must be (N, H, T*, E) if it is nested, found another form; a nested "
+                "(N, T*, H, E) becomes one by .transpose(1, 2)"
+            )
     for name, is_given in unsupported.items():
         if is_given:
             raise ValueError(f"nested tensors take no {name}; leave it out, or pad the sequences")
     if offsets[1] is not offsets[2] and not torch.equal(offsets[1], offsets[2]):
-        raise ValueError("key and value must have sequences of the same lengths, found others; make both from one "
-                         "offsets tensor")
+        raise ValueError(
+            "key and value must have sequences of the same lengths, found others; make both from one offsets tensor"
+        )
     packed = (x.values().transpose(0, 1) for x in (query, key, value))  # (T, H, E)
     longest = (x.diff().max() if x.shape[0] > 1 else 0 for x in offsets[:2])
     found = attend(*packed, *offsets[:2], *longest)

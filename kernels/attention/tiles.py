@@ -138,9 +138,7 @@ def column_blocks(e: int, ev: int) -> dict[str, int]:
 
 
 @functools.lru_cache(LAYOUTS)
-def choose_tile(
-    kernel: str, head_size: int, element_size: int, n_queries: int, capability: int, asked: str
-) -> Tile:
+def choose_tile(kernel: str, head_size: int, element_size: int, n_queries: int, capability: int, asked: str) -> Tile:
     """Tile of a kernel.
 
     Args:

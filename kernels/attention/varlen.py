@@ -63,11 +63,27 @@ def varlen_attention(
     tensors = query, key, value, cu_seq_q, cu_seq_k, alibi_slopes, sinks
     if torch.overrides.has_torch_function(tensors):
         return overridden(
-            varlen_attention, tensors, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k,
-            dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
-            causal_alignment=causal_alignment, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-            return_lse=return_lse, backend=backend,
-        )  # fmt: skip
+            varlen_attention,
+            tensors,
+            query,
+            key,
+            value,
+            cu_seq_q,
+            cu_seq_k,
+            max_q,
+            max_k,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            causal_alignment=causal_alignment,
+            window=window,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            return_lse=return_lse,
+            backend=backend,
+        )
     cu_seq_k = cu_seq_q if cu_seq_k is None else cu_seq_k
     check_tensor_types({"query": query, "key": key, "value": value, "cu_seq_q": cu_seq_q, "cu_seq_k": cu_seq_k})
     if not query.ndim == key.ndim == value.ndim == 3:
@@ -82,15 +98,16 @@ def varlen_attention(
     n_sequences = _check_starts(query, key, cu_seq_q, cu_seq_k, max_q, max_k)
     lead = torch.Size((n_sequences, query.shape[1]))
     options: Options = {
-        "causal_alignment": causal_alignment, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes,
+        "causal_alignment": causal_alignment,
+        "window": window,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
         "sinks": sinks,
-    }  # fmt: skip
+    }
     check_options(query, lead, max_k, **options)
     q, k, v = as_autocast(q, k, v)
     call = make_call(lead, q, None, dropout_p, is_causal, scale, **options)
-    call = call._replace(
-        query_starts=cu_seq_q.int(), key_starts=cu_seq_k.int(), max_queries=max_q, max_keys=max_k
-    )
+    call = call._replace(query_starts=cu_seq_q.int(), key_starts=cu_seq_k.int(), max_queries=max_q, max_keys=max_k)
     lse: torch.Tensor | None
     if choose_backend(q, v, backend).backend == "triton" and not in_forward_mode():
         if wants_gradient(alibi_slopes):
@@ -154,25 +171,15 @@ def _check_starts(
 
 
 def _one_by_one(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    queries: list[int],
-    keys: list[int],
-    call: Call,
-    return_lse: bool,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: list[int], keys: list[int], call: Call, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The sequences, of lengths `queries` and `keys`, through PyTorch, a call each: its kernels know no packed ones."""
     outputs, lses = [], []
-    slopes, own = call.alibi_slopes, call._replace(
-        query_starts=None, key_starts=None, max_queries=None, max_keys=None
-    )
+    slopes, own = call.alibi_slopes, call._replace(query_starts=None, key_starts=None, max_queries=None, max_keys=None)
     for i, (one_q, one_k, one_v) in enumerate(zip(q.split(queries, 2), k.split(keys, 2), v.split(keys, 2))):
         if slopes is not None and slopes.shape[0] > 1:
             own = own._replace(alibi_slopes=slopes[i : i + 1])
-        output, lse, _ = route.extended_attention(
-            one_q, one_k, one_v, own, need_lse=return_lse, need_weights=False
-        )
+        output, lse, _ = route.extended_attention(one_q, one_k, one_v, own, need_lse=return_lse, need_weights=False)
         outputs.append(output)
         if lse is not None:
             lses.append(lse)

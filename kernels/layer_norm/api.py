@@ -68,8 +68,17 @@ def layer_norm(
     Source: Ba, Kiros and Hinton 2016, "Layer Normalization", section 3, equation 4.
     """
     if has_torch_function_variadic(input, weight, bias):
-        return overridden(layer_norm, (input, weight, bias), input, normalized_shape, weight, bias, eps,
-                          save_output=save_output, backend=backend)
+        return overridden(
+            layer_norm,
+            (input, weight, bias),
+            input,
+            normalized_shape,
+            weight,
+            bias,
+            eps,
+            save_output=save_output,
+            backend=backend,
+        )
     return _norm(input, None, normalized_shape, weight, bias, eps, True, save_output, backend)
 
 
@@ -97,36 +106,58 @@ def rms_norm(
     Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", section 4, equation 4.
     """
     if has_torch_function_variadic(input, weight):
-        return overridden(rms_norm, (input, weight), input, normalized_shape, weight, eps, save_output=save_output,
-                          backend=backend)
+        return overridden(
+            rms_norm, (input, weight), input, normalized_shape, weight, eps, save_output=save_output, backend=backend
+        )
     return _norm(input, None, normalized_shape, weight, None, eps, False, save_output, backend)
 
 
 @overload
 def add_layer_norm(
-    input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = ..., bias: torch.Tensor | None = ...,
-    eps: float = ..., *,
-    prenorm: Literal[False] = ..., dropout_p: float = ..., normalized_shape: int | Sequence[int] | None = ...,
-    save_output: bool = ..., backend: str = ...,
-) -> torch.Tensor: ...  # fmt: skip
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = ...,
+    bias: torch.Tensor | None = ...,
+    eps: float = ...,
+    *,
+    prenorm: Literal[False] = ...,
+    dropout_p: float = ...,
+    normalized_shape: int | Sequence[int] | None = ...,
+    save_output: bool = ...,
+    backend: str = ...,
+) -> torch.Tensor: ...
 
 
 @overload
 def add_layer_norm(
-    input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = ..., bias: torch.Tensor | None = ...,
-    eps: float = ..., *,
-    prenorm: Literal[True], dropout_p: float = ..., normalized_shape: int | Sequence[int] | None = ...,
-    save_output: bool = ..., backend: str = ...,
-) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = ...,
+    bias: torch.Tensor | None = ...,
+    eps: float = ...,
+    *,
+    prenorm: Literal[True],
+    dropout_p: float = ...,
+    normalized_shape: int | Sequence[int] | None = ...,
+    save_output: bool = ...,
+    backend: str = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 @overload
 def add_layer_norm(
-    input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = ..., bias: torch.Tensor | None = ...,
-    eps: float = ..., *,
-    prenorm: bool = ..., dropout_p: float = ..., normalized_shape: int | Sequence[int] | None = ...,
-    save_output: bool = ..., backend: str = ...,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = ...,
+    bias: torch.Tensor | None = ...,
+    eps: float = ...,
+    *,
+    prenorm: bool = ...,
+    dropout_p: float = ...,
+    normalized_shape: int | Sequence[int] | None = ...,
+    save_output: bool = ...,
+    backend: str = ...,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def add_layer_norm(
@@ -160,9 +191,20 @@ def add_layer_norm(
     Raises: as `layer_norm`.
     """
     if has_torch_function_variadic(input, residual, weight, bias):
-        return overridden(add_layer_norm, (input, residual, weight, bias), input, residual, weight, bias, eps,
-                          dropout_p=dropout_p, prenorm=prenorm, normalized_shape=normalized_shape,
-                          save_output=save_output, backend=backend)
+        return overridden(
+            add_layer_norm,
+            (input, residual, weight, bias),
+            input,
+            residual,
+            weight,
+            bias,
+            eps,
+            dropout_p=dropout_p,
+            prenorm=prenorm,
+            normalized_shape=normalized_shape,
+            save_output=save_output,
+            backend=backend,
+        )
     if residual is None:
         raise TypeError(NO_RESIDUAL)
     shape = _default_shape(input, weight, bias) if normalized_shape is None else normalized_shape
@@ -171,26 +213,47 @@ def add_layer_norm(
 
 @overload
 def add_rms_norm(
-    input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = ..., eps: float | None = ..., *,
-    prenorm: Literal[False] = ..., dropout_p: float = ..., normalized_shape: int | Sequence[int] | None = ...,
-    save_output: bool = ..., backend: str = ...,
-) -> torch.Tensor: ...  # fmt: skip
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = ...,
+    eps: float | None = ...,
+    *,
+    prenorm: Literal[False] = ...,
+    dropout_p: float = ...,
+    normalized_shape: int | Sequence[int] | None = ...,
+    save_output: bool = ...,
+    backend: str = ...,
+) -> torch.Tensor: ...
 
 
 @overload
 def add_rms_norm(
-    input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = ..., eps: float | None = ..., *,
-    prenorm: Literal[True], dropout_p: float = ..., normalized_shape: int | Sequence[int] | None = ...,
-    save_output: bool = ..., backend: str = ...,
-) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = ...,
+    eps: float | None = ...,
+    *,
+    prenorm: Literal[True],
+    dropout_p: float = ...,
+    normalized_shape: int | Sequence[int] | None = ...,
+    save_output: bool = ...,
+    backend: str = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 @overload
 def add_rms_norm(
-    input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = ..., eps: float | None = ..., *,
-    prenorm: bool = ..., dropout_p: float = ..., normalized_shape: int | Sequence[int] | None = ...,
-    save_output: bool = ..., backend: str = ...,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = ...,
+    eps: float | None = ...,
+    *,
+    prenorm: bool = ...,
+    dropout_p: float = ...,
+    normalized_shape: int | Sequence[int] | None = ...,
+    save_output: bool = ...,
+    backend: str = ...,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def add_rms_norm(
@@ -210,8 +273,19 @@ def add_rms_norm(
     Arguments, result and errors as for `add_layer_norm`; eps as for `rms_norm`.
     """
     if has_torch_function_variadic(input, residual, weight):
-        return overridden(add_rms_norm, (input, residual, weight), input, residual, weight, eps, dropout_p=dropout_p,
-                          prenorm=prenorm, normalized_shape=normalized_shape, save_output=save_output, backend=backend)
+        return overridden(
+            add_rms_norm,
+            (input, residual, weight),
+            input,
+            residual,
+            weight,
+            eps,
+            dropout_p=dropout_p,
+            prenorm=prenorm,
+            normalized_shape=normalized_shape,
+            save_output=save_output,
+            backend=backend,
+        )
     if residual is None:
         raise TypeError(NO_RESIDUAL)
     shape = _default_shape(input, weight) if normalized_shape is None else normalized_shape

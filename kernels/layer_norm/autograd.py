@@ -82,9 +82,21 @@ class Norm(torch.autograd.Function):
         # Without dropout input and residual have the same gradient; it is written once where their dtypes agree.
         once = needed[0] and needed[1] and seed is None and ctx.dtypes[0] == ctx.dtypes[1]
         found = torch.ops.kernels.norm_backward.default(
-            grad_output, grad_sum, x, seed, weight, bias, mean, rstd, rules.normalized_shape, *ctx.dtypes,
-            rules.dropout_p, rules.centre, rules.save_output, [needed[0] and not once, *needed[1:]],
-        )  # fmt: skip
+            grad_output,
+            grad_sum,
+            x,
+            seed,
+            weight,
+            bias,
+            mean,
+            rstd,
+            rules.normalized_shape,
+            *ctx.dtypes,
+            rules.dropout_p,
+            rules.centre,
+            rules.save_output,
+            [needed[0] and not once, *needed[1:]],
+        )
         grads = [grad if need else None for grad, need in zip(found, needed)]
         return (grads[1] if once else grads[0], grads[1], None, *grads[2:], None)
 
@@ -152,15 +164,28 @@ def _differentiable_backward(
         if needed[0] and seed is not None:
             with torch.no_grad():  # the gradient of the sum alone, ones: what comes of it is dropout's factors
                 factors = torch.ops.kernels.norm_backward.default(
-                    torch.zeros_like(x), torch.ones_like(x), x, seed, weight, bias, mean, rstd, shape, dx.dtype,
-                    dx.dtype, rules.dropout_p, rules.centre, False, [True, False, False, False],
-                )[0]  # fmt: skip
+                    torch.zeros_like(x),
+                    torch.ones_like(x),
+                    x,
+                    seed,
+                    weight,
+                    bias,
+                    mean,
+                    rstd,
+                    shape,
+                    dx.dtype,
+                    dx.dtype,
+                    rules.dropout_p,
+                    rules.centre,
+                    False,
+                    [True, False, False, False],
+                )[0]
             dx = dx * factors
         dinput = dx.to(dtypes[0]) if needed[0] else None
     dweight, dbias = (
         grad.to(parameter.dtype) if need and parameter is not None else None
         for grad, parameter, need in zip(sums, (weight, bias), needed[2:])
-    )  # fmt: skip
+    )
     return dinput, dresidual, None, dweight, dbias, None
 
 

@@ -53,9 +53,22 @@ def normalised(
 
 @triton.jit
 def store_gradients(
-    gradient, grad_sum_ptr, seed_ptr, seed, grad_input_ptr, grad_residual_ptr, rows, sum_rows, start, mask, n_cols,
-    dropout_p, keep_scale, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    gradient,
+    grad_sum_ptr,
+    seed_ptr,
+    seed,
+    grad_input_ptr,
+    grad_residual_ptr,
+    rows,
+    sum_rows,
+    start,
+    mask,
+    n_cols,
+    dropout_p,
+    keep_scale,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """The gradient (ROWS, BLOCK_N) through the norm, and that of the sum itself, to residual and input."""
     cols = start + tl.arange(0, BLOCK_N)[None, :]
     if grad_sum_ptr is not None:
@@ -156,9 +169,22 @@ def backward_rows_kernel(
                 grad -= tl.sum(grad, axis=1)[:, None] / n_cols
             sum_rows = row_offsets(rows, sum_place, ALIGN)
             store_gradients(
-                (grad - xhat * along_xhat) * rstd, grad_sum_ptr, seed_ptr, seed, grad_input_ptr, grad_residual_ptr,
-                rows, sum_rows, 0, mask, n_cols, dropout_p, keep_scale, ROWS, BLOCK_N,
-            )  # fmt: skip
+                (grad - xhat * along_xhat) * rstd,
+                grad_sum_ptr,
+                seed_ptr,
+                seed,
+                grad_input_ptr,
+                grad_residual_ptr,
+                rows,
+                sum_rows,
+                0,
+                mask,
+                n_cols,
+                dropout_p,
+                keep_scale,
+                ROWS,
+                BLOCK_N,
+            )
 
     if partial_weight_ptr is not None:
         tl.store(partial_weight_ptr + program * n_cols + cols, tl.sum(sum_weight, axis=0), mask=mask_cols)
@@ -239,9 +265,22 @@ def backward_chunks_kernel(
             grad *= weight
         xhat = normalised(x, mean, rest, rstd, weight, bias, mask, CENTRE, FROM_OUTPUT, weight_ptr is not None)
         store_gradients(
-            (grad - along_mean - xhat * along_xhat) * rstd, grad_sum_ptr, seed_ptr, seed, grad_input_ptr,
-            grad_residual_ptr, rows, sum_rows, start, mask, n_cols, dropout_p, keep_scale, 1, BLOCK_N,
-        )  # fmt: skip
+            (grad - along_mean - xhat * along_xhat) * rstd,
+            grad_sum_ptr,
+            seed_ptr,
+            seed,
+            grad_input_ptr,
+            grad_residual_ptr,
+            rows,
+            sum_rows,
+            start,
+            mask,
+            n_cols,
+            dropout_p,
+            keep_scale,
+            1,
+            BLOCK_N,
+        )
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -390,22 +429,57 @@ def launch_backward(
     with launch_on(x.device):
         if not tile.chunked:
             backward_rows_kernel[(programs,)](  # programs walk the row tiles in turn
-                *tensors, *partials, n_rows=n_rows, n_cols=n_cols, **places, sum_place=sum_place, **dropout, **kind,
-                ROWS=tile.rows, BLOCK_N=tile.block_n, NUM_STAGES=tile.num_stages, num_warps=tile.num_warps,
+                *tensors,
+                *partials,
+                n_rows=n_rows,
+                n_cols=n_cols,
+                **places,
+                sum_place=sum_place,
+                **dropout,
+                **kind,
+                ROWS=tile.rows,
+                BLOCK_N=tile.block_n,
+                NUM_STAGES=tile.num_stages,
+                num_warps=tile.num_warps,
             )
         elif grad_input is not None or grad_residual is not None:
             backward_chunks_kernel[(n_rows,)](  # one program a row
-                *tensors, n_cols=n_cols, **places, sum_place=sum_place, **dropout, **kind,
-                BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+                *tensors,
+                n_cols=n_cols,
+                **places,
+                sum_place=sum_place,
+                **dropout,
+                **kind,
+                BLOCK_N=tile.block_n,
+                num_warps=tile.num_warps,
             )
         if tile.chunked and needs_sums:
             backward_columns_kernel[(n_column_blocks * programs,)](  # programs share the rows of each column block
-                grad_rows, x, weight, bias, mean, rstd, *partials, n_rows=n_rows, n_cols=n_cols, **places,
-                n_groups=programs, **kind, ROWS=columns.rows, BLOCK_N=columns.block_n, NUM_STAGES=columns.num_stages,
+                grad_rows,
+                x,
+                weight,
+                bias,
+                mean,
+                rstd,
+                *partials,
+                n_rows=n_rows,
+                n_cols=n_cols,
+                **places,
+                n_groups=programs,
+                **kind,
+                ROWS=columns.rows,
+                BLOCK_N=columns.block_n,
+                NUM_STAGES=columns.num_stages,
                 num_warps=num_warps,
             )
         if needs_sums:
             reduce_partials_kernel[(cdiv(n_cols, reduce.block_n),)](  # one program a block of columns
-                *partials, grad_weight, grad_bias, n_partials=programs, n_cols=n_cols,
-                ROWS=reduce.rows, BLOCK_N=reduce.block_n, num_warps=reduce.num_warps,
+                *partials,
+                grad_weight,
+                grad_bias,
+                n_partials=programs,
+                n_cols=n_cols,
+                ROWS=reduce.rows,
+                BLOCK_N=reduce.block_n,
+                num_warps=reduce.num_warps,
             )

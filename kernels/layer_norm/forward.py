@@ -66,9 +66,20 @@ def kept(seed, rows, start, dropout_p, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
 
 @triton.jit
 def load_sum(
-    input_ptr, residual_ptr, seed_ptr, rows, input_rows, residual_rows, start, mask, dropout_p, keep_scale,
-    SUM_DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    input_ptr,
+    residual_ptr,
+    seed_ptr,
+    rows,
+    input_rows,
+    residual_rows,
+    start,
+    mask,
+    dropout_p,
+    keep_scale,
+    SUM_DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """x = residual + dropout(input) of `rows` and BLOCK_N columns: float32, rounded to SUM_DTYPE.
 
     input_rows, residual_rows: (ROWS,), where the rows begin.
@@ -131,9 +142,20 @@ def forward_rows_kernel(
     mask = mask_rows[:, None] & mask_cols[None, :]
 
     x = load_sum(
-        input_ptr, residual_ptr, seed_ptr, rows, input_rows, residual_rows, 0, mask, dropout_p, keep_scale,
-        SUM_DTYPE, ROWS, BLOCK_N,
-    )  # fmt: skip
+        input_ptr,
+        residual_ptr,
+        seed_ptr,
+        rows,
+        input_rows,
+        residual_rows,
+        0,
+        mask,
+        dropout_p,
+        keep_scale,
+        SUM_DTYPE,
+        ROWS,
+        BLOCK_N,
+    )
     if sum_ptr is not None:
         tl.store(sum_ptr + rows[:, None] * n_cols + cols[None, :], x.to(sum_ptr.dtype.element_ty), mask=mask)
     if CENTRE:
@@ -204,9 +226,20 @@ def forward_chunks_kernel(
     for start in range(0, n_cols, BLOCK_N):
         mask = start + lanes < n_cols
         x = load_sum(
-            input_ptr, residual_ptr, seed_ptr, rows, input_rows, residual_rows, start, mask, dropout_p, keep_scale,
-            SUM_DTYPE, 1, BLOCK_N,
-        )  # fmt: skip
+            input_ptr,
+            residual_ptr,
+            seed_ptr,
+            rows,
+            input_rows,
+            residual_rows,
+            start,
+            mask,
+            dropout_p,
+            keep_scale,
+            SUM_DTYPE,
+            1,
+            BLOCK_N,
+        )
         if sum_ptr is not None:
             tl.store(sum_ptr + row * n_cols + start + lanes, x.to(sum_ptr.dtype.element_ty), mask=mask)
         if CENTRE:
@@ -232,9 +265,20 @@ def forward_chunks_kernel(
         cols = start + lanes
         mask = cols < n_cols
         x = load_sum(
-            input_ptr, residual_ptr, seed_ptr, rows, input_rows, residual_rows, start, mask, dropout_p, keep_scale,
-            SUM_DTYPE, 1, BLOCK_N,
-        )  # fmt: skip
+            input_ptr,
+            residual_ptr,
+            seed_ptr,
+            rows,
+            input_rows,
+            residual_rows,
+            start,
+            mask,
+            dropout_p,
+            keep_scale,
+            SUM_DTYPE,
+            1,
+            BLOCK_N,
+        )
         output = (x - pivot - mean) * rstd
         if weight_ptr is not None:
             output *= tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
@@ -287,12 +331,18 @@ def launch_forward(
     n_rows, n_cols = rstd.shape[0], rows.shape[3]
     tile = choose_tile("forward", n_cols, max(x.element_size() for x in (rows, residual) if x is not None))
     shape = {
-        "n_cols": n_cols, "input_place": row_place(rows), "residual_place": row_place(residual), "eps": eps,
-        "dropout_p": dropout_p, "keep_scale": keep_scale(dropout_p), "CENTRE": mean is not None,
+        "n_cols": n_cols,
+        "input_place": row_place(rows),
+        "residual_place": row_place(residual),
+        "eps": eps,
+        "dropout_p": dropout_p,
+        "keep_scale": keep_scale(dropout_p),
+        "CENTRE": mean is not None,
         "SUM_DTYPE": triton_dtype(sum_dtype),
-        "BLOCK_N": tile.block_n, "ALIGN": alignment(n_cols, rows, residual),
+        "BLOCK_N": tile.block_n,
+        "ALIGN": alignment(n_cols, rows, residual),
         "num_warps": tile.num_warps,
-    }  # fmt: skip
+    }
     tensors = (rows, residual, seed, weight, bias, output, total, mean, rstd)
     with launch_on(rows.device):
         if tile.chunked:

@@ -82,9 +82,13 @@ def _empty(like: torch.Tensor, needed: bool, dtype: torch.dtype) -> torch.Tensor
 
 
 def _new_outputs(
-    input: torch.Tensor, residual: torch.Tensor | None, normalized_shape: Sequence[int], centre: bool, need_sum: bool,
+    input: torch.Tensor,
+    residual: torch.Tensor | None,
+    normalized_shape: Sequence[int],
+    centre: bool,
+    need_sum: bool,
     dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
+) -> tuple[torch.Tensor, ...]:
     """Empty output and sum (the shape of the input), mean (M, 2), rstd (M,); (0,) for those there will not be."""
     has_sum = residual is not None and need_sum
     output, total = _empty(input, True, dtype or input.dtype), _empty(input, has_sum, sum_dtype(input, residual))
@@ -117,16 +121,30 @@ def _forward(
     n_cols = math.prod(normalized_shape)
     seed, weight, bias = (None if x is None else x.contiguous() for x in (seed, weight, bias))
     launch_forward(
-        _rows(input, n_cols), None if residual is None else _rows(residual, n_cols), seed, weight, bias, output,
-        total if total.numel() else None, mean if centre else None, rstd, eps, dropout_p, sum_dtype(input, residual),
-    )  # fmt: skip
+        _rows(input, n_cols),
+        None if residual is None else _rows(residual, n_cols),
+        seed,
+        weight,
+        bias,
+        output,
+        total if total.numel() else None,
+        mean if centre else None,
+        rstd,
+        eps,
+        dropout_p,
+        sum_dtype(input, residual),
+    )
     return output, total, mean, rstd
 
 
 def _new_gradients(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, input_dtype: torch.dtype,
-    residual_dtype: torch.dtype, output_mask: Sequence[bool],
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    input_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    output_mask: Sequence[bool],
+) -> tuple[torch.Tensor, ...]:
     """Empty gradients of input, residual, weight and bias; (0,) where the mask says that one is not needed."""
     dtypes = (input_dtype, residual_dtype, *(x.dtype if y is None else y.dtype for y in (weight, bias)))
     return tuple(
@@ -165,10 +183,22 @@ def _backward(
     seed, weight, bias = (None if y is None else y.contiguous() for y in (seed, weight, bias))
     dinput, dresidual, dweight, dbias = (grad if need else None for grad, need in zip(grads, output_mask))
     launch_backward(
-        _rows(grad_output, n_cols), None if grad_sum is None else _rows(grad_sum, n_cols), _rows(x, n_cols), seed,
-        weight, bias, mean.contiguous() if centre else None, rstd.contiguous(), dinput, dresidual, dweight, dbias,
-        dropout_p, centre, from_output,
-    )  # fmt: skip
+        _rows(grad_output, n_cols),
+        None if grad_sum is None else _rows(grad_sum, n_cols),
+        _rows(x, n_cols),
+        seed,
+        weight,
+        bias,
+        mean.contiguous() if centre else None,
+        rstd.contiguous(),
+        dinput,
+        dresidual,
+        dweight,
+        dbias,
+        dropout_p,
+        centre,
+        from_output,
+    )
     return grads
 
 

@@ -17,8 +17,14 @@ from pathlib import Path
 import torch
 
 from tests.conformance import (  # noqa: F401  (importing them enters their checks into the list)
-    checks_behaviour, checks_features, checks_masks, checks_memory, checks_properties, checks_shapes, errors,
-)  # fmt: skip
+    checks_behaviour,
+    checks_features,
+    checks_masks,
+    checks_memory,
+    checks_properties,
+    checks_shapes,
+    errors,
+)
 from tests.conformance.providers import PROVIDERS
 from tests.conformance.registry import CHECKS, MATTERS, OURS, Check, Outcome, run
 

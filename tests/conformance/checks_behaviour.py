@@ -64,9 +64,10 @@ def check_dropout_is_independent(attention: Attention, device: str, dtype: torch
 
 
 @check(
-    "the backward drops the same weights as the forward, past the 64th key and when causal", "dropout",
+    "the backward drops the same weights as the forward, past the 64th key and when causal",
+    "dropout",
     "facebookresearch/xformers#755, pytorch/pytorch#102038",
-)  # fmt: skip
+)
 def check_dropout_is_replayed(attention: Attention, device: str, dtype: torch.dtype) -> None:
     for is_causal in (False, True):
         call, output = dropped(attention, device, is_causal, 0.3)
@@ -101,9 +102,10 @@ def check_checkpoint(attention: Attention, device: str, dtype: torch.dtype) -> N
 
 
 @check(
-    "repeated runs agree bit for bit, forward and backward", "determinism",
+    "repeated runs agree bit for bit, forward and backward",
+    "determinism",
     "Dao-AILab/flash-attention#414, Dao-AILab/flash-attention#429, Dao-AILab/flash-attention#2244",
-)  # fmt: skip
+)
 def check_repeated_runs(attention: Attention, device: str, dtype: torch.dtype) -> None:
     long = 1000 if device == "cuda" else 67  # on a GPU, enough tiles to race for one gradient
     call = make((2, 2, 1, long, long + 1, 16, 16), dtype, device)
@@ -137,9 +139,10 @@ def check_deterministic_argument(attention: Attention, device: str, dtype: torch
 
 
 @check(
-    "the gradient of a gradient is right", "higher order",
+    "the gradient of a gradient is right",
+    "higher order",
     "pytorch/pytorch#116350, pytorch/pytorch#181177, SHI-Labs/NATTEN#191",
-)  # fmt: skip
+)
 def check_double_backward(attention: Attention, device: str, dtype: torch.dtype) -> None:
     mask = torch.randn(7, 11).masked_fill(torch.rand(7, 11) < 0.2, -math.inf)
     mask[:, 0] = 0.0
@@ -160,9 +163,10 @@ def check_double_backward(attention: Attention, device: str, dtype: torch.dtype)
 
 
 @check(
-    "forward mode is right or refused, never a silent 0", "higher order",
+    "forward mode is right or refused, never a silent 0",
+    "higher order",
     "pytorch/pytorch#98164, pytorch/pytorch#128971, facebookresearch/xformers#552",
-)  # fmt: skip
+)
 def check_forward_mode(attention: Attention, device: str, dtype: torch.dtype) -> None:
     call = make((1, 2, 2, 7, 11, 8, 8), dtype, device)
     inputs = (call.query, call.key, call.value)
@@ -200,15 +204,18 @@ def check_vmap_of_gradients(attention: Attention, device: str, dtype: torch.dtyp
 
 
 @check(
-    "torch.compile(fullgraph=True) gives what eager gives, at other lengths too", "graph",
+    "torch.compile(fullgraph=True) gives what eager gives, at other lengths too",
+    "graph",
     "pytorch/pytorch#144021, pytorch/pytorch#148545, pytorch/pytorch#141710",
-)  # fmt: skip
+)
 def check_compiled(attention: Attention, device: str, dtype: torch.dtype) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda q, k, v, m: attention(q, k, v, attn_mask=m) + attention(q, k, v, is_causal=True),
-        fullgraph=True, dynamic=True, backend="aot_eager" if device == "cpu" else "inductor",
-    )  # fmt: skip
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager" if device == "cpu" else "inductor",
+    )
     for batch, length in ((3, 5), (4, 11)):
         mask = torch.rand(batch, 1, length, length) < 0.8
         call = make((batch, 2, 2, length, length, 8, 8), dtype, device, attn_mask=mask)
@@ -236,9 +243,11 @@ def check_autocast(attention: Attention, device: str, dtype: torch.dtype) -> Non
 
 
 @check(
-    "a CUDA graph draws new dropout at each replay, and replays the rest", "graph",
-    "Dao-AILab/flash-attention#165, pytorch/pytorch#100196", where=GPU,
-)  # fmt: skip
+    "a CUDA graph draws new dropout at each replay, and replays the rest",
+    "graph",
+    "Dao-AILab/flash-attention#165, pytorch/pytorch#100196",
+    where=GPU,
+)
 def check_cuda_graph(attention: Attention, device: str, dtype: torch.dtype) -> None:
     call = make((2, 2, 2, 64, 64, 64, 64), torch.float16, device)
     inputs = [x.clone().requires_grad_() for x in (call.query, call.key, call.value)]
@@ -320,10 +329,17 @@ def check_no_silent_fallback(attention: Attention, device: str, dtype: torch.dty
 def check_bad_options(attention: Attention, device: str, dtype: torch.dtype) -> None:
     call = make(SIZES, dtype, device)
     cases: list[tuple[str, object]] = [
-        ("causal_alignment", "left"), ("window", (-1, 2)), ("window", 3), ("softcap", -1.0), ("softcap", math.nan),
-        ("alibi_slopes", torch.zeros(3)), ("sinks", torch.zeros(3)), ("sinks", 1.0),
-        ("key_lengths", torch.tensor([1, 2, 3])), ("key_lengths", torch.tensor([1.0, 2.0])),
-    ]  # fmt: skip
+        ("causal_alignment", "left"),
+        ("window", (-1, 2)),
+        ("window", 3),
+        ("softcap", -1.0),
+        ("softcap", math.nan),
+        ("alibi_slopes", torch.zeros(3)),
+        ("sinks", torch.zeros(3)),
+        ("sinks", 1.0),
+        ("key_lengths", torch.tensor([1, 2, 3])),
+        ("key_lengths", torch.tensor([1.0, 2.0])),
+    ]
     for name, x in cases:
         given = x.to(device) if isinstance(x, torch.Tensor) else x
         refuses(lambda: call.run(attention, **{name: given}), f"{name} {given}")

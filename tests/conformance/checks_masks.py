@@ -161,9 +161,10 @@ def dirtied(call: Call, keys: list[int], bad: float) -> Call:
 
 
 @check(
-    "NaN and Inf in keys and values that are masked out change nothing", "NaN and Inf",
+    "NaN and Inf in keys and values that are masked out change nothing",
+    "NaN and Inf",
     "pytorch/pytorch#101967, Dao-AILab/flash-attention#2374, Dao-AILab/flash-attention#1745",
-)  # fmt: skip
+)
 def check_bad_keys_behind_a_mask(attention: Attention, device: str, dtype: torch.dtype) -> None:
     keys = [0, 7, 18]
     mask = torch.rand(2, 1, 17, 19) < 0.7

@@ -56,10 +56,15 @@ def dense(x: torch.Tensor) -> bool:
 
 # Where Python code gets new memory from, and what it finds there.
 ALLOCATORS: dict[tuple[object, str], float | None] = {
-    (torch, "empty"): None, (torch, "empty_like"): None, (torch, "empty_strided"): None, (torch, "zeros"): 0.0,
-    (torch, "zeros_like"): 0.0, (torch.Tensor, "new_empty"): None, (torch.Tensor, "new_empty_strided"): None,
+    (torch, "empty"): None,
+    (torch, "empty_like"): None,
+    (torch, "empty_strided"): None,
+    (torch, "zeros"): 0.0,
+    (torch, "zeros_like"): 0.0,
+    (torch.Tensor, "new_empty"): None,
+    (torch.Tensor, "new_empty_strided"): None,
     (torch.Tensor, "new_zeros"): 0.0,
-}  # fmt: skip
+}
 
 
 @contextlib.contextmanager
@@ -81,11 +86,14 @@ CASES: dict[str, Callable[[torch.dtype, str], Call]] = {
     "plain": lambda dtype, device: make(SIZES, dtype, device),
     "causal": lambda dtype, device: make(SIZES, dtype, device, is_causal=True),
     "a mask that learns": lambda dtype, device: make(
-        SIZES, dtype, device, attn_mask=torch.randn(1, 4, 37, 1).to(dtype),
+        SIZES,
+        dtype,
+        device,
+        attn_mask=torch.randn(1, 4, 37, 1).to(dtype),
         learned=("query", "key", "value", "attn_mask"),
     ),
     "a single query": lambda dtype, device: make((1, 2, 2, 1, 53, 8, 8), dtype, device),
-}  # fmt: skip
+}
 
 
 @check("nothing is written outside output and gradients", "memory", "Dao-AILab/flash-attention#1830")
@@ -113,9 +121,10 @@ def banded(x: torch.Tensor, fill: float) -> torch.Tensor:
 
 
 @check(
-    "nothing outside the inputs is read", "memory",
+    "nothing outside the inputs is read",
+    "memory",
     "flagos-ai/FlagAttention#45, pytorch/pytorch#193728, Dao-AILab/flash-attention#1395",
-)  # fmt: skip
+)
 def check_bands_of_inputs(attention: Attention, device: str, dtype: torch.dtype) -> None:
     for what, case in CASES.items():
         call = case(dtype, device)

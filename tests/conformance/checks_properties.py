@@ -139,9 +139,10 @@ def lse_of(attention: Attention, call: Call) -> torch.Tensor:
 
 
 @check(
-    "splitting the keys in two and merging by log-sum-exp equals the whole", "log-sum-exp",
+    "splitting the keys in two and merging by log-sum-exp equals the whole",
+    "log-sum-exp",
     "zhuzilin/ring-flash-attention#30, NVIDIA/TransformerEngine#716, vllm-project/vllm#39148",
-)  # fmt: skip
+)
 def check_split_keys(attention: Attention, device: str, dtype: torch.dtype, examples: int = EXAMPLES) -> None:
     def test(call: Call, draw: Random) -> None:
         parts = halves(call, draw.randint(0, call.key.shape[-2]))
@@ -173,9 +174,10 @@ def check_batch_entries(attention: Attention, device: str, dtype: torch.dtype, e
 
 
 @check(
-    "padding keys under a mask changes nothing, be they 0, NaN or Inf", "NaN and Inf",
+    "padding keys under a mask changes nothing, be they 0, NaN or Inf",
+    "NaN and Inf",
     "pytorch/pytorch#101967, Dao-AILab/flash-attention#1745, Dao-AILab/flash-attention#1395",
-)  # fmt: skip
+)
 def check_padded_keys(attention: Attention, device: str, dtype: torch.dtype, examples: int = EXAMPLES) -> None:
     def test(call: Call, draw: Random) -> None:
         if call.attn_mask is None and not call.is_causal:

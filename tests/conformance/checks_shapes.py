@@ -79,9 +79,10 @@ def check_wide_heads(attention: Attention, device: str, dtype: torch.dtype) -> N
 
 
 @check(
-    "lengths with L % 128 of 1, 64 and 127", "shapes",
+    "lengths with L % 128 of 1, 64 and 127",
+    "shapes",
     "ROCm/triton#666, pytorch/pytorch#153799, jax-ml/jax#27224, NVIDIA/cudnn-frontend#160",
-)  # fmt: skip
+)
 def check_lengths_beside_a_tile(attention: Attention, device: str, dtype: torch.dtype) -> None:
     for n_queries, n_keys in ((129, 64), (64, 129), (127, 127)):
         for is_causal in (False, True):
@@ -102,9 +103,10 @@ def check_single_key(attention: Attention, device: str, dtype: torch.dtype) -> N
 
 
 @check(
-    "no keys give output 0, no queries gradient 0", "shapes",
+    "no keys give output 0, no queries gradient 0",
+    "shapes",
     "facebookresearch/xformers#1042, Dao-AILab/flash-attention#2776",
-)  # fmt: skip
+)
 def check_no_keys_and_no_queries(attention: Attention, device: str, dtype: torch.dtype) -> None:
     for n_queries, n_keys in ((5, 0), (0, 7), (0, 0)):
         call = make((2, 2, 2, n_queries, n_keys, 8, 4), dtype, device)
@@ -143,9 +145,10 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @check(
-    "any strides of the inputs, each by itself", "strides",
+    "any strides of the inputs, each by itself",
+    "strides",
     "pytorch/pytorch#187506, ROCm/pytorch#3230, flagos-ai/FlagAttention#45",
-)  # fmt: skip
+)
 def check_strides(attention: Attention, device: str, dtype: torch.dtype) -> None:
     plain = make((1, 2, 2, 17, 19, 8, 8), dtype, device)
     for layout, lay_out in LAYOUTS.items():
@@ -165,9 +168,10 @@ def check_zero_strides(attention: Attention, device: str, dtype: torch.dtype) ->
 
 
 @check(
-    "an upstream gradient that is transposed, strided or expanded", "strides",
+    "an upstream gradient that is transposed, strided or expanded",
+    "strides",
     "Dao-AILab/flash-attention#355, pytorch/pytorch#133671, pytorch/pytorch#138529, facebookresearch/xformers#282",
-)  # fmt: skip
+)
 def check_upstream_gradient_strides(attention: Attention, device: str, dtype: torch.dtype) -> None:
     plain = make((2, 2, 2, 17, 19, 8, 8), dtype, device)
     for layout, lay_out in LAYOUTS.items():
@@ -281,9 +285,10 @@ def check_large_scores(attention: Attention, device: str, dtype: torch.dtype) ->
 
 
 @check(
-    "rows whose scores are all far below -88, and below -50,000", "dtypes",
+    "rows whose scores are all far below -88, and below -50,000",
+    "dtypes",
     "flashinfer-ai/flashinfer#4267, NVIDIA/TransformerEngine#716",
-)  # fmt: skip
+)
 def check_very_negative_scores(attention: Attention, device: str, dtype: torch.dtype) -> None:
     for size in (-100.0, -60_000.0):
         call = make((1, 2, 2, 17, 31, 16, 16), dtype, device)

@@ -30,9 +30,13 @@ def measure(attention: Attention, case: str, dtype: torch.dtype, device: str) ->
     mask = torch.randn(67, 71).masked_fill(torch.rand(67, 71) < 0.2, -math.inf).to(dtype)
     mask[:, 0] = 0.0
     call = make(
-        (2, 4, 2, *SIZES[3:]) if case == "shared heads" else SIZES, dtype, device, is_causal=case == "causal",
-        attn_mask=mask if case == "float mask" else None, scale=20.0 if case.startswith("scores") else None,
-    )  # fmt: skip
+        (2, 4, 2, *SIZES[3:]) if case == "shared heads" else SIZES,
+        dtype,
+        device,
+        is_causal=case == "causal",
+        attn_mask=mask if case == "float mask" else None,
+        scale=20.0 if case.startswith("scores") else None,
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

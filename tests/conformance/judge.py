@@ -65,9 +65,7 @@ class Call:
         return dataclasses.replace(self, **changes)
 
 
-def make(
-    sizes: tuple[int, int, int, int, int, int, int], dtype: torch.dtype, device: str, **arguments: Any
-) -> Call:
+def make(sizes: tuple[int, int, int, int, int, int, int], dtype: torch.dtype, device: str, **arguments: Any) -> Call:
     """A call on random inputs of sizes B, Hq, Hkv, L, S, E, Ev: transposed views of (B, T, H, D), as models have them.
 
     Tensors among `arguments` go to the device too.

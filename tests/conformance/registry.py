@@ -14,10 +14,27 @@ from tests.conformance.judge import Attention
 
 # The rows of the contract that a check belongs to, in the order of the table.
 MATTERS = (
-    "shapes", "strides", "dtypes", "mask", "rows with no allowed key", "NaN and Inf", "dropout", "determinism",
-    "weights", "log-sum-exp", "alignment", "window", "softcap", "slopes", "sinks", "key lengths", "higher order",
-    "graph", "memory", "bad input",
-)  # fmt: skip
+    "shapes",
+    "strides",
+    "dtypes",
+    "mask",
+    "rows with no allowed key",
+    "NaN and Inf",
+    "dropout",
+    "determinism",
+    "weights",
+    "log-sum-exp",
+    "alignment",
+    "window",
+    "softcap",
+    "slopes",
+    "sinks",
+    "key lengths",
+    "higher order",
+    "graph",
+    "memory",
+    "bad input",
+)
 OURS = "contract"  # source of a check that no peer is known to have failed
 EVERYWHERE, GPU, NOT_INTERPRETED = "everywhere", "gpu", "not interpreted"
 TORCH_KEYWORDS = {"attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"}

@@ -52,10 +52,19 @@ def right(
     wide = torch.promote_types(query.dtype, torch.float32)
     inputs = (x.to(wide) for x in (query, key.masked_fill(~fine, 0.0), value.masked_fill(~fine, 0.0)))
     answer = formula.attention(
-        *inputs, attn_mask, is_causal, scale,
-        causal_alignment=causal_alignment, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-        key_lengths=key_lengths, kept=kept, dropout_p=dropout_p if dropout_p < 1 else 0.0,
-    )  # fmt: skip
+        *inputs,
+        attn_mask,
+        is_causal,
+        scale,
+        causal_alignment=causal_alignment,
+        window=window,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        key_lengths=key_lengths,
+        kept=kept,
+        dropout_p=dropout_p if dropout_p < 1 else 0.0,
+    )
     bad = formula.repeat_heads((~fine).to(wide), query).detach()
     output = answer.output.masked_fill(answer.weights.detach() @ bad > 0, math.nan).to(query.dtype)
     if output.ndim > 2:  # as a model has it: (B, L, H, E)

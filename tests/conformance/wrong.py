@@ -11,8 +11,16 @@ import torch
 
 from tests.conformance.judge import Attention
 from tests.conformance.stand_in import (
-    ScaledGradient, SquaredGradient, changed, in_python, output_of, right, with_arguments, with_gradient, with_output,
-)  # fmt: skip
+    ScaledGradient,
+    SquaredGradient,
+    changed,
+    in_python,
+    output_of,
+    right,
+    with_arguments,
+    with_gradient,
+    with_output,
+)
 
 
 def grid_of_65535(f: Attention, **a: Any) -> torch.Tensor:
@@ -288,12 +296,25 @@ LEARNED = {name: with_gradient(name, 1.05) for name in ("query", "key", "value",
 WRONG: dict[str, tuple[Attention, list[str]]] = {
     "scale off by 2 %": (
         changed(lambda f, **a: f(**{**a, "scale": 1.02 * scale_of(a)})),
-        ["own_samples", "shared_heads", "value_width", "shared_heads_and_value_width", "head_sizes", "wide_heads",
-         "single_query", "ranks", "dtypes", "float64", "scales", "check_lse"],
+        [
+            "own_samples",
+            "shared_heads",
+            "value_width",
+            "shared_heads_and_value_width",
+            "head_sizes",
+            "wide_heads",
+            "single_query",
+            "ranks",
+            "dtypes",
+            "float64",
+            "scales",
+            "check_lse",
+        ],
     ),
     "scale of another sign below 0": (with_arguments(scale=lambda x: abs(x) if x else x), ["scales"]),
     "gradient of the queries off by 5 %": (
-        LEARNED["query"], ["own_samples", "strides", "zero_strides", "float64", "large_scores"],
+        LEARNED["query"],
+        ["own_samples", "strides", "zero_strides", "float64", "large_scores"],
     ),
     "gradient of the keys off by 5 %": (LEARNED["key"], ["own_samples", "lengths_beside_a_tile", "lse_gradient"]),
     "gradient of the values off by 5 %": (LEARNED["value"], ["single_key", "upstream_gradient_strides"]),
@@ -308,28 +329,43 @@ WRONG: dict[str, tuple[Attention, list[str]]] = {
         with_arguments(key=as_if_contiguous, value=as_if_contiguous, query=as_if_contiguous),
         ["strides", "zero_strides"],
     ),
-    "strides of the upstream gradient not looked at": (
-        with_output(FixedOrder.apply), ["upstream_gradient_strides"],
-    ),
+    "strides of the upstream gradient not looked at": (with_output(FixedOrder.apply), ["upstream_gradient_strides"]),
     "contiguous output": (with_output(torch.Tensor.contiguous), ["output_strides"]),
     "nothing left of scores below -88 and above 88": (
-        changed(quick_exp), ["very_negative_scores", "large_scores", "low_lse"],
+        changed(quick_exp),
+        ["very_negative_scores", "large_scores", "low_lse"],
     ),
     "mask dropped": (
         with_arguments(attn_mask=None),
-        ["bool_masks", "float_masks", "mask_of_one_axis", "wider_mask", "mask_and_causal", "blocks", "band_mask",
-         "least_mask"],
+        [
+            "bool_masks",
+            "float_masks",
+            "mask_of_one_axis",
+            "wider_mask",
+            "mask_and_causal",
+            "blocks",
+            "band_mask",
+            "least_mask",
+        ],
     ),
     "causality dropped": (with_arguments(is_causal=False), ["causal", "bad_keys_later", "mask_and_causal"]),
     "causal, one key too many": (changed(one_key_more), ["causal", "bottom_right", "widest_window"]),
     "finfo.min taken for -inf": (with_arguments(attn_mask=least_is_never), ["rows_of_least"]),
     "NaN where no key is allowed": (
-        changed(no_mean), ["empty_rows_forward", "empty_rows_backward", "everything_masked", "empty_windows",
-                           "sink_of_empty_rows", "key_length_of_0", "no_keys_and_no_queries"],
+        changed(no_mean),
+        [
+            "empty_rows_forward",
+            "empty_rows_backward",
+            "everything_masked",
+            "empty_windows",
+            "sink_of_empty_rows",
+            "key_length_of_0",
+            "no_keys_and_no_queries",
+        ],
     ),
     "NaN leaks from behind a mask": (
-        changed(leaky), ["bad_keys_behind_a_mask", "bad_keys_later", "padded_keys", "nan_stays_in_its_head",
-                         "nan_past_key_lengths"],
+        changed(leaky),
+        ["bad_keys_behind_a_mask", "bad_keys_later", "padded_keys", "nan_stays_in_its_head", "nan_past_key_lengths"],
     ),
     "NaN swallowed": (changed(swallows_nan), ["visible_nan"]),
     "weights by position": (
@@ -337,8 +373,13 @@ WRONG: dict[str, tuple[Attention, list[str]]] = {
         ["permuted_keys"],
     ),
     "scores above 20 cut off": (
-        changed(lambda f, **a: f(**{**a, "attn_mask": a["attn_mask"].clamp(max=20.0)})
-                if a["attn_mask"] is not None and a["attn_mask"].is_floating_point() else f(**a)),
+        changed(
+            lambda f, **a: (
+                f(**{**a, "attn_mask": a["attn_mask"].clamp(max=20.0)})
+                if a["attn_mask"] is not None and a["attn_mask"].is_floating_point()
+                else f(**a)
+            )
+        ),
         ["shifted_scores"],
     ),
     "dropout of its own": (changed(unseeded), ["dropout_follows_the_seed", "own_samples_with_dropout"]),
@@ -383,7 +424,8 @@ WRONG: dict[str, tuple[Attention, list[str]]] = {
     "half the output under vmap": (with_output(HalfUnderVmap.apply), ["check_vmap", "vmap_of_gradients"]),
     "half the output when compiled": (changed(wrong_when_compiled), ["compiled"]),
     "float32 under autocast": (
-        only(lambda a: torch.is_autocast_enabled("cpu"), lambda f, **a: f(**a).float()), ["autocast"],
+        only(lambda a: torch.is_autocast_enabled("cpu"), lambda f, **a: f(**a).float()),
+        ["autocast"],
     ),
     "16 bits inside": (casts(torch.bfloat16), ["own_samples", "dtypes", "float64"]),
     "writes past its output": (in_python("output"), ["bands_of_outputs"]),
@@ -395,4 +437,4 @@ WRONG: dict[str, tuple[Attention, list[str]]] = {
         changed(accepts_anything),
         ["lengths_differ", "heads_differ", "masks_that_do_not_fit", "dropout_out_of_range", "bad_options"],
     ),
-}  # fmt: skip
+}

@@ -14,8 +14,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernels import backend
-from kernels.attention.formula import composed_gradients
 from kernels.attention.call import Call
+from kernels.attention.formula import composed_gradients
 from kernels.autograd import transformed
 from kernels.backend import wants_gradient
 
@@ -58,11 +58,22 @@ def is_simple(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bo
         return False
     shape, dtype = query.shape, query.dtype
     return (
-        query.is_cpu and key.is_cpu and value.is_cpu and not backend.INTERPRETED and key.shape == shape
-        and value.shape == shape and 1 <= query.numel() < SIMPLE and key.dtype == dtype and value.dtype == dtype
-        and dtype.is_floating_point and dtype.itemsize > 1 and len(shape) > 1 and query.is_contiguous()
-        and not torch.is_autocast_enabled("cpu") and not transformed()
-    )  # fmt: skip
+        query.is_cpu
+        and key.is_cpu
+        and value.is_cpu
+        and not backend.INTERPRETED
+        and key.shape == shape
+        and value.shape == shape
+        and 1 <= query.numel() < SIMPLE
+        and key.dtype == dtype
+        and value.dtype == dtype
+        and dtype.is_floating_point
+        and dtype.itemsize > 1
+        and len(shape) > 1
+        and query.is_contiguous()
+        and not torch.is_autocast_enabled("cpu")
+        and not transformed()
+    )
 
 
 def _is_fused_with_gradients(

@@ -13,19 +13,29 @@ import math
 
 import torch
 
+from kernels.attention.call import Call
 from kernels.attention.cpu.fused import fused_attention
 from kernels.attention.cpu.short import is_short, short_attention
 from kernels.attention.formula import alibi, all_finite, allowed_pairs, composed_attention, without_idle_sides
 from kernels.attention.layout import for_query_heads, ordered_as, overlaps
-from kernels.attention.call import Call
 from kernels.autograd import transformed
 from kernels.backend import as_autocast, autocasts, wants_gradient, without_autocast
 
 # Of a call, what PyTorch's function takes or a mask for it can say; what else is asked for goes by the formula.
 MASK_SAYS = {
-    "attn_mask", "key_lengths", "alibi_slopes", "scale", "dropout_p", "left", "right", "bottom_right", "deterministic",
-    "key_starts", "max_queries", "max_keys",
-}  # fmt: skip
+    "attn_mask",
+    "key_lengths",
+    "alibi_slopes",
+    "scale",
+    "dropout_p",
+    "left",
+    "right",
+    "bottom_right",
+    "deterministic",
+    "key_starts",
+    "max_queries",
+    "max_keys",
+}
 NAMES = {"softcap": "a soft cap", "query_starts": "packed sequences"}
 
 
@@ -70,13 +80,7 @@ def attention(
 
 
 def extended_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    call: Call,
-    *,
-    need_lse: bool,
-    need_weights: bool,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call, *, need_lse: bool, need_weights: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Attention by all rules: through PyTorch's kernels where a mask can say them, else by the formula.
 
