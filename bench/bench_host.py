@@ -26,8 +26,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import kernels
 from bench.benchmark import Benchmark, GpuStage
-from bench.compile_check import Chip, pretending
 from bench.machine import leave_after_fault
+from bench.pretended import Chip, pretending
 from bench.record import Context, brief, name_row
 from bench.timing import play_samples
 

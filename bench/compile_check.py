@@ -18,26 +18,20 @@ import argparse
 import ast
 import concurrent.futures
 import hashlib
-import importlib
 import inspect
-import itertools
 import os
 import re
 import subprocess
 import sys
 import tempfile
-import types
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import torch
-
 from bench.compile_cases import Case, all_cases, launch
 from bench.loop_cost import PRODUCTS, RATES, Cost, Traffic, loop_cost, recorded, traffic, why_dearer
-from kernels import launch as device
+from bench.pretended import Chip, compiling
 
 # Bytes of shared memory a program can have (CUDA programming guide, table of compute capabilities). For 80 the smaller
 # limit of its consumer relatives 86 and 89 is kept to, which run the same tiles.
@@ -61,6 +55,7 @@ WASTED = {
 }
 IN_FLIGHT = "WARPGROUP.DEPBAR.LE gsb0, 0x1"  # in the machine code: a wait that leaves one product running
 RECORD = Path(__file__).with_name("compiled.txt")
+SPILLS_ALLOWED = ", spills allowed"  # after the name of a case in it
 MATRIX_INSTRUCTIONS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}  # name: in PTX
 
 
@@ -78,77 +73,6 @@ class Result(NamedTuple):
     matrix: str
     cost: Cost | Traffic | None
     fault: str
-
-
-class PretendedDriver:
-    """As much of a Triton driver as compiling asks for. The chip is the device's number too: a cache for each."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_device(self) -> int:
-        return self.arch
-
-    def get_current_stream(self, _: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.arch, 32)
-
-
-class Chip(NamedTuple):
-    """What launchers ask of a device: compute capability times ten, multiprocessors, bytes of L2."""
-
-    capability: int = 90
-    multiprocessors: int = 132
-    l2_bytes: int = 50 << 20
-
-
-@contextmanager
-def pretending(chip: Chip, run: Callable[..., Any]) -> Iterator[None]:
-    """Within it tensors of any device go to the Triton kernels as on a chip; `run` stands in for JITFunction.run."""
-    from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
-
-    patches: list[tuple[Any, str, Any]] = [(JITFunction, "run", run)]
-    patches += [(driver, "_active", PretendedDriver(chip.capability))]
-    patches += [(device, name, lambda _, value=value: value) for name, value in chip._asdict().items()]
-    modules = (importlib.import_module(f"kernels.{name}") for name in ("backend", "attention.ops", "layer_norm.ops"))
-    patches += [(module, "why_not_triton", lambda *_: "") for module in modules]
-    with ExitStack() as stack:
-        for target, name, value in patches:
-            stack.enter_context(mock.patch.object(target, name, value))
-        yield
-
-
-@contextmanager
-def compiling(chip: Chip, found: Callable[[str, dict[str, Any], Any], None]) -> Iterator[None]:
-    """Within it launchers compile for a chip and launch nothing; public functions take tensors of the meta device.
-
-    Args:
-        found: called with a kernel's name, its options, and what was compiled or the error why it was not.
-    """
-    from triton.runtime.jit import JITFunction
-
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        try:
-            compiled = run(self, *args, grid=grid, warmup=True, **options)
-        except Exception as error:  # whatever the compiler raises is the finding
-            compiled = error
-        found(self.fn.__name__, options, compiled)
-
-    with pretending(chip, compile_only), ExitStack() as stack:
-        for kind, name in itertools.product(("attention", "layer_norm"), ("forward", "backward")):
-            operation = f"{kind.removeprefix('layer_')}_{name}"
-            module = importlib.import_module(f"kernels.{kind}.ops")
-            getattr(torch.ops.kernels, operation)  # the namespace finds its operations when they are asked for
-            implementation = types.SimpleNamespace(default=getattr(module, f"_{name}"))
-            stack.enter_context(mock.patch.object(torch.ops.kernels, operation, implementation))
-        yield
 
 
 def compile_case(case: Case) -> list[Result]:
@@ -177,7 +101,11 @@ def made_from(case: Case) -> str:
     from triton import __version__
     from triton.runtime.jit import JITCallable, JITFunction
 
-    parts = [__version__, inspect.getsource(judge), str((SHARED_MEMORY, SPILLS, OUTSIDE, sorted(WASTED)))]
+    parts = [
+        __version__,
+        ast.unparse(ast.parse(inspect.getsource(judge))),
+        str((SHARED_MEMORY, SPILLS, OUTSIDE, sorted(WASTED))),
+    ]
 
     def note(
         self: Any, key: Any, signature: Any, device: int, constants: Any, options: Any, attributes: Any, warmup: bool
@@ -202,7 +130,7 @@ def made_from(case: Case) -> str:
 def code_alone(function: Any) -> str:
     """A JIT function's source without docstring, comments and layout."""
     tree = ast.parse(function._src)
-    body = tree.body[0].body  # type: ignore[attr-defined]
+    body = tree.body[0].body
     if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
         body[0] = ast.Pass()
     return ast.unparse(tree)
@@ -296,11 +224,11 @@ def disassemble(cubin: bytes) -> str:
     return ask("nvdisasm", "-c", cubin)
 
 
-def name_of(case: Case, spills_allowed: bool) -> str:
+def name_of(case: Case, spills_allowed: bool = False) -> str:
     """A case in the record: for which Triton and chip, and whether spills were let pass."""
     import triton
 
-    return f"{triton.__version__} {case.arch} {case.label}{', spills allowed' if spills_allowed else ''}"
+    return f"{triton.__version__} {case.arch} {case.label}{SPILLS_ALLOWED if spills_allowed else ''}"
 
 
 def read_record() -> dict[str, str]:
@@ -310,8 +238,14 @@ def read_record() -> dict[str, str]:
 
 
 def write_record(known: dict[str, str]) -> None:
-    """One case a line, in order."""
-    RECORD.write_text("".join(f"{digest} {name}\n" for name, digest in sorted(known.items())))
+    """One case a line, in order; what is no case any more is left out."""
+    cases = {f"{case.arch} {case.label}" for case in all_cases(sorted(SHARED_MEMORY), quick=False)}
+    lines = [
+        f"{digest} {name}\n"
+        for name, digest in sorted(known.items())
+        if name.partition(" ")[2].removesuffix(SPILLS_ALLOWED) in cases
+    ]
+    RECORD.write_text("".join(lines))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -329,14 +263,16 @@ def main(argv: list[str] | None = None) -> int:
     cases = [case for case in all_cases(options.arch, options.quick, options.tiles) if options.only in case.feature]
     import triton
 
-    found = dict(zip((name_of(case, options.spills_allowed) for case in cases), digests(cases, options.jobs)))
-    known = read_record()
-    stale = [(case, name) for case, name in zip(cases, found) if options.anew or known.get(name) != found[name]]
+    known, stale = read_record(), {}
+    for case, digest in zip(cases, digests(cases, options.jobs)):
+        names = {name_of(case), name_of(case, options.spills_allowed)}
+        if options.anew or all(known.get(name) != digest for name in names):
+            stale[case] = digest
     print(f"triton {triton.__version__}, {len(cases)} calls, {len(cases) - len(stale)} of them known to fit")
     print(" sm  kernel                  case                            tile  warps  regs spills shared matrix  loop")
     version, table = recorded()
     total = faults = 0
-    for (_, name), results in zip(stale, compile_cases([case for case, _ in stale], options.jobs)):
+    for case, results in zip(stale, compile_cases(list(stale), options.jobs)):
         fits = True
         for result in results:
             fault = result.fault or (why_dearer(result, table) if version == triton.__version__ else "")
@@ -352,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
             faults += bool(fault)
             fits = fits and not fault
         if fits and options.write:
-            known[name] = found[name]
+            known[name_of(case, options.spills_allowed)] = stale[case]
             write_record(known)
     print(f"{total - faults} kernels fit, {faults} do not")
     return 1 if faults else 0

@@ -23,7 +23,7 @@ import torch
 from bench import correctness, machine
 from bench.accounting import SEED
 from bench.benchmark import WARM_UP, gpu_stages, warm_ups
-from bench.compile_check import Chip, compiling
+from bench.pretended import Chip, compiling
 from bench.record import Context, brief
 from bench.rows import read_rows
 from bench.stages import NO_GPU, cores, worker_pool

@@ -432,7 +432,7 @@ def test_what_is_compiled_ahead_is_what_is_launched(tmp_path: Path) -> None:
     """The same kernels come out for tensors without memory and for real ones."""
     code = """
         from bench import correctness
-        from bench.compile_check import Chip, compiling
+        from bench.pretended import Chip, compiling
         import functools, torch
 
         general, short, norms = (correctness.PROBLEMS[name]() for name in ("general", "short", "norms"))

@@ -1,4 +1,4 @@
-"""The Gluon kernels for Hopper chips: which calls they take, what they compile to, what they compute.
+"""The Gluon kernels for Hopper chips: which calls they take, what they compute.
 
 Gluon has no interpreter: without such a chip the kernels run in tests/gluon_emulator.py. What only runs there is in
 test_hopper_order.py.
@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -121,18 +118,6 @@ def test_three_consumers_where_rows_are_narrow_and_tiles_well_filled() -> None:
     lengths = (128, 192, 193, 300, 384, 1024, 2048, 5000)
     assert [choose_consumers(64, n) for n in lengths] == [2, 3, 2, 2, 3, 2, 3, 3]
     assert {choose_consumers(d, n) for d in (128, 256) for n in lengths} == {2}
-
-
-# What they compile to
-
-
-@pytest.mark.slow
-def test_it_compiles_without_spills_and_leaves_a_product_in_flight() -> None:
-    command = [sys.executable, "-m", "bench.compile_check", "--arch", "90", "--only", "hopper causal", "--jobs", "1"]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if "hopper_" in line]
-    assert done.returncode == 0 and len(lines) == 5 and "0 do not" in done.stdout, done.stdout + done.stderr
-    assert all("wgmma" in line for line in lines)
 
 
 # What they compute

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import loop_cost
-from bench.compile_cases import TABLE_FEATURES, TABLE_SIZES
+from bench import compile_check, loop_cost
+from bench.compile_cases import TABLE_FEATURES, TABLE_SIZES, Case
 from bench.compile_check import Result
 from bench.loop_cost import Cost, Loop, loops, recorded, traffic, why_dearer
+from bench.rows import ROOT
 from kernels.attention.call import TENSORS, Call
 from kernels.attention.tiles import ASKED, choose_tile, what_is_asked
 
@@ -170,3 +177,107 @@ def test_every_call_has_a_tile(capability: int) -> None:
                 assert set(tiles.values()) == {choose_tile(kernel, 128, 2, 4096, capability, "every")}
             few = choose_tile(kernel, size, 2, 5, capability, "plain")
             assert few.block_q == 16 and (few.num_warps == 4 or kernel == "key_value")
+
+
+# What was seen to fit
+
+
+DIGESTS = """
+from bench.compile_cases import Case
+from bench.compile_check import made_from, prepare_to_compile
+prepare_to_compile()
+print(*(made_from(Case(90, "bf16", *case)) for case in ((64, "short 5"), (1024, "norm"))))
+"""
+
+
+def digests_in(folder: Path) -> list[str]:
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run([sys.executable, "-c", DIGESTS], capture_output=True, text=True, env=environment, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.slow
+def test_a_case_is_compiled_again_when_its_kernels_have_changed(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    for name in "kernels", "bench", "docs":
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    file = tmp_path / "kernels" / "attention" / "score.py"
+    text, (attention, norm) = file.read_text(), digests_in(tmp_path)
+
+    def digests_with(*changes: tuple[str, str]) -> list[str]:
+        changed = text
+        for old, new in changes:
+            assert old in changed
+            changed = changed.replace(old, new)
+        file.write_text(changed)
+        return digests_in(tmp_path)
+
+    line = "    ds = weights * (dp - delta)\n"
+    layout = "    # A comment.\n    ds = (weights) * (\n        dp - delta)\n"
+    assert digests_with(("class Bounds", "\n# A comment.\n\n\nclass Bounds"), (line, layout)) == [attention, norm]
+    changed = digests_with((line, line.replace("- delta", "+ delta")))
+    assert changed[0] != attention and changed[1] == norm
+
+
+def test_only_what_is_not_known_to_fit_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    compiled: list[str] = []
+
+    def compile_cases(cases: list[Case], jobs: int) -> Iterator[list[Result]]:
+        for case in cases:
+            compiled.append(case.label)
+            fault = "" if case.size == 64 else "spills 8 bytes"
+            yield [Result(case.arch, case.label, "a_kernel", "", 4, 64, 8 * bool(fault), 0, "-", None, fault)]
+
+    monkeypatch.setattr(compile_check, "RECORD", tmp_path / "compiled.txt")
+    monkeypatch.setattr(compile_check, "compile_cases", compile_cases)
+    monkeypatch.setattr(compile_check, "digests", lambda cases, jobs: [f"old{case.size}" for case in cases])
+    asked = ["--quick", "--arch", "90", "--only", "hopper"]
+    two = ["bf16 D64 hopper causal", "bf16 D128 hopper causal"]
+
+    def seen(*more: str) -> list[str]:
+        compiled.clear()
+        code = compile_check.main([*asked, *more])
+        assert code == ("FAULT" in capsys.readouterr().out)
+        return [*compiled]
+
+    assert seen() == two  # and nothing is written
+    assert seen("--write") == two
+    assert seen() == two[1:]  # what does not fit is not in the record
+    assert seen("--spills-allowed", "--write") == two[1:]
+    assert seen("--spills-allowed") == [] and seen() == two[1:] and seen("--anew") == two
+    monkeypatch.setattr(compile_check, "digests", lambda cases, jobs: [f"new{case.size}" for case in cases])
+    assert seen("--spills-allowed") == two
+
+
+def test_the_record_is_of_cases_there_are() -> None:
+    pytest.importorskip("triton")
+    text = compile_check.RECORD.read_text()
+    known = compile_check.read_record()
+    assert len(known) == len(text.splitlines()) and known
+    compile_check.write_record(known)
+    assert compile_check.RECORD.read_text() == text
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles() -> None:
+    """The interpreter takes what the compiler refuses."""
+    pytest.importorskip("triton")
+    command = [
+        sys.executable,
+        "-m",
+        "bench.compile_check",
+        "--quick",
+        "--arch",
+        "90",
+        "--spills-allowed",
+        "--jobs",
+        "1",
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0 and " 0 do not" in done.stdout, done.stdout + done.stderr
