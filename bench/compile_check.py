@@ -4,7 +4,7 @@
                                   [--write] [--anew]
 
 Calls that were seen to fit, as bench/compiled.txt says, and whose kernels have not changed since are not compiled
-again: see `made_from`. Prints one line a kernel that it compiles: tile, registers a thread, bytes of spills, shared
+again: see `digest_of`. Prints one line a kernel that it compiles: tile, registers a thread, bytes of spills, shared
 memory, kind of matrix instruction, and what its loop costs (bench/loop_cost.py). Exits with 1 if a kernel does not
 compile or needs more shared memory than the chip has; if a norm kernel, or a 16-bit attention kernel with heads of at
 most 128, spills: the latter in its steady loop, or more than a few bytes outside of it; if warps make each other's
@@ -27,11 +27,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 from bench.compile_cases import Case, all_cases, launch
 from bench.loop_cost import PRODUCTS, RATES, Cost, Traffic, loop_cost, recorded, traffic, why_dearer
-from bench.pretended import Chip, compiling
+from bench.pretended import Chip, compiling, made_from
 
 # Bytes of shared memory a program can have (CUDA programming guide, table of compute capabilities). For 80 the smaller
 # limit of its consumer relatives 86 and 89 is kept to, which run the same tiles.
@@ -92,48 +91,13 @@ def compile_case(case: Case) -> list[Result]:
     return results
 
 
-def made_from(case: Case) -> str:
-    """A digest of what decides on the machine code of a case: sources, types, constants and options of its kernels.
-
-    The sources are those of all functions that a kernel calls, without comments and layout, wherever they stand; beside
-    them Triton's version and what a kernel is judged by. A case that cannot be launched has a digest of its own.
-    """
+def digest_of(case: Case) -> str:
+    """Of what the kernels of a case are made from, Triton's version, and what they are judged by."""
     from triton import __version__
-    from triton.runtime.jit import JITCallable, JITFunction
 
-    parts = [
-        __version__,
-        ast.unparse(ast.parse(inspect.getsource(judge))),
-        str((SHARED_MEMORY, SPILLS, OUTSIDE, sorted(WASTED))),
-    ]
-
-    def note(
-        self: Any, key: Any, signature: Any, device: int, constants: Any, options: Any, attributes: Any, warmup: bool
-    ) -> None:  # in place of compiling
-        asked = {name: value for name, value in vars(options).items() if name != "extern_libs"}  # which has a path
-        parts.append(f"{self.fn.__name__} {self.cache_key} {signature} {constants} {asked} {attributes}")
-
-    def found(kernel: str, options: dict[str, Any], result: Any) -> None:
-        if isinstance(result, Exception):
-            parts.append(f"{kernel}: {result!r}")
-
-    with (
-        mock.patch.object(JITFunction, "_do_compile", note),
-        mock.patch.object(JITCallable, "src", property(code_alone)),
-        mock.patch.object(JITCallable, "starting_line_number", property(lambda _: 0, lambda *_: None), create=True),
-        compiling(Chip(case.arch), found),
-    ):
-        launch(case)
+    rules = ast.unparse(ast.parse(inspect.getsource(judge))), SHARED_MEMORY, SPILLS, OUTSIDE, sorted(WASTED)
+    parts = [__version__, str(rules), *made_from(Chip(case.arch), lambda: launch(case))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def code_alone(function: Any) -> str:
-    """A JIT function's source without docstring, comments and layout."""
-    tree = ast.parse(function._src)
-    body = tree.body[0].body
-    if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-        body[0] = ast.Pass()
-    return ast.unparse(tree)
 
 
 def prepare_to_compile() -> None:
@@ -144,10 +108,10 @@ def prepare_to_compile() -> None:
 
 
 def digests(cases: list[Case], jobs: int) -> list[str]:
-    """`made_from` of each case."""
+    """`digest_of` each case."""
     prepare_to_compile()
     with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
-        return list(pool.map(made_from, cases, chunksize=16))
+        return list(pool.map(digest_of, cases, chunksize=16))
 
 
 def compile_cases(cases: list[Case], jobs: int) -> Iterator[list[Result]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import itertools
 import types
@@ -84,3 +85,42 @@ def compiling(chip: Chip, found: Callable[[str, dict[str, Any], Any], None]) -> 
             implementation = types.SimpleNamespace(default=getattr(module, f"_{name}"))
             stack.enter_context(mock.patch.object(torch.ops.kernels, operation, implementation))
         yield
+
+
+def made_from(chip: Chip, run: Callable[[], object]) -> list[str]:
+    """What decides on the machine code of the kernels that `run()` launches, none of which is compiled.
+
+    Of each kernel: the source of all functions that it calls, without comments and layout, wherever they stand; the
+    types of its arguments, what is known of them, constants and options. A kernel that cannot be launched is its error.
+    """
+    from triton.runtime.jit import JITCallable, JITFunction
+
+    parts: list[str] = []
+
+    def note(
+        self: Any, key: Any, signature: Any, device: int, constants: Any, options: Any, attributes: Any, warmup: bool
+    ) -> None:  # in place of compiling
+        asked = {name: value for name, value in vars(options).items() if name != "extern_libs"}  # which has a path
+        parts.append(f"{self.fn.__name__} {self.cache_key} {signature} {constants} {asked} {attributes}")
+
+    def found(kernel: str, options: dict[str, Any], result: Any) -> None:
+        if isinstance(result, Exception):
+            parts.append(f"{kernel}: {result!r}")
+
+    with (
+        mock.patch.object(JITFunction, "_do_compile", note),
+        mock.patch.object(JITCallable, "src", property(code_alone)),
+        mock.patch.object(JITCallable, "starting_line_number", property(lambda _: 0, lambda *_: None), create=True),
+        compiling(chip, found),
+    ):
+        run()
+    return parts
+
+
+def code_alone(function: Any) -> str:
+    """A JIT function's source without docstring, comments and layout."""
+    tree = ast.parse(function._src)
+    body = tree.body[0].body
+    if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        body[0] = ast.Pass()
+    return ast.unparse(tree)

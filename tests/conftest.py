@@ -64,6 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
         interpreter.prepare()
 
 
+ASKED_FOR = {"long": "takes long", "training": "trains for minutes"}  # what runs only when its mark is asked for
 QUICK = 7  # a prime, so that no option of a test falls out
 
 
@@ -73,10 +74,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     Of a test of many cases every seventh is in the quick tier, the others are slow.
     """
-    if "training" not in config.option.markexpr:
-        for item in items:
-            if item.get_closest_marker("training"):
-                item.add_marker(pytest.mark.skip(reason="trains for minutes: pytest -m training"))
+    for item in items:
+        for name, reason in ASKED_FOR.items():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.slow)
+                if name not in config.option.markexpr:
+                    item.add_marker(pytest.mark.skip(reason=f"{reason}: pytest -m {name}"))
     if runs_on_gpu(config):
         if hasattr(config, "workerinput"):  # of pytest-xdist: other workers want memory too
             for item in items:

@@ -92,6 +92,7 @@ def test_arguments_of_bertviz(runs: dict[str, Path]) -> None:
     bertviz_head_view(**arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", QUESTIONS)
 def test_pictures_of_every_layer(task: str, runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
@@ -159,6 +160,7 @@ def test_without_matplotlib_the_error_says_what_to_install(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_pictures_of_many_heads_and_tokens_have_several_rows(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread

@@ -130,8 +130,8 @@ def assert_all_right() -> None:
     for i, case in enumerate(cases):
         for placement in placements:
             assert_right(*placement, "torch", case)
-        for placement in placements[i % 2 :: 2]:  # what is placed how does not depend on what computes
-            assert_right(*placement, "triton", case)
+        # What is placed how does not depend on what computes.
+        assert_right(*placements[i % len(placements)], "triton", case)
     assert_refused(mesh)
 
 

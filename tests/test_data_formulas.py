@@ -269,8 +269,9 @@ def test_fresh_problems_come_from_their_side_and_differ_by_epoch() -> None:
     assert not torch.equal(first.source, second.source)
 
 
-@pytest.mark.parametrize("split", [0, 1, 123_456])
-@pytest.mark.parametrize("form", [FormulaForm(3), FormulaForm(2, signed=False), FormulaForm(10)], ids=str)
+@pytest.mark.parametrize(
+    ("form", "split"), [(FormulaForm(3), 0), (FormulaForm(2, signed=False), 1), (FormulaForm(10), 123_456)], ids=str
+)
 def test_corners_are_trained_on_in_every_split(split: int, form: FormulaForm) -> None:
     limit = form.limit
     corners = [
@@ -279,7 +280,7 @@ def test_corners_are_trained_on_in_every_split(split: int, form: FormulaForm) ->
         for b in (0, limit)
         for plus in (False, True)
     ]
-    task = FormulaTask(form, train_size=200_000, valid_size=50_000, seed=split, fresh=True, sampling="hard")
+    task = FormulaTask(form, train_size=20_000, valid_size=5_000, seed=split, fresh=True, sampling="hard")
     a, b, plus = torch.tensor(corners).unbind(1)
     assert task.trained_on(form.index(a, b, plus)).all()
     assert not held_out_side(form.index(a, b, plus), 0.5, split).logical_not().all()  # the hash alone held some out

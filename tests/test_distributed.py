@@ -112,7 +112,7 @@ def test_two_processes_train_as_one_and_one_of_them_speaks(
     assert losses(folder) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("rank", [0, 1])
 def test_dead_process_ends_the_others_and_the_run_continues(
     rank: int, trained: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path

@@ -184,9 +184,9 @@ def test_every_call_has_a_tile(capability: int) -> None:
 
 DIGESTS = """
 from bench.compile_cases import Case
-from bench.compile_check import made_from, prepare_to_compile
+from bench.compile_check import digest_of, prepare_to_compile
 prepare_to_compile()
-print(*(made_from(Case(90, "bf16", *case)) for case in ((64, "short 5"), (1024, "norm"))))
+print(*(digest_of(Case(90, "bf16", *case)) for case in ((64, "short 5"), (1024, "norm"))))
 """
 
 

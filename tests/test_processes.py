@@ -118,12 +118,12 @@ WORK = {
     ("work", "end"),
     [
         ("train", signal.SIGKILL),
-        ("train", signal.SIGTERM),
-        ("train", signal.SIGINT),
-        ("train, just started", signal.SIGKILL),
-        ("sweep", signal.SIGKILL),
+        pytest.param("train", signal.SIGTERM, marks=pytest.mark.long),
+        pytest.param("train", signal.SIGINT, marks=pytest.mark.long),
+        pytest.param("train, just started", signal.SIGKILL, marks=pytest.mark.long),
+        pytest.param("sweep", signal.SIGKILL, marks=pytest.mark.long),
         ("sweep", signal.SIGTERM),
-        ("evaluate", signal.SIGKILL),
+        pytest.param("evaluate", signal.SIGKILL, marks=pytest.mark.long),
         ("evaluate", signal.SIGTERM),
     ],
 )

@@ -11,6 +11,7 @@ from torch import distributed
 import kernels
 
 pytest.importorskip("triton")
+from tests import interpreter  # noqa: E402
 from tests.norm_problem import either_backend, either_norm, ours, torch_warns  # noqa: E402 (it imports Triton)
 
 WITH_RESIDUAL = pytest.mark.parametrize("has_residual", [False, True], ids=["alone", "residual"])
@@ -92,6 +93,7 @@ def on_two_processes(work):
 def _process(rank, port, work):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TRITON_INTERPRET="1")
     torch.set_num_threads(1)
+    interpreter.prepare()
     distributed.init_process_group("gloo", rank=rank, world_size=2)
     work()
     distributed.destroy_process_group()

@@ -356,7 +356,7 @@ def test_the_best_row_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert draw(results, tmp_path, tmp_path / "sweep.png")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_sweep_continues_to_the_same_results(tmp_path: Path) -> None:
     words = ["sweep", *flags(**TINY | {"epochs": 30}), "--vary", "learning-rate=1e-2,1e-3", "--jobs", "1"]
     with subprocess.Popen([sys.executable, "-m", "calcformer", *words, "--out", "killed"]) as process:

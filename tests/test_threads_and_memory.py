@@ -101,6 +101,7 @@ def normalise() -> None:
     kernels.rms_norm(x, (64,), weight).sum().backward()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not STATM.exists(), reason="needs Linux")
 @pytest.mark.parametrize(
     ("call", "path", "times"),

@@ -101,7 +101,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
 # Kills
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_kills_at_any_moment_change_nothing(
     kind: str, tmp_path: Path, whole: Callable[[str], tuple[Path, float]]
