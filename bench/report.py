@@ -67,12 +67,17 @@ def read_result(path: Path) -> Result:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """All results of a GPU, each with those of its rows that count.
+    """All results of a GPU, each with those of its rows that count; others are named on standard error.
 
     Of each group the newest run counts; from older ones on the same GPU only peers that it left out.
     """
     paths = sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")], key=age)
-    results = [result for result in map(read_result, paths) if result.rows and result.machine["gpu"]]
+    results = []
+    for result in map(read_result, paths):
+        if result.machine["gpu"]:
+            results += [result] * bool(result.rows)
+        else:
+            print(f"left out, since no GPU made it: {folder / result.name}", file=sys.stderr)
     counting: dict[str, dict[str, str]] = {}  # the file, by group and provider
     gpus = {result.name: result.machine["gpu"] for result in results}
     for result in results:

@@ -111,7 +111,10 @@ def test_readme_is_rewritten_and_a_difference_noticed(
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "**302**" in text
     assert is_picture(results / "attention.png")
     readme.write_text(text.replace("302", "303"))
+    capsys.readouterr()
     assert report.main([*words, "--check"]) == 1
+    (cpu,) = results.glob("cpu*")
+    assert capsys.readouterr().err == f"left out, since no GPU made it: {cpu}\n"
 
 
 def test_every_group_that_a_benchmark_names_has_a_table_or_none_by_choice() -> None:
