@@ -19,7 +19,7 @@ import torch
 
 import kernels
 from kernels.attention.call import Call
-from tests.test_attention_features import formula
+from tests.conformance.formula import attention as formula
 
 PATHS = pytest.mark.parametrize("path", ["triton", "torch"])
 attention = functools.partial(kernels.scaled_dot_product_attention, enable_gqa=True)
