@@ -189,10 +189,10 @@ def magnitudes(call: Call, right: dict[str, torch.Tensor]) -> dict[str, torch.Te
     delta = (grad * output).sum(-1, keepdim=True) - grad_lse
     scores = weights * (keep * (grad @ shared_value.mT) - delta)  # their gradient
     terms = weights * keep * (grad.abs() @ shared_value.abs().mT)
-    exponents = torch.where((weights > 0) & (lse > -1e30), (lse + weights.log()).abs() + lse.abs(), 0.0)
+    exponents = torch.where((weights > 0) & (lse > -1e30), (lse + weights.log()).square() + lse.square(), 0.0)
     # From here on squares of errors.
-    off_weights = (weights * (1 + exponents) * wide).square()
-    off_scores = (scores * narrow).square() + (scores * exponents * wide).square() + (terms * wide).square()
+    off_weights = (weights * wide).square() * (1 + exponents)
+    off_scores = scores.square() * (narrow**2 + exponents * wide**2) + (terms * wide).square()
     off_delta = (grad * output * narrow).square().sum(-1, keepdim=True)
     off_delta += (terms.square().sum(-1, keepdim=True) + grad_lse.square()) * wide**2
     scale = (query.shape[-1] ** -0.5 if call.scale is None else call.scale) ** 2
