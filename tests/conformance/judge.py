@@ -189,21 +189,22 @@ def magnitudes(call: Call, right: dict[str, torch.Tensor]) -> dict[str, torch.Te
     delta = (grad * output).sum(-1, keepdim=True) - grad_lse
     scores = weights * (keep * (grad @ shared_value.mT) - delta)  # their gradient
     terms = weights * keep * (grad.abs() @ shared_value.abs().mT)
-    exponents = torch.where((weights > 0) & (lse > -1e30), (lse + weights.log()).square() + lse.square(), 0.0)
     # From here on squares of errors.
+    exponents = torch.where((weights > 0) & (lse > -1e30), (lse + weights.log()).square() + lse.square(), 0.0)
     off_weights = (weights * wide).square() * (1 + exponents)
     off_scores = scores.square() * (narrow**2 + exponents * wide**2) + (terms * wide).square()
     off_delta = (grad * output * narrow).square().sum(-1, keepdim=True)
     off_delta += (terms.square().sum(-1, keepdim=True) + grad_lse.square()) * wide**2
-    scale = (query.shape[-1] ** -0.5 if call.scale is None else call.scale) ** 2
+    squared_scale = (query.shape[-1] ** -0.5 if call.scale is None else call.scale) ** 2
     kept_weights = off_weights * keep**2
     of_query = off_scores @ shared_key.square() + off_delta * (weights @ shared_key).square()
+    of_key = (off_scores + weights.square() * off_delta).mT @ query.square()
     off = {
         "output": kept_weights @ shared_value.square(),
         "lse": off_weights.sum(-1) + wide**2,
         "weights": off_weights,
-        "gradient of query": scale * reduce_to(of_query, query),
-        "gradient of key": scale * reduce_to((off_scores + weights.square() * off_delta).mT @ query.square(), key),
+        "gradient of query": squared_scale * reduce_to(of_query, query),
+        "gradient of key": squared_scale * reduce_to(of_key, key),
         "gradient of value": reduce_to(kept_weights.mT @ grad.square(), value),
     }
     if "attn_mask" in call.learned:
