@@ -166,6 +166,7 @@ def pytorch(call: Call, backends: tuple[SDPBackend, ...] = ()) -> dict[str, torc
         return {}
 
 
+@torch.no_grad()
 def magnitudes(call: Call, right: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the rounding of each tensor of the exact answer is relative to, in units of its dtype: float64, same shape.
 
@@ -177,8 +178,8 @@ def magnitudes(call: Call, right: dict[str, torch.Tensor]) -> dict[str, torch.Te
     """
     arguments = exact_arguments(call, torch.float64)
     answer = formula.attention(**arguments)
-    query, key, value = (arguments[name].detach() for name in ("query", "key", "value"))
-    output, lse, weights = answer.output.detach(), answer.lse.detach().unsqueeze(-1), answer.weights.detach()
+    query, key, value = (arguments[name] for name in ("query", "key", "value"))
+    output, lse, weights = answer.output, answer.lse.unsqueeze(-1), answer.weights
     shared_value, shared_key = (formula.repeat_heads(x, query) for x in (value, key))
     narrow = torch.finfo(call.query.dtype).eps
     wide = min(narrow, torch.finfo(torch.float32).eps)
