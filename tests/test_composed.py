@@ -525,11 +525,13 @@ def test_autocast_does_not_reach_the_formula() -> None:
 @pytest.mark.parametrize("need_lse", [False, True], ids=["mask", "formula"])
 def test_under_autocast_least_of_all_is_still_not_never(need_lse: bool) -> None:
     call = make_call(asked=Call(torch.full((1, 1, 1, 7), LEAST), torch.tensor([4, 7])), dtype=torch.float32)
-    expected, *_ = composed_attention(*call)
     with torch.autocast("cpu", torch.bfloat16):
         output, *_ = extended_attention(*call[:4], need_lse=need_lse, need_weights=False)
-    assert output.dtype == torch.bfloat16
-    torch.testing.assert_close(output.float(), expected, rtol=0.02, atol=0.02)
+    halves = [x.bfloat16() for x in call[:3]]
+    theirs, exact = (
+        without_loop(Given(*(x.to(d) for x in halves), call.asked)) for d in (torch.bfloat16, torch.float64)
+    )
+    assert_as_exact_as_torch(output, theirs.output, exact.output)
 
 
 def test_dropout_is_drawn_from_the_generator_and_not_in_the_weights() -> None:
