@@ -46,13 +46,13 @@ def tensors(sizes: Sizes, dtype: torch.dtype) -> dict[str, Callable[[], dict[str
         "bias": lambda: bias(1, heads, n_queries, n_keys),
         "key-bias": lambda: bias(b, 1, 1, n_keys),
         "scale": lambda: {"scale": 0.3},
-        "window": lambda: {"options": {"window": (n_keys // 5, 7)}},
-        "bottom-right": lambda: {"options": {"causal_alignment": "bottom_right"}},
-        "softcap": lambda: {"options": {"softcap": 3.0}},
-        "slopes": lambda: {"options": {"alibi_slopes": torch.rand(heads)}},
-        "sinks": lambda: {"options": {"sinks": torch.randn(heads)}, "learned": ("query", "key", "value", "sinks")},
-        "lengths": lambda: {"options": {"key_lengths": used.int()}},
-        "dropout": dict,
+        "window": lambda: {"window": (n_keys // 5, 7)},
+        "bottom-right": lambda: {"causal_alignment": "bottom_right"},
+        "softcap": lambda: {"softcap": 3.0},
+        "slopes": lambda: {"alibi_slopes": torch.rand(heads)},
+        "sinks": lambda: {"sinks": torch.randn(heads), "learned": ("query", "key", "value", "sinks")},
+        "lengths": lambda: {"key_lengths": used.int()},
+        "dropout": lambda: {"dropout_p": 0.1},
         "packed": dict,
         "spread": dict,
         "tf32": dict,
@@ -86,11 +86,9 @@ class AttentionProblem(NamedTuple):
 
     def call(self, device: str) -> Call:
         torch.manual_seed(sum(self.sizes))
-        arguments: dict[str, Any] = {"options": {}}
+        arguments: dict[str, Any] = {}
         for feature in self.features:
-            found = tensors(self.sizes, self.dtype)[feature]()
-            arguments["options"] |= found.pop("options", {})
-            arguments |= found
+            arguments |= tensors(self.sizes, self.dtype)[feature]()
         call = make(self.sizes, self.dtype, device, **arguments)
         if "spread" in self.features:
             call = call.replace(**{name: getattr(call, name).mT.contiguous().mT for name in ("query", "key", "value")})
@@ -101,7 +99,7 @@ class AttentionProblem(NamedTuple):
         if "packed" in self.features:
             return pack
         if "dropout" in self.features:
-            return seeded(functools.partial(attend, dropout_p=0.1))
+            return seeded(attend)
         return attend
 
     @contextmanager
@@ -124,13 +122,11 @@ class AttentionProblem(NamedTuple):
     def compare(self, device: str) -> Iterator[Comparison]:
         with self.settings():
             call, attention = self.call(device), self.attention()
-            exact_call = call
             if "dropout" in self.features:  # values of one number each give the weights, in which 0 is a dropped one
                 eye = torch.eye(self.sizes[4], dtype=self.dtype, device=device).expand(*call.value.shape)
-                kept = attention(call.query, call.key, eye, call.attn_mask, is_causal=call.is_causal) != 0
-                exact_call = call.replace(options={"kept": kept, "dropout_p": 0.1})
+                call = call.replace(kept=call.replace(value=eye).run(attention) != 0)
             with must_run(self.hopper):
-                found = list(compare(attention, call, exact_call))
+                found = list(compare(solve(call, attention), call))
             yield from map(coarsen(call), found) if "tf32" in self.features else found
             if self.hopper:
                 first = solve(call, attention)

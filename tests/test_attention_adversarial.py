@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 import kernels
 from kernels.attention.plan import forced
 from kernels.attention.tiles import Tile
-from tests.attention_problem import Problem, check, no_loop, problem
+from tests.conformance.judge import LEARNED, judge, make, same_bits, solve
 from tests.tolerances import GRADIENT, assert_as_exact_as_torch
 
 triton_attention = functools.partial(kernels.scaled_dot_product_attention, backend="triton")
 torch_attention = functools.partial(kernels.scaled_dot_product_attention, backend="torch")
+problem = functools.partial(make, learned=LEARNED)
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
@@ -83,25 +84,18 @@ def test_any_call(call: dict, device: str) -> None:
     shape = call["mask_shape"]
     masks = {
         "none": None,
-        "bool": lambda _: torch.rand(shape) < 0.6,
-        "float": lambda _: torch.randn(shape).masked_fill(torch.rand(shape) < 0.3, -math.inf),
-        "least": lambda _: torch.randn(shape).masked_fill(torch.rand(shape) < 0.5, torch.finfo(torch.float32).min),
+        "bool": torch.rand(shape) < 0.6,
+        "float": torch.randn(shape).masked_fill(torch.rand(shape) < 0.3, -math.inf),
+        "least": torch.randn(shape).masked_fill(torch.rand(shape) < 0.5, torch.finfo(torch.float32).min),
     }
     p = problem(
-        call["sizes"], device=device, mask=masks[call["mask"]], is_causal=call["is_causal"], scale=call["scale"]
+        call["sizes"], device=device, attn_mask=masks[call["mask"]], is_causal=call["is_causal"], scale=call["scale"]
     )
-    tensors = [lay_out(x, layout) for x, layout in zip((p.query, p.key, p.value, p.grad), call["layouts"])]
-    p = Problem(*tensors[:3], p.attn_mask, p.is_causal, p.scale, grad=tensors[3])
-    inputs = p.inputs()
-    mask = inputs[3] if len(inputs) == 4 else p.attn_mask
-    output = triton_attention(*inputs[:3], mask, is_causal=p.is_causal, scale=p.scale, enable_gqa=True)
-    exact_inputs = p.inputs(torch.float64)
-    exact = no_loop(p, *exact_inputs)
-    grads = torch.autograd.grad(output, inputs, p.grad)
-    exact_grads = torch.autograd.grad(exact, exact_inputs, p.grad.double())
-    # Not check(): of so few numbers, scores of any size and cancelling sums, PyTorch's error is a matter of luck.
-    for a, b in zip((output, *grads), (exact, *exact_grads)):
-        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=2e-4 * max(1.0, b.abs().max().item()))
+    laid_out = {
+        name: lay_out(getattr(p, name), layout)
+        for name, layout in zip(("query", "key", "value", "grad"), call["layouts"])
+    }
+    judge(triton_attention, p.replace(**laid_out))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -111,8 +105,8 @@ def test_large_numbers_in_half_precision(dtype: torch.dtype, device: str) -> Non
     In whole numbers, of which the largest is often there twice: rounding must not decide who is ahead.
     """
     p = problem((1, 2, 1, 33, 47, 24, 24), dtype, device, is_causal=True)
-    p = Problem(p.query.round() * 16, p.key.round() * 16, p.value * 30, is_causal=True, grad=p.grad * 10)
-    check(p, triton_attention)
+    larger = {"query": p.query.round() * 16, "key": p.key.round() * 16, "value": p.value * 30, "grad": p.grad * 10}
+    judge(triton_attention, p.replace(**larger))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (47,), (33, 1), (2, 1, 33, 1), (1, 2, 1, 47), (33, 47)], ids=str)
@@ -135,54 +129,43 @@ def test_causal_is_a_lower_triangle(n_queries: int, n_keys: int, device: str) ->
     bias = torch.zeros(lower.shape, device=device).masked_fill(~lower, -math.inf)
     results = []
     for mask, is_causal in [(None, True), (lower, False), (bias, False), (lower, True)]:
-        inputs = p.inputs()
-        output = triton_attention(*inputs, mask, is_causal=is_causal, enable_gqa=True)
-        results.append((output, *torch.autograd.grad(output, inputs, p.grad)))
+        call = p.replace(attn_mask=mask, is_causal=is_causal, learned=("query", "key", "value"))
+        results.append(solve(call, triton_attention))
     for other in results[1:]:
-        for a, b in zip(other, results[0]):
-            torch.testing.assert_close(a, b)
+        for name, x in other.items():
+            torch.testing.assert_close(x, results[0][name])
 
 
 def test_a_result_does_not_depend_on_the_batch_it_is_in(device: str) -> None:
     p = problem((3, 4, 2, 33, 47, 16, 8), device=device, is_causal=True)
-    inputs = p.inputs()
-    output = triton_attention(*inputs, is_causal=True, enable_gqa=True)
-    grads = torch.autograd.grad(output, inputs, p.grad)
-    alone = [x.detach()[1:2].requires_grad_() for x in inputs]
-    output_alone = triton_attention(*alone, is_causal=True, enable_gqa=True)
-    assert torch.equal(output_alone, output[1:2])
-    for a, b in zip(torch.autograd.grad(output_alone, alone, p.grad[1:2]), grads):
-        assert torch.equal(a, b[1:2])
+    alone = p.replace(**{name: getattr(p, name)[1:2] for name in ("query", "key", "value", "grad")})
+    among = {name: x[1:2] for name, x in solve(p, triton_attention).items()}
+    same_bits(solve(alone, triton_attention), among, "alone and among others")
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
 def test_an_expanded_upstream_gradient(masked: bool, device: str) -> None:
     """As `sum().backward()` and `mean(2)` send it: strides of 0."""
-    mask = (lambda _: torch.randn(1, 2, 17, 1)) if masked else None
-    p = problem((1, 2, 1, 17, 33, 16, 8), device=device, mask=mask)
+    mask = torch.randn(1, 2, 17, 1) if masked else None
+    p = problem((1, 2, 1, 17, 33, 16, 8), device=device, attn_mask=mask)
     for grad in (torch.ones((), device=device), p.grad[:, :, :1], p.grad[..., :1]):
         expanded = grad.expand(p.grad.shape)
         assert 0 in expanded.stride()
-        found, expected = [], []
-        for sent, grads in ((expanded, found), (expanded.contiguous(), expected)):
-            inputs = p.inputs()
-            output = triton_attention(*inputs, enable_gqa=True)
-            grads.extend(torch.autograd.grad(output, inputs, sent))
-        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+        found, expected = (solve(p.replace(grad=sent), triton_attention) for sent in (expanded, expanded.contiguous()))
+        same_bits(found, expected, "expanded and contiguous")
 
 
 @pytest.mark.parametrize("tile", [(16, 16), (64, 16), (16, 64)], ids=str)
 def test_dropout_draws_the_same_in_every_tile_size(tile: tuple[int, int], device: str) -> None:
-    p = problem((1, 2, 1, 33, 47, 16, 8), device=device, mask=lambda _: torch.randn(2, 1, 47), is_causal=True)
+    options = {"attn_mask": torch.randn(2, 1, 47), "is_causal": True, "dropout_p": 0.4}
+    p = problem((1, 2, 1, 33, 47, 16, 8), device=device, **options)
     results = []
     for own in (None, Tile(*tile, 4, 1)):
         torch.manual_seed(7)
-        inputs = p.inputs()
         with forced(tile=own):
-            output = triton_attention(*inputs, dropout_p=0.4, is_causal=True, enable_gqa=True)
-            results.append((output, *torch.autograd.grad(output, inputs, p.grad)))
-    for a, b in zip(*results):
-        torch.testing.assert_close(a, b)
+            results.append(solve(p, triton_attention))
+    for name, x in results[0].items():
+        torch.testing.assert_close(x, results[1][name])
 
 
 def test_dropout_is_independent_between_heads_batches_and_positions(device: str) -> None:
@@ -201,30 +184,19 @@ def test_dropout_is_independent_between_heads_batches_and_positions(device: str)
 
 @pytest.mark.parametrize("dropout_p", [1e-12, 1.0])
 def test_the_ends_of_dropout(dropout_p: float, device: str) -> None:
-    p = problem((1, 2, 2, 17, 33, 16, 8), device=device, mask=lambda _: torch.randn(17, 33))
-    inputs = p.inputs()
-    output = triton_attention(*inputs, dropout_p=dropout_p)
-    grads = torch.autograd.grad(output, inputs, p.grad)
-    inputs = p.inputs()
-    without = triton_attention(*inputs)
-    expected = (without, *torch.autograd.grad(without, inputs, p.grad))
-    for a, b in zip((output, *grads), expected):
-        torch.testing.assert_close(a, b if dropout_p < 1 else torch.zeros_like(b))
+    p = problem((1, 2, 2, 17, 33, 16, 8), device=device, attn_mask=torch.randn(17, 33))
+    found, whole = (solve(call, triton_attention) for call in (p.replace(dropout_p=dropout_p), p))
+    for name, x in whole.items():
+        torch.testing.assert_close(found[name], x if dropout_p < 1 else torch.zeros_like(x))
 
 
 @pytest.mark.parametrize(("n_queries", "n_keys"), [(0, 7), (5, 0), (0, 0)])
 @pytest.mark.parametrize("shape", ["1111", "11L1", "111S", "BHLS", "B11S"])
 def test_no_queries_or_no_keys_with_a_mask(n_queries: int, n_keys: int, shape: str, device: str) -> None:
     sizes = {"1": 1, "B": 2, "H": 3, "L": n_queries, "S": n_keys}
-    p = problem(
-        (2, 3, 3, n_queries, n_keys, 8, 4),
-        device=device,
-        is_causal=True,
-        mask=lambda _: torch.randn([sizes[axis] for axis in shape]),
-    )
-    inputs = p.inputs()
-    output = triton_attention(*inputs, is_causal=True)
-    for x in (output, *torch.autograd.grad(output, inputs, p.grad)):
+    mask = torch.randn([sizes[axis] for axis in shape])
+    p = problem((2, 3, 3, n_queries, n_keys, 8, 4), device=device, is_causal=True, attn_mask=mask)
+    for x in solve(p, triton_attention).values():
         assert torch.equal(x, torch.zeros_like(x))
 
 
@@ -254,26 +226,19 @@ def test_a_key_nobody_sees_gets_no_gradient(kind: str, n_queries: int, device: s
     mask[:, bad] = False
     if kind == "float":
         mask = torch.zeros(1, 47, device=device).masked_fill(~mask, -math.inf)
+    p = p.replace(attn_mask=None if kind == "causal" else mask, is_causal=kind == "causal", learned=LEARNED)
     results = []
     for fill in (None, math.nan, math.inf):
-        inputs = [x.detach().clone() for x in (p.query, p.key, p.value)]
-        for x in inputs[1:]:
+        key, value = p.key.clone(), p.value.clone()
+        for x in (key, value):
             if fill is not None:
                 x[:, :, bad] = fill
-        inputs = [x.requires_grad_() for x in inputs]
-        if kind == "float":
-            inputs.append(mask.clone().requires_grad_())
-        output = triton_attention(
-            *inputs[:3],
-            None if kind == "causal" else inputs[3] if kind == "float" else mask,
-            is_causal=kind == "causal",
-            enable_gqa=True,
-        )
-        results.append((output, *torch.autograd.grad(output, inputs, p.grad)))
-        assert not results[-1][2][:, :, bad].any() and not results[-1][3][:, :, bad].any()
+        found = solve(p.replace(key=key, value=value), triton_attention)
+        results.append(found)
+        assert not found["gradient of key"][:, :, bad].any() and not found["gradient of value"][:, :, bad].any()
     for other in results[1:]:
-        for a, b in zip(other, results[0]):
-            torch.testing.assert_close(a, b)
+        for name, x in other.items():
+            torch.testing.assert_close(x, results[0][name])
 
 
 @pytest.mark.parametrize("create_graph", [False, True])

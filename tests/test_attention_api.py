@@ -13,7 +13,7 @@ import torch
 import kernels
 from kernels.attention.call import Call
 from kernels.backend import choose, why_not_triton
-from tests.attention_problem import check, problem
+from tests.conformance.judge import LEARNED, judge, make
 
 attention = kernels.scaled_dot_product_attention
 
@@ -166,11 +166,12 @@ def test_a_float64_call_goes_to_pytorch() -> None:
 def test_the_pytorch_path_follows_the_same_rules(on_pytorch: None, mask: str, is_causal: bool, gqa: bool) -> None:
     masks = {
         "none": None,
-        "bool": lambda _: torch.rand(2, 1, 7, 11) < 0.5,
-        "float": lambda _: torch.randn(1, 4, 7, 11).masked_fill(torch.rand(7, 11) < 0.3, -math.inf),
-        "1-D": lambda _: torch.rand(11) < 0.5,
+        "bool": torch.rand(2, 1, 7, 11) < 0.5,
+        "float": torch.randn(1, 4, 7, 11).masked_fill(torch.rand(7, 11) < 0.3, -math.inf),
+        "1-D": torch.rand(11) < 0.5,
     }
-    check(problem((2, 4, 2 if gqa else 4, 7, 11, 8, 5), mask=masks[mask], is_causal=is_causal), attention)
+    sizes = (2, 4, 2 if gqa else 4, 7, 11, 8, 5)
+    judge(attention, make(sizes, attn_mask=masks[mask], is_causal=is_causal, learned=LEARNED))
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
@@ -178,13 +179,13 @@ def test_the_pytorch_path_follows_the_same_rules(on_pytorch: None, mask: str, is
 def test_short_sequences_on_a_cpu(
     on_pytorch: None, masked: bool, is_causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    p = problem((50, 4, 4, 7, 11, 8, 7), is_causal=is_causal)
+    p = make((50, 4, 4, 7, 11, 8, 7), is_causal=is_causal)
     if masked:
         p.attn_mask = torch.rand(50, 1, 7, 11) < 0.5
         p.attn_mask[..., 0] = True
     if not (masked and is_causal):  # both at once become one mask, and row 0 one key
         monkeypatch.setattr("kernels.attention.cpu.fused.scaled_dot_product_attention", lambda *_: pytest.fail("fused"))
-    check(p, attention)
+    judge(attention, p)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
@@ -237,13 +238,12 @@ def test_short_sequences_with_dropout_on_a_cpu(on_pytorch: None) -> None:
 
 @pytest.mark.parametrize("mask", ["none", "bool", "float"])
 def test_bad_keys_on_the_pytorch_path_reach_those_who_may_see_them(on_pytorch: None, mask: str) -> None:
-    p = problem((2, 4, 2, 7, 11, 8, 5), is_causal=mask == "none")
     ok = torch.rand(2, 4, 7, 11) < 0.5 if mask != "none" else torch.ones(7, 11, dtype=torch.bool).tril()
-    p.attn_mask = {"none": None, "bool": ok, "float": torch.zeros(ok.shape).masked_fill(~ok, -math.inf)}[mask]
-    clean = attention(p.query, p.key, p.value, p.attn_mask, is_causal=p.is_causal, enable_gqa=True)
+    given_mask = {"none": None, "bool": ok, "float": torch.zeros(ok.shape).masked_fill(~ok, -math.inf)}[mask]
+    p = make((2, 4, 2, 7, 11, 8, 5), attn_mask=given_mask, is_causal=mask == "none", learned=())
     value = p.value.clone()
     value[:, 1, 3] = math.inf
-    dirty = attention(p.query, p.key, value, p.attn_mask, is_causal=p.is_causal, enable_gqa=True)
+    clean, dirty = p.run(attention), p.replace(value=value).run(attention)
     sees = ok[..., 3].expand(2, 4, 7).clone()
     sees[:, :2] = False  # the other key head is clean
     assert torch.equal(dirty.isnan().all(-1), sees)

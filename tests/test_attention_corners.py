@@ -19,7 +19,8 @@ import torch
 
 import kernels
 from kernels.attention.call import Call
-from tests.test_attention_features import formula
+from tests.conformance.formula import attention as formula
+from tests.tolerances import assert_as_exact_as_torch
 
 PATHS = pytest.mark.parametrize("path", ["triton", "torch"])
 attention = functools.partial(kernels.scaled_dot_product_attention, enable_gqa=True)
@@ -357,11 +358,10 @@ def test_a_mask_of_any_dtype_under_autocast(dtype: torch.dtype, more: dict[str, 
     with torch.autocast("cpu", torch.bfloat16):
         found = attention(x, x, x, mask, **more)
     assert found.dtype == torch.bfloat16
-    halves = x.bfloat16().double()
-    expected = formula(halves, halves, halves, mask.double(), **more)[0]
+    theirs, exact = (formula(*(x.bfloat16().to(d),) * 3, mask, **more).output for d in (torch.bfloat16, torch.float64))
     if dtype != torch.float16:  # whose least number leaves float32 scores some digits
-        expected[:, :, 2] = halves.mean(2)
-    assert (found - expected).norm() < 2e-2 * expected.norm()
+        exact[:, :, 2] = x.bfloat16().double().mean(2)
+    assert_as_exact_as_torch(found, theirs, exact)
 
 
 # Numbers of other types

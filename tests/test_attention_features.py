@@ -1,7 +1,6 @@
 """What attention knows beyond PyTorch's: places, windows, soft cap, slopes, sinks, lengths, packs, log-sum-exp.
 
-Each call of the Triton kernels is held to the formula in float64, within PyTorch's error when it computes the formula
-at the same dtype.
+Each call of the Triton kernels is held to the formula in float64, within the formula's own error at the same dtype.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from hypothesis import strategies as st
 import kernels
 from kernels.attention.plan import forced
 from kernels.attention.tiles import Tile
-from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch, size_of_terms
+from tests.conformance.formula import attention as formula
+from tests.conformance.judge import LEARNED, judge, make
 
 attention = functools.partial(kernels.scaled_dot_product_attention, enable_gqa=True, backend="triton")
-SUMS = {"grad of attn_mask": 1, "grad of sinks": 1, "grad of alibi_slopes": 8}
-LEARNED = ("query", "key", "value", "attn_mask", "sinks", "alibi_slopes")
+judged = functools.partial(make, results=("output", "lse", "weights"), learned=LEARNED)
 
 
 @pytest.fixture(autouse=True)
@@ -42,106 +41,6 @@ def interpreted(device: str) -> None:
     """For what only the interpreter shows."""
     if device != "cpu":
         pytest.skip("looks into the interpreter")
-
-
-def formula(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    causal_alignment: str = "top_left",
-    window: tuple[int | None, int | None] = (None, None),
-    softcap: float | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    key_lengths: torch.Tensor | None = None,
-    held: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output, log-sum-exp and weights, each step in the dtype of the inputs, a float for a tensor of any dtype.
-
-    held: gradients of output and weights are those with the log-sum-exp held fixed.
-    """
-    dtype, device = query.dtype, query.device
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    n_queries, n_keys = query.shape[2], key.shape[2]
-    used = torch.full((query.shape[0],), n_keys, device=device) if key_lengths is None else key_lengths
-    used = used[:, None, None, None]
-    place = torch.arange(n_queries, device=device)[:, None]
-    if causal_alignment == "bottom_right":
-        place = place + used - n_queries
-    distance = torch.arange(n_keys, device=device) - place
-    ok = torch.arange(n_keys, device=device) < used
-    left, right = window
-    for bound, side in ((0 if is_causal else None, 1), (right, 1), (left, -1)):
-        if bound is not None:
-            ok = ok & (side * distance <= bound)
-    scores = query @ key.mT / math.sqrt(query.shape[-1])
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if alibi_slopes is not None:
-        slopes = alibi_slopes.to(dtype)[..., None, None]
-        scores = scores - slopes * distance.abs()
-    if attn_mask is not None:
-        ok = ok & (attn_mask if attn_mask.dtype == torch.bool else attn_mask != -math.inf)
-        if attn_mask.dtype != torch.bool:
-            scores = scores + attn_mask.masked_fill(attn_mask == -math.inf, 0.0).to(dtype)
-    scores = scores.masked_fill(~ok, -math.inf)
-    if sinks is not None:
-        scores = torch.cat((scores, sinks.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)), -1)
-    lse = torch.logsumexp(scores, -1) if scores.shape[-1] else scores.new_full(scores.shape[:3], -math.inf)
-    pivot = lse.detach() if held else lse
-    weights = torch.exp(scores - pivot.masked_fill(pivot == -math.inf, 0.0)[..., None])[..., :n_keys]
-    return weights @ value, lse, weights
-
-
-def call(sizes: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
-    """Query, key and value, views of (B, T, H, D); sizes are B, Hq, Hkv, L, S, E, Ev."""
-    b, hq, hkv, n_queries, n_keys, e, ev = sizes
-    shapes = {"query": (b, n_queries, hq, e), "key": (b, n_keys, hkv, e), "value": (b, n_keys, hkv, ev)}
-    return {name: torch.randn(shape).to(device, dtype).transpose(1, 2) for name, shape in shapes.items()}
-
-
-def check(arguments: dict[str, Any], tiny: bool = False) -> None:
-    """Hold output, log-sum-exp, weights and every gradient of a call to the tolerance.
-
-    tiny: at sizes where PyTorch may be exact by luck, 100 units in the last place of the largest entry, or of 1.
-    """
-    given_tensors = {name: x for name, x in arguments.items() if name in LEARNED and x is not None}
-    learned = [name for name, x in given_tensors.items() if x.is_floating_point()]
-    shape = (*arguments["query"].shape[:3], arguments["value"].shape[-1])
-    device = arguments["query"].device
-    upstream = torch.randn(shape, device=device), torch.randn(shape[:3], device=device)
-    rest = {name: x for name, x in arguments.items() if name not in learned}
-    found = []
-    held = functools.partial(formula, held=True)
-    for solve, dtype in ((attention, None), (formula, None), (formula, torch.float64), (held, torch.float64)):
-        leaves = {
-            name: given_tensors[name].detach().to(dtype or given_tensors[name].dtype).requires_grad_()
-            for name in learned
-        }
-        if solve is attention:
-            output, lse, weights = solve(**leaves, **rest, return_lse=True, need_weights=True)
-        else:
-            output, lse, weights = solve(**leaves, **rest)
-        grads = upstream[0].to(output.dtype), torch.where(lse == -math.inf, 0.0, upstream[1]).to(lse.dtype)
-        gradients = torch.autograd.grad((output, lse), list(leaves.values()), grads, allow_unused=True)
-        gradients = [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves.values())]
-        found.append([output, lse.nan_to_num(neginf=-99.0), weights, *gradients])
-    names = ["output", "lse", "weights", *(f"grad of {name}" for name in learned)]
-    for name, ours, theirs, exact, fixed in zip(names, *found):
-        factor = GRADIENT if name.startswith("grad") else FORWARD
-        if name == "lse" and ours.dtype != theirs.dtype:  # ours is float32 always, the formula's of the inputs' dtype
-            theirs = exact.to(theirs.dtype).to(ours.dtype)
-        if tiny:
-            room = 100 * torch.finfo(ours.dtype).eps * (1.0 + exact.abs().max().item() if exact.numel() else 1.0)
-            torch.testing.assert_close(ours.double(), exact, rtol=0.0, atol=room, msg=lambda m, n=name: f"{n}: {m}")
-            continue
-        magnitude = size_of_terms(exact, fixed, ours.dtype)
-        if name == "lse" or name in SUMS:  # of numbers larger than themselves, which cancel
-            magnitude = SUMS.get(name, 1) * (exact.abs() + exact.abs().max() + 1.0)
-        assert_as_exact_as_torch(ours, theirs, exact, factor, name, magnitude)
 
 
 SIZES = (2, 2, 1, 37, 43, 12, 20)
@@ -172,12 +71,9 @@ FEATURES: dict[str, dict[str, Any]] = {
         "sinks": lambda: torch.randn(2),
         "causal_alignment": "bottom_right",
         "key_lengths": lambda: torch.tensor([43, 31]),
+        "learned": ("query", "key", "value", "attn_mask", "sinks"),  # slopes that learn are a mask to the kernels
     },
 }
-
-
-def made(options: dict[str, Any], device: str) -> dict[str, Any]:
-    return {name: x().to(device) if callable(x) else x for name, x in options.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -185,7 +81,7 @@ def made(options: dict[str, Any], device: str) -> dict[str, Any]:
 def test_each_feature(feature: str, dtype: torch.dtype, device: str) -> None:
     if dtype == torch.float16 and device == "cpu":
         pytest.skip("in the interpreter bfloat16 stands for it")
-    check({**call(SIZES, dtype, device), **made(FEATURES[feature], device)})
+    judge(attention, judged(SIZES, dtype, device, **FEATURES[feature]))
 
 
 @pytest.mark.slow
@@ -199,10 +95,9 @@ def test_any_combination_means_what_its_parts_mean(data: st.DataObject) -> None:
     hkv, group = some("hkv", 1, 2), some("group", 1, 2)
     sizes = (some("b", 1, 2), hkv * group, hkv, some("l", 1, 5, 17, 35), some("s", 1, 7, 23, 40), some("e", 3, 8), 5)
     batch, heads, _, n_queries, n_keys = sizes[:5]
-    arguments: dict[str, Any] = call(sizes, torch.float32, "cpu")
     mask_shape = [some("mask", 1, full) for full in (batch, heads, n_queries, n_keys)]
     mask = torch.randn(mask_shape)
-    arguments |= {
+    arguments = {
         "attn_mask": some("kind", None, mask, mask < 0.5, mask.masked_fill(mask > 1.0, -math.inf)),
         "is_causal": some("is_causal", False, True),
         "causal_alignment": some("causal_alignment", "top_left", "bottom_right"),
@@ -212,42 +107,40 @@ def test_any_combination_means_what_its_parts_mean(data: st.DataObject) -> None:
         "sinks": some("sinks", None, torch.randn(heads)),
         "key_lengths": some("key_lengths", None, torch.randint(0, n_keys + 1, (batch,))),
     }
-    check(arguments, tiny=True)
+    judge(attention, judged(sizes, **arguments))
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 1, 19, 21, 300, 12), (1, 1, 1, 17, 18, 8, 270), (1, 1, 1, 5, 7, 513, 600)])
 def test_heads_wider_than_a_tile(sizes: tuple[int, ...], device: str) -> None:
-    arguments = call(sizes, torch.float32, device)
-    check({**arguments, "is_causal": True, "attn_mask": torch.randn(sizes[3:5]).to(device), "softcap": 5.0})
+    judge(attention, judged(sizes, device=device, is_causal=True, attn_mask=torch.randn(sizes[3:5]), softcap=5.0))
 
 
 @pytest.mark.parametrize("e", [1, 2048])
 def test_narrowest_and_widest_heads(e: int, device: str) -> None:
-    check(call((1, 1, 1, 3, 5, e, e), torch.float32, device))
+    judge(attention, judged((1, 1, 1, 3, 5, e, e), device=device))
 
 
 def test_dropout_replays_with_every_feature(device: str) -> None:
     """With the value the identity, the output is the dropped weights: each is 0 or its weight over 1 - p."""
-    options = made(FEATURES["all"], device)
-    options.pop("attn_mask")
-    arguments = call((2, 2, 1, 17, 19, 8, 19), torch.float32, device)
-    arguments["value"] = torch.eye(19, device=device).expand(2, 1, 19, 19).contiguous().requires_grad_()
-    options["key_lengths"] = torch.tensor([19, 13], device=device)
-    output, _, weights = attention(**arguments, **options, dropout_p=0.3, return_lse=True, need_weights=True)
+    options = {**FEATURES["all"], "attn_mask": None, "key_lengths": torch.tensor([19, 13])}
+    call = make((2, 2, 1, 17, 19, 8, 19), device=device, **options, dropout_p=0.3)
+    value = torch.eye(19, device=device).expand(2, 1, 19, 19).contiguous().requires_grad_()
+    results = {"return_lse": True, "need_weights": True}
+    output, _, weights = call.run(attention, {**call.given(), "value": value}, **results)
     kept = output != 0.0
     torch.testing.assert_close(output, torch.where(kept, weights / 0.7, 0.0))
     assert 0.05 < (weights != 0.0)[~kept].sum() / (weights != 0.0).sum() < 0.6
     upstream = torch.randn_like(output)
-    (gradient,) = torch.autograd.grad(output, arguments["value"], upstream)
+    (gradient,) = torch.autograd.grad(output, value, upstream)
     expected = (output.detach().mT @ upstream).unflatten(1, (1, 2)).sum(2)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", [2**31 - 1, 2**40])
 def test_a_window_wider_than_any_sequence_is_none(side: int, device: str) -> None:
-    q, k, v = call((1, 2, 2, 37, 43, 8, 8), torch.float32, device).values()
+    inputs = make((1, 2, 2, 37, 43, 8, 8), device=device).inputs
     for window, options in (((side, side), {}), ((side, None), {}), ((side, 0), {"is_causal": True})):
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        leaves = [x.detach().requires_grad_() for x in inputs]
         output, expected = attention(*leaves, window=window), attention(*leaves, **options)
         upstream = torch.randn_like(output)
         for ours, right in zip(*([x, *torch.autograd.grad(x, leaves, upstream)] for x in (output, expected))):
@@ -257,7 +150,7 @@ def test_a_window_wider_than_any_sequence_is_none(side: int, device: str) -> Non
 @pytest.mark.parametrize("is_short", [False, True], ids=["general", "short"])
 def test_a_soft_cap_does_not_overflow_float16(is_short: bool, device: str) -> None:
     """Gradients as loss scaling makes them: dS is rounded to 16 bits, and must not be multiplied by the cap before."""
-    leaves = [x.requires_grad_() for x in call((1, 2, 2, 11, 9, 16, 16), torch.float16, device).values()]
+    leaves = [x.requires_grad_() for x in make((1, 2, 2, 11, 9, 16, 16), torch.float16, device).inputs]
     with forced(kernel="short" if is_short else "general"):
         output = attention(*leaves, softcap=50.0)
         gradients = torch.autograd.grad(output, leaves, torch.full_like(output, 500.0).mul_(torch.randn_like(output)))
@@ -265,7 +158,7 @@ def test_a_soft_cap_does_not_overflow_float16(is_short: bool, device: str) -> No
 
 
 def test_a_result_is_a_tensor_until_more_is_asked_for(device: str) -> None:
-    q, k, v = call((1, 2, 2, 5, 7, 8, 8), torch.float32, device).values()
+    q, k, v = make((1, 2, 2, 5, 7, 8, 8), device=device).inputs
     plain = attention(q, k, v)
     assert isinstance(plain, torch.Tensor)
     result = attention(q, k, v, return_lse=True)
@@ -278,7 +171,7 @@ def test_a_result_is_a_tensor_until_more_is_asked_for(device: str) -> None:
 
 def test_keys_out_of_sight_are_never_read(device: str) -> None:
     """NaN beyond a window and beyond the keys in use reaches neither output nor gradient."""
-    q, k, v = call((2, 2, 2, 40, 64, 8, 8), torch.float32, device).values()
+    q, k, v = make((2, 2, 2, 40, 64, 8, 8), device=device).inputs
     lengths = torch.tensor([30, 45], device=device)
     options = {"key_lengths": lengths, "window": (8, 0), "causal_alignment": "top_left"}
     results = []
@@ -404,7 +297,7 @@ LENGTHS = [((5, 0, 17, 33), (7, 3, 0, 20)), ((1,), (1,)), ((0, 0), (0, 0)), ((16
     ids=lambda f: "+".join(f) or "plain",
 )
 def test_packed_sequences_are_those_by_themselves(feature: dict, lengths: tuple, path: str, device: str) -> None:
-    options = made(feature, device)
+    options = {name: x().to(device) if callable(x) else x for name, x in feature.items()}
     totals = [sum(n) for n in lengths]
     shapes = [(totals[0], 4, 8), (totals[1], 2, 8), (totals[1], 2, 6)]
     leaves = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
@@ -415,8 +308,8 @@ def test_packed_sequences_are_those_by_themselves(feature: dict, lengths: tuple,
     )
     assert output.shape == (totals[0], 4, 6) and lse.shape == (totals[0], 4)
     parts = zip(*(x.double().split(n) for x, n in zip(leaves, (lengths[0], lengths[1], lengths[1]))))
-    expected = [formula(*(x.transpose(0, 1)[None] for x in part), **options)[0][0].transpose(0, 1) for part in parts]
-    expected = torch.cat(expected)
+    parts = [[x.transpose(0, 1)[None] for x in part] for part in parts]
+    expected = torch.cat([formula(*part, **options).output[0].transpose(0, 1) for part in parts])
     torch.testing.assert_close(output, expected.float(), rtol=1e-4, atol=1e-5)
     upstream = torch.randn_like(output)
     ours = torch.autograd.grad(output, leaves, upstream)
@@ -463,7 +356,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_errors_say_rule_and_finding_in_one_line(case: str, path: str) -> None:
     options, error, message = BAD[case]
-    q, k, v = call((2, 4, 4, 5, 7, 8, 8), torch.float32, "cpu").values()
+    q, k, v = make((2, 4, 4, 5, 7, 8, 8)).inputs
     with pytest.raises(error, match=message) as caught:
         kernels.scaled_dot_product_attention(q, k, v, backend=path, **options)
     assert "\n" not in str(caught.value)
@@ -500,20 +393,17 @@ def test_vmap_of_dropout_draws_for_each_or_refuses() -> None:
 
 def test_double_backward_with_every_feature() -> None:
     """The gradient's gradient against the formula's, through output and log-sum-exp."""
-    options = made(FEATURES["all"], "cpu")
-    slopes = options.pop("alibi_slopes")
-    arguments = call(SIZES, torch.float32, "cpu")
+    call = judged(SIZES, **FEATURES["all"], results=("output", "lse"))
     results = []
-    for solve, dtype in ((attention, torch.float32), (formula, torch.float64)):
-        leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in arguments.items()}
-        learned = {name: options[name].to(dtype).requires_grad_() for name in ("attn_mask", "sinks")}
-        extra = {name: x for name, x in options.items() if name not in learned}
-        more = {"return_lse": True} if solve is attention else {}
-        output, lse, _ = solve(**leaves, **learned, **extra, **more, alibi_slopes=slopes)
-        torch.manual_seed(5)
-        upstream = torch.randn(output.shape).to(dtype), torch.randn(lse.shape).to(dtype)
-        inputs = [*leaves.values(), *learned.values()]
-        grads = torch.autograd.grad((output, lse), inputs, upstream, create_graph=True)
-        results.append(torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs))
+    for dtype in (torch.float32, torch.float64):
+        arguments = call.tensors(dtype)
+        if dtype == torch.float32:
+            output, lse, _ = call.run(attention, arguments, return_lse=True)
+        else:
+            output, lse, _ = formula(**arguments, is_causal=True)
+        leaves = [arguments[name] for name in call.learned]
+        upstream = call.grad.to(dtype), call.grad_lse.to(dtype)
+        grads = torch.autograd.grad((output, lse), leaves, upstream, create_graph=True)
+        results.append(torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b.float(), rtol=1e-3, atol=1e-3)

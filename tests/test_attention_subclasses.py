@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import kernels
-from tests.test_attention_features import formula
+from tests.conformance.formula import attention as formula
 from tests.test_subclasses import on_two_processes
 
 PATHS = pytest.mark.parametrize("path", ["triton", "torch"])

@@ -18,7 +18,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import kernels
 from kernels import scaled_dot_product_attention, varlen_attention
-from tests.test_attention_features import formula
+from tests.conformance.formula import attention as formula
 
 PATHS = pytest.mark.parametrize("path", ["triton", "torch"])
 QUIET = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # PyTorch's own

@@ -1,4 +1,6 @@
-"""Attention by its formula, held to two loops in Python's floats; and the mask for PyTorch's kernels, held to that."""
+"""Two formulas held to two loops in Python's floats: that of the kernels, `composed_attention`, and that of the tests,
+which every kernel is held to. And the mask for PyTorch's kernels, held to the former.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,8 @@ from kernels.attention.call import Call
 from kernels.attention.cpu import route
 from kernels.attention.cpu.route import extended_attention
 from kernels.attention.formula import composed_attention
+from tests.conformance.formula import Answer
+from tests.conformance.formula import attention as no_loop
 from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch
 
 SIZES = (2, 4, 2, 5, 7, 3, 2)  # B, Hq, Hkv, L, S, E, Ev
@@ -115,10 +119,30 @@ def two_loops(call: Given) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return output, lse, weights
 
 
+def without_loop(call: Given) -> Answer:
+    """Output, lse and weights by the formula of the tests, in the dtype of the query."""
+    asked = call.asked
+    return no_loop(
+        *call[:3],
+        asked.attn_mask,
+        scale=asked.scale,
+        causal_alignment="bottom_right" if asked.bottom_right else "top_left",
+        window=(asked.left, asked.right),
+        softcap=asked.softcap or None,
+        alibi_slopes=asked.alibi_slopes,
+        sinks=asked.sinks,
+        key_lengths=asked.key_lengths,
+        kept=call.kept,
+        dropout_p=asked.dropout_p,
+    )
+
+
 def assert_is_formula(call: Given, reference: Given | None = None) -> None:
-    """Hold output, lse and weights of `call` to two loops over it, or over another call."""
-    for found, expected in zip(composed_attention(*call), two_loops(reference or call)):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    """Hold output, lse and weights of `call`, by both formulas, to two loops over it, or over another call."""
+    right = two_loops(reference or call)
+    for three in (composed_attention(*call), without_loop(call)):
+        for found, expected in zip(three, right):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
 def features() -> dict[str, Given]:
@@ -384,16 +408,18 @@ HIDDEN = {  # the last two keys, by each rule that can hide them from every quer
 
 
 @pytest.mark.parametrize(
-    ("attention", "fill"), [*itertools.product(["composed", "extended"], [math.nan, math.inf]), ("composed", -LEAST)]
+    ("attention", "cap", "fill"),
+    [*itertools.product(["composed", "extended"], [None, 2.0], [math.nan, math.inf]), ("composed", None, -LEAST)],
 )
 @pytest.mark.parametrize("rule", HIDDEN)
-def test_a_key_nobody_sees_reaches_nothing(rule: str, attention: str, fill: float) -> None:
+def test_a_key_nobody_sees_reaches_nothing(rule: str, cap: float | None, attention: str, fill: float) -> None:
     change = dict(HIDDEN[rule])
     n_queries = change.pop("n_queries", 5)
     asked = Call(**{name: x for name, x in change.items() if name in Call._fields})
-    clean = make_call((2, 4, 2, n_queries, 7, 3, 2), asked, torch.float32)
+    clean = make_call((2, 4, 2, n_queries, 7, 3, 2), asked, torch.float32, softcap=cap)
     if attention == "composed":
-        clean = clean._replace(asked=asked._replace(alibi_slopes=torch.rand(1, 4), sinks=torch.randn(1, 4)))
+        rules = {"alibi_slopes": torch.rand(1, 4), "sinks": torch.randn(1, 4)}
+        clean = clean._replace(asked=clean.asked._replace(**rules))
     key, value = clean.key.clone(), clean.value.clone()
     key[:, :, 5:], value[:, :, 5:] = fill, fill
     upstream = upstream_of(clean)
@@ -449,30 +475,6 @@ def test_a_bad_query_reaches_its_own_row_alone() -> None:
         torch.testing.assert_close(a, b)
 
 
-def plain(call: Given) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and lse as one writes them down in PyTorch, every step in the dtype of the inputs; no empty rows."""
-    asked, dtype = call.asked, call.query.dtype
-    group = call.query.shape[1] // call.key.shape[1]
-    key, value = (x.repeat_interleave(group, 1) for x in (call.key, call.value))
-    scores = asked.scale * call.query @ key.mT
-    if asked.softcap:
-        scores = asked.softcap * torch.tanh(scores / asked.softcap)
-    forbidden = torch.ones(scores.shape, dtype=torch.bool)
-    distances = torch.zeros(scores.shape, dtype=dtype)
-    for batch, head, i, place, keys in visible(call):
-        forbidden[batch, head, i, keys] = False
-        distances[batch, head, i] = (place - torch.arange(scores.shape[-1])).abs().to(dtype)
-    if asked.alibi_slopes is not None:
-        scores = scores - asked.alibi_slopes.to(dtype)[..., None, None] * distances
-    if asked.attn_mask is not None and asked.attn_mask.is_floating_point():
-        scores = scores + asked.attn_mask.to(dtype)
-    scores = scores.masked_fill(forbidden, -math.inf)
-    if asked.sinks is not None:
-        scores = torch.cat([scores, asked.sinks.to(dtype)[..., None, None].expand(*scores.shape[:-1], 1)], -1)
-    weights = torch.softmax(scores, -1)[..., : key.shape[2]]
-    return weights @ value, torch.logsumexp(scores, -1)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["plain", "softcap", "lengths", "sinks", "all"])
 def test_a_result_is_as_exact_as_the_formula_in_its_dtype(name: str, dtype: torch.dtype) -> None:
@@ -489,10 +491,10 @@ def test_a_result_is_as_exact_as_the_formula_in_its_dtype(name: str, dtype: torc
     call = make_call((2, 4, 2, 29, 31, 17, 13), extra, dtype, **rules)
     grad = torch.randn(2, 4, 29, 13).to(dtype)
     found = []
-    for attention, precision in ((composed_attention, dtype), (plain, dtype), (plain, torch.float64)):
+    for attention, precision in ((composed_attention, dtype), (None, dtype), (None, torch.float64)):
         some, leaves = call.leaves(precision)
         some = some._replace(asked=call.asked)
-        output, lse, *_ = attention(*some) if attention is composed_attention else attention(some)
+        output, lse, _ = attention(*some) if attention else without_loop(some)
         found.append([output, *torch.autograd.grad(output, leaves[:3], grad.to(precision)), lse])
     for ours, theirs, exact, what in zip(*found, ["output", "grad of query", "grad of key", "grad of value", "lse"]):
         if what == "lse":
@@ -523,11 +525,13 @@ def test_autocast_does_not_reach_the_formula() -> None:
 @pytest.mark.parametrize("need_lse", [False, True], ids=["mask", "formula"])
 def test_under_autocast_least_of_all_is_still_not_never(need_lse: bool) -> None:
     call = make_call(asked=Call(torch.full((1, 1, 1, 7), LEAST), torch.tensor([4, 7])), dtype=torch.float32)
-    expected, *_ = composed_attention(*call)
     with torch.autocast("cpu", torch.bfloat16):
         output, *_ = extended_attention(*call[:4], need_lse=need_lse, need_weights=False)
-    assert output.dtype == torch.bfloat16
-    torch.testing.assert_close(output.float(), expected, rtol=0.02, atol=0.02)
+    halves = [x.bfloat16() for x in call[:3]]
+    theirs, exact = (
+        without_loop(Given(*(x.to(d) for x in halves), call.asked)) for d in (torch.bfloat16, torch.float64)
+    )
+    assert_as_exact_as_torch(output, theirs.output, exact.output)
 
 
 def test_dropout_is_drawn_from_the_generator_and_not_in_the_weights() -> None:

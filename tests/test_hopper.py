@@ -19,9 +19,7 @@ from kernels.attention import measured, plan
 from kernels.attention.call import Call
 from kernels.attention.plan import forced
 from kernels.attention.tiles import choose_consumers
-from tests.attention_problem import check, problem
-from tests.test_attention_features import call, formula
-from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch, size_of_terms
+from tests.conformance.judge import judge, make
 
 pytest.importorskip("triton")
 
@@ -140,13 +138,13 @@ def test_three_consumers_where_rows_are_narrow_and_tiles_well_filled() -> None:
     ids=str,
 )
 def test_output_and_gradients(sizes: tuple[int, ...], is_causal: bool, dtype: torch.dtype, hopper: str) -> None:
-    check(problem(sizes, dtype, hopper, is_causal=is_causal), attention)
+    judge(attention, make(sizes, dtype, hopper, is_causal=is_causal))
 
 
 @pytest.mark.parametrize("sizes", [(2, 70, 10, 1024, 1024, 128, 128), (2, 70, 10, 1100, 1100, 64, 64)], ids=str)
 @pytest.mark.parametrize("hopper", [pytest.param("cuda", marks=ON_GPU)], indirect=True)
 def test_more_tiles_than_programs(sizes: tuple[int, ...], hopper: str) -> None:
-    check(problem(sizes, torch.bfloat16, hopper, is_causal=True), attention)
+    judge(attention, make(sizes, torch.bfloat16, hopper, is_causal=True))
 
 
 FEATURES: dict[str, dict[str, Any]] = {
@@ -166,48 +164,10 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
-def hold_to_formula(
-    ours: list[torch.Tensor], arguments: dict[str, torch.Tensor], upstream: list[torch.Tensor], options: dict[str, Any]
-) -> None:
-    """Judge a call by the formula in float64.
-
-    PyTorch's error is that of the formula in float32, of which only the result is rounded to 16 bits: less than that
-    of its 16-bit kernels, and they do not know every feature.
-
-    Args:
-        ours: output; log-sum-exp, if `upstream` has two; and where they are to be judged too the gradients.
-        arguments: query, key and value. upstream: the gradients of output and log-sum-exp.
-    """
-    found, held = [], functools.partial(formula, held=True)
-    for solve, dtype in ((formula, torch.float32), (formula, torch.float64), (held, torch.float64)):
-        leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in arguments.items()}
-        results = solve(**leaves, **options)[: len(upstream)]
-        if len(ours) > len(upstream):
-            grads = [grad.to(dtype) for grad in upstream]
-            results += torch.autograd.grad(results, list(leaves.values()), grads)
-        found.append(results)
-    names = [*("output", "lse")[: len(upstream)], *(f"grad of {name}" for name in arguments)]
-    for name, mine, *others in zip(names, ours, *found):
-        mine, theirs, exact, fixed = (x.masked_fill(x == -math.inf, 0.0) for x in (mine, *others))
-        # Delta comes from the output, which is rounded to 16 bits, here as in PyTorch's 16-bit kernel. With two keys to
-        # attend to, little may be left when it is taken off: in both, the gradient is then wrong by up to 3 %.
-        magnitude = size_of_terms(exact, fixed, torch.float32)
-        if name == "lse":  # a sum of numbers larger than itself
-            magnitude = exact.abs() + exact.abs().max() + 1.0
-        factor = GRADIENT if name.startswith("grad") else FORWARD
-        assert_as_exact_as_torch(mine, theirs.to(mine.dtype), exact, factor, name, magnitude)
-
-
 def check_feature(sizes: tuple[int, ...], options: dict[str, Any], device: str, with_gradients: bool) -> None:
-    """Hold a call in bfloat16 to the formula."""
-    options = {name: x.to(device) if torch.is_tensor(x) else x for name, x in options.items()}
-    arguments = {name: x.requires_grad_(with_gradients) for name, x in call(sizes, torch.bfloat16, device).items()}
-    output, lse, _ = attention(**arguments, **options, enable_gqa=True, return_lse=True)
-    upstream = [torch.randn_like(output), torch.randn_like(lse).masked_fill(lse == -math.inf, 0.0)]
-    ours = [output, lse]
-    if with_gradients:
-        ours += torch.autograd.grad(ours, list(arguments.values()), upstream)
-    hold_to_formula(ours, arguments, upstream, options)
+    """Hold a call in bfloat16, its log-sum-exp as well, to the formula."""
+    learned = ("query", "key", "value") if with_gradients else ()
+    judge(attention, make(sizes, torch.bfloat16, device, results=("output", "lse"), learned=learned, **options))
 
 
 @pytest.mark.parametrize("d", plan.HOPPER_HEAD_SIZES["forward"])
@@ -224,11 +184,11 @@ def test_gradients_with_each_feature(feature: str, d: int, hopper_only: str) -> 
 
 WRONG = {  # what is replaced by what, and where that shows first
     "scale off by 1 %": ("call.scale * LOG2_E", "call.scale * 1.01 * LOG2_E", "output"),
-    "scale off by 1 % in the backward": ("[product]), before\n", "[product]), before * 1.01\n", "grad of query"),
+    "scale off by 1 % in the backward": ("[product]), before\n", "[product]), before * 1.01\n", "gradient of query"),
     "last key left out": ("(j < n_keys)", "(j < n_keys - 1)", "output"),
-    "delta missing": ("dp - stats_s.index(2 * INDEX + 1).load(columns)[None, :]", "dp", "grad of query"),
-    "dK off by 1 %": ("dk = dk * call.scale", "dk = dk * call.scale * 1.01", "grad of key"),
-    "dV of weights that do not sum to 1": ("weights.to(DTYPE)", "(weights * 1.01).to(DTYPE)", "grad of value"),
+    "delta missing": ("dp - stats_s.index(2 * INDEX + 1).load(columns)[None, :]", "dp", "gradient of query"),
+    "dK off by 1 %": ("dk = dk * call.scale", "dk = dk * call.scale * 1.01", "gradient of key"),
+    "dV of weights that do not sum to 1": ("weights.to(DTYPE)", "(weights * 1.01).to(DTYPE)", "gradient of value"),
 }
 
 
@@ -250,20 +210,18 @@ def test_a_slightly_wrong_kernel_is_rejected(wrong: str, d: int, monkeypatch: py
 
 
 def test_nan_stays_where_it_may_be_seen(hopper_only: str) -> None:
-    arguments = call((2, 2, 2, 512, 512, 128, 128), torch.bfloat16, hopper_only)
-    lengths = torch.tensor([512, 300], device=hopper_only)
-    clean = attention(**arguments, is_causal=True, key_lengths=lengths)
-    for name in "key", "value":
-        arguments[name] = arguments[name].clone()
-        arguments[name][1, :, 300:] = math.nan
-        arguments[name][0, :, 400] = math.inf
-    found = attention(**arguments, is_causal=True, key_lengths=lengths)
+    lengths = torch.tensor([512, 300])
+    call = make((2, 2, 2, 512, 512, 128, 128), torch.bfloat16, hopper_only, is_causal=True, key_lengths=lengths)
+    key, value = call.key.clone(), call.value.clone()
+    for x in key, value:
+        x[1, :, 300:], x[0, :, 400] = math.nan, math.inf
+    clean, found = call.run(attention), call.replace(key=key, value=value).run(attention)
     assert torch.equal(found[1], clean[1]) and torch.equal(found[0, :, :400], clean[0, :, :400])
     assert found[0, :, 400:].isnan().all()
 
 
 @pytest.mark.parametrize("hopper", [pytest.param("cuda", marks=ON_GPU)], indirect=True)
 def test_repeated_runs_agree_bit_for_bit(hopper_only: str) -> None:
-    arguments = call((4, 16, 16, 1500, 1500, 128, 128), torch.bfloat16, hopper_only)
-    first = attention(**arguments, is_causal=True)
-    assert all(torch.equal(attention(**arguments, is_causal=True), first) for _ in range(20))
+    call = make((4, 16, 16, 1500, 1500, 128, 128), torch.bfloat16, hopper_only, is_causal=True)
+    first = call.run(attention)
+    assert all(torch.equal(call.run(attention), first) for _ in range(20))

@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels.attention.call import Call
-from tests.test_attention_features import call
+from tests.conformance.judge import compare, make
 
 pytest.importorskip("triton")
 
 from tests.gluon_emulator import Chip, Deadlock, Product, Shared, emulate  # noqa: E402
-from tests.test_hopper import hold_to_formula  # noqa: E402
 
 
 def launch_both(
@@ -105,21 +104,19 @@ def test_any_combination_means_what_its_parts_mean(data: st.DataObject) -> None:
         softcap=softcap,
     )
     torch.manual_seed(data.draw(st.integers(0, 999), "seed"))
-    arguments = call((*shape, d, d), torch.bfloat16, "cpu")
-    upstream = torch.randn(b, n_queries, shape[1], d).bfloat16().transpose(1, 2)
-    ours = launch_both(emulate(some("order", 1, 2, 3)), *arguments.values(), upstream, asked)
-    hold_to_formula(
-        ours,
-        arguments,
-        [upstream],
-        {
-            "is_causal": is_causal,
-            "causal_alignment": "bottom_right" if bottom_right else "top_left",
-            "window": window,
-            "softcap": softcap,
-            "key_lengths": key_lengths,
-        },
+    call = make(
+        (*shape, d, d),
+        torch.bfloat16,
+        is_causal=is_causal,
+        causal_alignment="bottom_right" if bottom_right else "top_left",
+        window=window,
+        softcap=softcap,
+        key_lengths=key_lengths,
     )
+    ours = launch_both(emulate(some("order", 1, 2, 3)), *call.inputs, call.grad, asked)
+    names = "output", "gradient of query", "gradient of key", "gradient of value"
+    for one in compare(dict(zip(names, ours, strict=True)), call):
+        one.judge()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,11 +20,11 @@ from kernels.attention import plan, tiles
 from kernels.attention.call import Call
 from kernels.attention.explanation import NAMES
 from kernels.attention.plan import forced
-from tests.attention_problem import check, problem
-from tests.test_attention_features import FEATURES, call, formula, made
+from tests.conformance.formula import attention as formula
+from tests.conformance.judge import judge, make, solve
+from tests.test_attention_features import FEATURES
 
-by_place = functools.partial(kernels.scaled_dot_product_attention, backend="triton")
-attention = functools.partial(by_place, enable_gqa=True)
+attention = functools.partial(kernels.scaled_dot_product_attention, enable_gqa=True, backend="triton")
 pytestmark = pytest.mark.usefixtures("poisoned", "short_only")
 SHORT, HOPPER = (NAMES[name] for name in ("short", "hopper"))
 
@@ -36,21 +36,6 @@ def short_only() -> Iterator[None]:
         yield
 
 
-def gradients(solve: Callable[..., torch.Tensor], arguments: dict[str, Any]) -> list[torch.Tensor]:
-    """Output and gradients of query, key and value, for an upstream gradient that does not depend on the dtype."""
-    leaves = {name: arguments[name].detach().requires_grad_() for name in ("query", "key", "value")}
-    output = solve(**{**arguments, **leaves})
-    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
-    return [output, *torch.autograd.grad(output, list(leaves.values()), upstream)]
-
-
-def assert_formula(arguments: dict[str, Any], rtol: float = 1e-4, atol: float = 2e-5) -> None:
-    """Hold output and gradients of a float32 call to the formula in float64."""
-    exact = {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in arguments.items()}
-    for ours, right in zip(gradients(attention, arguments), gradients(lambda **a: formula(**a)[0], exact)):
-        torch.testing.assert_close(ours.double(), right, rtol=rtol, atol=atol)
-
-
 # Lengths and heads
 
 
@@ -58,7 +43,7 @@ def assert_formula(arguments: dict[str, Any], rtol: float = 1e-4, atol: float = 
 def test_every_length(length: int, device: str) -> None:
     """More sequences than a program takes, and not a multiple; a batch entry ends within a tile."""
     heads = 7 if length < 8 else 3
-    check(problem((3, heads, heads, length, length, 16, 16), device=device, is_causal=length % 2 == 1), by_place)
+    judge(attention, make((3, heads, heads, length, length, 16, 16), device=device, is_causal=length % 2 == 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -79,16 +64,16 @@ def test_every_length(length: int, device: str) -> None:
 def test_sizes_and_dtypes(sizes: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     if dtype == torch.float32 and tiles.block_of(max(sizes[3:5])) * tiles.block_of(max(sizes[5:])) > 1024:
         pytest.skip("float32 goes that far with narrow heads only")
-    check(problem(sizes, dtype, device), by_place)
+    judge(attention, make(sizes, dtype, device))
 
 
 @pytest.mark.parametrize("feature", [name for name in FEATURES if "sinks" not in FEATURES[name]])
 @pytest.mark.parametrize("sizes", [(2, 2, 1, 7, 5, 12, 20), (2, 2, 1, 37, 43, 12, 16)], ids=["packed", "alone"])
 def test_each_feature(sizes: tuple[int, ...], feature: str, device: str) -> None:
-    options = made(FEATURES[feature], device)
+    options = FEATURES[feature]
     if "key_lengths" in options:
-        options["key_lengths"] = options["key_lengths"] % (sizes[4] + 1)
-    assert_formula({**call(sizes, torch.float32, device), **options})
+        options = {**options, "key_lengths": options["key_lengths"]() % (sizes[4] + 1)}
+    judge(attention, make(sizes, device=device, **options))
 
 
 @settings(
@@ -116,30 +101,27 @@ def test_any_combination_means_what_its_parts_mean(data: st.DataObject) -> None:
     )
     batch, heads, _, n_queries, n_keys = sizes[:5]
     mask = torch.randn([some("mask", 1, full) for full in (batch, heads, n_queries, n_keys)])
-    assert_formula(
-        call(sizes, torch.float32, "cpu")
-        | {
-            "attn_mask": some("kind", None, mask, mask < 0.5, mask.masked_fill(mask > 1.0, -math.inf)),
-            "is_causal": some("is_causal", False, True),
-            "causal_alignment": some("causal_alignment", "top_left", "bottom_right"),
-            "window": some("window", (None, None), (0, 0), (3, None), (None, 2)),
-            "softcap": some("softcap", None, 0.7),
-            "alibi_slopes": some("slopes", None, torch.rand(heads), torch.rand(batch, heads)),
-            "key_lengths": some("key_lengths", None, torch.randint(0, n_keys + 1, (batch,))),
-        }
-    )
+    options = {
+        "attn_mask": some("kind", None, mask, mask < 0.5, mask.masked_fill(mask > 1.0, -math.inf)),
+        "is_causal": some("is_causal", False, True),
+        "causal_alignment": some("causal_alignment", "top_left", "bottom_right"),
+        "window": some("window", (None, None), (0, 0), (3, None), (None, 2)),
+        "softcap": some("softcap", None, 0.7),
+        "alibi_slopes": some("slopes", None, torch.rand(heads), torch.rand(batch, heads)),
+        "key_lengths": some("key_lengths", None, torch.randint(0, n_keys + 1, (batch,))),
+    }
+    judge(attention, make(sizes, **options))
 
 
 def test_dropout_drops_the_weights_that_the_general_kernel_drops(device: str) -> None:
-    results = []
+    call, results = make((3, 4, 2, 7, 6, 16, 8), device=device, dropout_p=0.4), []
     for kernel in ("short", "general"):
         torch.manual_seed(3)
-        arguments = call((3, 4, 2, 7, 6, 16, 8), torch.float32, device)
         with forced(kernel=kernel):
-            results.append(gradients(functools.partial(attention, dropout_p=0.4), arguments))
-    for ours, theirs in zip(*results):
-        torch.testing.assert_close(ours, theirs)
-    assert not torch.equal(results[0][0], gradients(attention, arguments)[0])
+            results.append(solve(call, attention))
+    for name, x in results[0].items():
+        torch.testing.assert_close(x, results[1][name])
+    assert not torch.equal(results[0]["output"], solve(call.replace(dropout_p=0.0), attention)["output"])
 
 
 def test_more_sequences_than_a_second_grid_axis_holds(device: str) -> None:
@@ -155,42 +137,33 @@ def test_more_sequences_than_a_second_grid_axis_holds(device: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
-@pytest.mark.parametrize("name", ["query", "key", "value", "upstream"])
+@pytest.mark.parametrize("name", ["query", "key", "value", "grad"])
 @pytest.mark.parametrize("length", [5, 12])
 def test_nan_and_inf_stay_in_their_sequence(length: int, name: str, bad: float, device: str) -> None:
     """Sequences share tiles; what is wrong with one is no matter of the others."""
-    results = []
-    for spoil in (False, True):
-        torch.manual_seed(0)
-        tensors = {**call((4, 3, 3, length, length, 16, 16), torch.float32, device)}
-        tensors["upstream"] = torch.randn(4, 3, length, 16, device=device)
-        if spoil:
-            tensors[name] = tensors[name].clone()
-            tensors[name][1, 1, 2, 3] = bad
-        leaves = [tensors[key].detach().requires_grad_() for key in ("query", "key", "value")]
-        output = attention(*leaves)
-        results.append((output, *torch.autograd.grad(output, leaves, tensors["upstream"])))
+    call = make((4, 3, 3, length, length, 16, 16), device=device)
+    broken = getattr(call, name).clone()
+    broken[1, 1, 2, 3] = bad
+    clean, spoiled = solve(call, attention), solve(call.replace(**{name: broken}), attention)
     others = torch.ones(4, 3, dtype=torch.bool)
     others[1, 1] = False
-    for clean, spoiled in zip(*results):
-        assert torch.equal(clean[others], spoiled[others])
-    assert any(not torch.isfinite(spoiled[1, 1]).all() for spoiled in results[1])
+    for what, x in clean.items():
+        assert torch.equal(x[others], spoiled[what][others])
+    assert any(not x[1, 1].isfinite().all() for x in spoiled.values())
 
 
 def test_keys_beyond_the_length_are_never_read(device: str) -> None:
+    call = make((3, 2, 2, 6, 8, 16, 16), device=device, key_lengths=torch.tensor([8, 3, 0]))
     results = []
     for junk in (0.0, math.nan):
-        torch.manual_seed(0)
-        arguments = call((3, 2, 2, 6, 8, 16, 16), torch.float32, device)
-        lengths = torch.tensor([8, 3, 0], device=device)
-        for name in ("key", "value"):
-            arguments[name] = arguments[name].clone()
-            arguments[name][1, :, 3:] = junk
-            arguments[name][2] = junk
-        results.append(gradients(functools.partial(attention, key_lengths=lengths), arguments))
-    for clean, spoiled in zip(*results):
-        assert torch.equal(clean, spoiled)
-    assert not results[0][0][2].any() and not results[0][2][1, :, 3:].any()
+        key, value = call.key.clone(), call.value.clone()
+        for x in key, value:
+            x[1, :, 3:], x[2] = junk, junk
+        results.append(solve(call.replace(key=key, value=value), attention))
+    clean, spoiled = results
+    for name, x in clean.items():
+        assert torch.equal(x, spoiled[name])
+    assert not clean["output"][2].any() and not clean["gradient of key"][1, :, 3:].any()
 
 
 def test_a_kernel_that_mixes_packed_sequences_is_rejected(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
@@ -205,7 +178,7 @@ def test_a_kernel_that_mixes_packed_sequences_is_rejected(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(short, "short_scores", mixed)
     with pytest.raises(AssertionError):
-        check(problem((2, 3, 3, 5, 5, 16, 16)), by_place)
+        judge(attention, make((2, 3, 3, 5, 5, 16, 16)))
 
 
 # Which call they take
@@ -276,7 +249,7 @@ def test_explain_says_which_and_why() -> None:
 
 
 def test_nothing_is_kept_for_the_backward_but_the_inputs(device: str) -> None:
-    leaves = [x.requires_grad_() for x in call((2, 2, 2, 5, 5, 16, 16), torch.float32, device).values()]
+    leaves = [x.requires_grad_() for x in make((2, 2, 2, 5, 5, 16, 16), device=device).inputs]
     output = attention(*leaves)
     kept = [x for x in output.grad_fn.saved_tensors if x is not None]
     assert [x.data_ptr() for x in kept] == [x.data_ptr() for x in leaves]
@@ -296,12 +269,12 @@ def test_little_of_a_tile_is_waste(kernel: str) -> None:
 
 
 def test_double_backward_and_vmap(device: str) -> None:
-    q, k, v = (x.double().float() for x in call((2, 2, 2, 5, 6, 8, 8), torch.float32, device).values())
+    q, k, v = make((2, 2, 2, 5, 6, 8, 8), device=device).inputs
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     first = torch.autograd.grad(attention(*leaves, is_causal=True).square().sum(), leaves, create_graph=True)
     second = torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    first64 = torch.autograd.grad(formula(*exact, is_causal=True)[0].square().sum(), exact, create_graph=True)
+    first64 = torch.autograd.grad(formula(*exact, is_causal=True).output.square().sum(), exact, create_graph=True)
     second64 = torch.autograd.grad(sum(x.square().sum() for x in first64), exact)
     for ours, right in zip(second, second64):
         torch.testing.assert_close(ours.double(), right, rtol=1e-3, atol=1e-4)
@@ -315,7 +288,7 @@ def test_double_backward_and_vmap(device: str) -> None:
 
 
 def test_operations_pass_opcheck(device: str) -> None:
-    q, k, v = call((2, 2, 2, 5, 6, 8, 8), torch.float32, device).values()
+    q, k, v = make((2, 2, 2, 5, 6, 8, 8), device=device).inputs
     arguments = (q, k, v, *Call(scale=0.3))
     torch.library.opcheck(torch.ops.kernels.attention_forward, (*arguments, False))
     output, row_max, _ = torch.ops.kernels.attention_forward(*arguments, False)

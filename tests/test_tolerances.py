@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from tests.attention_problem import Problem, allowed, check, no_loop, problem
+from tests.conformance.judge import LEARNED, Call, judge, make
+from tests.conformance.stand_in import changed, with_gradient
+from tests.conformance.stand_in import right as right_with_every_rule
 from tests.tolerances import assert_as_exact_as_torch
 
 P_DROP = 0.25
@@ -23,15 +24,27 @@ def solve(
     bias: torch.Tensor | None = None,
     kept: torch.Tensor | None = None,
     scale: float | None = None,
+    held: bool = False,
 ) -> torch.Tensor:
-    """Attention at the inputs' dtype in float32 arithmetic: a stand-in for a kernel that can be broken."""
+    """Attention at the inputs' dtype in float32 arithmetic: a stand-in for a kernel that can be broken.
+
+    held: gradients are those with the sums of the softmax held fixed, without delta.
+    """
     q, k, v = query.float(), key.float(), value.float()
     scores = q @ k.mT * (scale or 1 / math.sqrt(query.shape[-1]))
     scores = scores if bias is None else scores + bias.float()
     weights = torch.softmax(scores.masked_fill(~ok, -math.inf), -1)
+    if held:
+        weights = weights.detach() * torch.exp(scores - scores.detach())
     if kept is not None:
         weights = weights * kept / (1 - P_DROP)
     return (weights @ v).to(query.dtype)
+
+
+def allowed(p: Call) -> torch.Tensor:
+    """Which key each query may attend to."""
+    ok = torch.ones(p.query.shape[-2], p.key.shape[-2], dtype=torch.bool)
+    return ok.tril() if p.is_causal else ok
 
 
 class Scaled(torch.autograd.Function):
@@ -53,7 +66,7 @@ class ForgetsDropout(torch.autograd.Function):
     """Right output; a backward that does not replay the dropout."""
 
     @staticmethod
-    def forward(ctx: object, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: Problem) -> torch.Tensor:
+    def forward(ctx: object, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: Call) -> torch.Tensor:
         """Attention with dropout."""
         ctx.save_for_backward(q, k, v)
         ctx.ok = allowed(p)
@@ -68,12 +81,12 @@ class ForgetsDropout(torch.autograd.Function):
         return (*torch.autograd.grad(output, inputs, grad), None)
 
 
-def right(p: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def right(p: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Nothing wrong."""
     return solve(q, k, v, allowed(p), mask if mask is not None and mask.is_floating_point() else None, p.kept, p.scale)
 
 
-def one_off(p: Problem) -> torch.Tensor:
+def one_off(p: Call) -> torch.Tensor:
     """Causal, and one key too many."""
     return torch.ones(p.query.shape[-2], p.key.shape[-2], dtype=torch.bool).tril(1)
 
@@ -98,59 +111,82 @@ WRONG_UNDER_A_MASK: dict[str, Callable[..., torch.Tensor]] = {
 
 
 @pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=str)
-def p(request: pytest.FixtureRequest) -> Problem:
+def p(request: pytest.FixtureRequest) -> Call:
     """A problem with neither mask nor dropout."""
-    return problem((2, 2, 2, 37, 53, 16, 16), request.param)
+    return make((2, 2, 2, 37, 53, 16, 16), request.param, learned=LEARNED)
 
 
-def run(p: Problem, kernel: Callable[..., torch.Tensor]) -> None:
+def run(p: Call, kernel: Callable[..., torch.Tensor]) -> None:
     """Hold the stand-in to the comparison."""
-    check(p, lambda q, k, v, mask, *_: kernel(p, q, k, v, mask))
+    judge(lambda q, k, v, attn_mask=None, **_: kernel(p, q, k, v, attn_mask), p)
 
 
-def rejected(p: Problem, kernel: Callable[..., torch.Tensor]) -> None:
+def rejected(p: Call, kernel: Callable[..., torch.Tensor]) -> None:
     """The comparison must fail, and by the numbers."""
     with pytest.raises(AssertionError, match="PyTorch's by norm|NaN in"):
         run(p, kernel)
 
 
-def test_right_kernels_pass(p: Problem) -> None:
+def test_right_kernels_pass(p: Call) -> None:
     run(p, right)
-    run(dataclasses.replace(p, is_causal=True), right)
-    run(dataclasses.replace(p, attn_mask=torch.randn(37, 53)), right)
+    run(p.replace(is_causal=True), right)
+    run(p.replace(attn_mask=torch.randn(37, 53), learned=LEARNED), right)
     kept = torch.rand(2, 2, 37, 53) >= P_DROP
-    run(dataclasses.replace(p, kept=kept, dropout_p=P_DROP), right)
+    run(p.replace(kept=kept, dropout_p=P_DROP), right)
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_kernels_are_rejected(p: Problem, wrong: str) -> None:
+def test_wrong_kernels_are_rejected(p: Call, wrong: str) -> None:
     rejected(p, WRONG[wrong])
 
 
 @pytest.mark.parametrize("wrong", WRONG_UNDER_A_MASK)
-def test_wrong_masks_are_rejected(p: Problem, wrong: str) -> None:
-    rejected(dataclasses.replace(p, is_causal=True), WRONG_UNDER_A_MASK[wrong])
+def test_wrong_masks_are_rejected(p: Call, wrong: str) -> None:
+    rejected(p.replace(is_causal=True), WRONG_UNDER_A_MASK[wrong])
 
 
-def test_a_missing_mask_gradient_is_rejected(p: Problem) -> None:
-    masked = dataclasses.replace(p, attn_mask=torch.randn(1, 2, 37, 53))
+def test_a_missing_mask_gradient_is_rejected(p: Call) -> None:
+    masked = p.replace(attn_mask=torch.randn(1, 2, 37, 53), learned=LEARNED)
     rejected(masked, lambda p, q, k, v, m: right(p, q, k, v, Scaled.apply(m, 0.0)))
 
 
-def test_a_backward_that_does_not_replay_dropout_is_rejected(p: Problem) -> None:
-    dropped = dataclasses.replace(p, kept=torch.rand(2, 2, 37, 53) >= P_DROP, dropout_p=P_DROP)
+def test_a_backward_that_does_not_replay_dropout_is_rejected(p: Call) -> None:
+    dropped = p.replace(kept=torch.rand(2, 2, 37, 53) >= P_DROP, dropout_p=P_DROP)
     rejected(dropped, lambda p, q, k, v, m: ForgetsDropout.apply(q, k, v, p))
     rejected(dropped, lambda p, q, k, v, m: solve(q, k, v, allowed(p)))  # no dropout at all
     rejected(dropped, lambda p, q, k, v, m: (1 - P_DROP) * right(p, q, k, v, m))  # weights kept but not enlarged
 
 
 @pytest.mark.parametrize("n_keys", [1, 2, 53])
-def test_a_delta_left_out_or_off_by_5_percent_is_rejected(p: Problem, n_keys: int) -> None:
+def test_a_delta_left_out_or_off_by_5_percent_is_rejected(p: Call, n_keys: int) -> None:
     """Also where it is all there is: to the only key to attend to, the exact gradient is 0."""
-    few = dataclasses.replace(p, key=p.key[:, :, :n_keys], value=p.value[:, :, :n_keys])
+    few = p.replace(key=p.key[:, :, :n_keys], value=p.value[:, :, :n_keys])
     run(few, right)
-    rejected(few, lambda p, q, k, v, m: no_loop(p, q, k, v, held=True))
-    rejected(few, lambda p, q, k, v, m: 0.95 * right(p, q, k, v, m) + 0.05 * no_loop(p, q, k, v, held=True))
+    rejected(few, lambda p, q, k, v, m: solve(q, k, v, allowed(p), held=True))
+    rejected(few, lambda p, q, k, v, m: 0.95 * right(p, q, k, v, m) + 0.05 * solve(q, k, v, allowed(p), held=True))
+
+
+WRONG_BESIDE = {
+    "lse off by 1e-3": changed(lambda f, **a: f(**a)._replace(lse=f(**a).lse + 1e-3)),
+    "no gradient of the lse": changed(lambda f, **a: f(**a)._replace(lse=f(**a).lse * 0.0 + f(**a).lse.detach())),
+    "weights off by 1 %": changed(lambda f, **a: f(**a)._replace(weights=f(**a).weights * 1.01)),
+    **{f"gradient of {name} off by 2 %": with_gradient(name, 0.98) for name in LEARNED},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_BESIDE)
+def test_what_is_wrong_beside_the_output_is_rejected(wrong: str) -> None:
+    """In float32."""
+    rules = {
+        "sinks": torch.randn(2),
+        "alibi_slopes": torch.rand(2),
+        "softcap": 3.0,
+        "attn_mask": torch.randn(2, 37, 53),
+    }
+    call = make((2, 2, 1, 37, 53, 16, 16), **rules, learned=LEARNED, results=("output", "lse", "weights"))
+    judge(right_with_every_rule, call)
+    with pytest.raises(AssertionError, match="PyTorch's by norm"):
+        judge(WRONG_BESIDE[wrong], call)
 
 
 @pytest.mark.parametrize(("n", "units"), [(2, 2), (2_000, 1)])

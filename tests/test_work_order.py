@@ -9,7 +9,7 @@ import torch
 
 import kernels
 from kernels.attention.call import Call
-from tests.attention_problem import check, problem
+from tests.conformance.judge import judge, make
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -66,4 +66,4 @@ def test_any_order_gives_the_same(
 ) -> None:
     for module in ("general", "general_backward"):
         monkeypatch.setattr(f"kernels.attention.{module}.heads_in_turn", lambda *_: 2)
-    check(problem(sizes, device=device, is_causal=True), attention)
+    judge(attention, make(sizes, device=device, is_causal=True))

@@ -10,8 +10,8 @@ PyTorch's rounding differs from processor to processor, and no verdict may rest 
 - The norms of two random errors of n numbers differ by some 1 / sqrt(n) of themselves: `factor` grows by 2 / sqrt(n).
 - Where PyTorch is luckily exact, its error counts as half a unit in the last place by norm in float32, in which every
   step rounds, as a quarter in 16 bits, in which few steps do, and as one unit for the largest entry.
-- The unit is relative to the result; where larger numbers cancel, to their size (`magnitude`, for gradients
-  `size_of_terms`).
+- The unit is relative to the result; where larger numbers cancel, to their size (`magnitude`: of attention `magnitudes`
+  in tests/conformance/judge.py, of the gradients of norms `size_of_terms`).
 """
 
 import math

@@ -15,12 +15,12 @@ from tests.tolerances import GRADIENT, assert_as_exact_as_torch
 SIZES = (2, 2, 2, 17, 19, 8, 8)
 
 
-def seeded(attention: Attention, dropout_p: float, seed: int = 5) -> Attention:
-    """The attention with dropout, which draws the same every time."""
+def seeded(attention: Attention) -> Attention:
+    """The attention, which drops the same weights every time."""
 
     def call(*inputs: torch.Tensor, **arguments: object) -> torch.Tensor:
-        torch.manual_seed(seed)
-        return attention(*inputs, dropout_p=dropout_p, **arguments)
+        torch.manual_seed(5)
+        return attention(*inputs, **arguments)
 
     return call
 
@@ -37,9 +37,9 @@ def check_dropout_follows_the_seed(attention: Attention, device: str, dtype: tor
 
 def dropped(attention: Attention, device: str, is_causal: bool, dropout_p: float) -> tuple[Call, torch.Tensor]:
     """A float32 call whose values are the unit vectors, so that its output is its weights; and that output."""
-    call = make((2, 2, 2, 70, 80, 8, 80), torch.float32, device, is_causal=is_causal)
+    call = make((2, 2, 2, 70, 80, 8, 80), torch.float32, device, is_causal=is_causal, dropout_p=dropout_p)
     call = call.replace(value=torch.eye(80, device=device).expand(2, 2, 80, 80).clone())
-    return call, call.run(seeded(attention, dropout_p))
+    return call, call.run(seeded(attention))
 
 
 @check("dropout drops the share asked for and enlarges the rest by 1 / (1 - p)", "dropout")
@@ -71,34 +71,23 @@ def check_dropout_is_independent(attention: Attention, device: str, dtype: torch
 def check_dropout_is_replayed(attention: Attention, device: str, dtype: torch.dtype) -> None:
     for is_causal in (False, True):
         call, output = dropped(attention, device, is_causal, 0.3)
-        found = solve(call, seeded(attention, 0.3))
-        results = []
-        for each in (torch.float64, torch.float32):
-            arguments = {**exact_arguments(call, each), "kept": output != 0, "dropout_p": 0.3}
-            answer = formula.attention(**arguments).output
-            leaves = [arguments[name] for name in call.learned]
-            results.append([answer, *torch.autograd.grad(answer, leaves, call.grad.to(each))])
-        for (name, x), right, plain in zip(found.items(), *results):
-            assert_as_exact_as_torch(x, plain, right, GRADIENT, f"causal {is_causal}: {name}")
+        judge(seeded(attention), call.replace(kept=output != 0), f"causal {is_causal}")
 
 
 @check("dropping everything gives 0, forward and backward", "dropout")
 def check_dropping_everything(attention: Attention, device: str, dtype: torch.dtype) -> None:
-    for name, x in solve(make(SIZES, dtype, device), seeded(attention, 1.0)).items():
+    for name, x in solve(make(SIZES, dtype, device, dropout_p=1.0), attention).items():
         assert torch.equal(x, torch.zeros_like(x)), f"{name} is not 0"
 
 
 @check("checkpointing replays dropout", "dropout", "allenai/OLMo-core#828")
 def check_checkpoint(attention: Attention, device: str, dtype: torch.dtype) -> None:
-    call = make(SIZES, dtype, device)
-    wrapped = seeded(attention, 0.3)
+    call = make(SIZES, dtype, device, dropout_p=0.3)
 
-    def checkpointed(*inputs: torch.Tensor) -> torch.Tensor:
-        torch.manual_seed(5)
-        inner = lambda *x: attention(*x, dropout_p=0.3)  # noqa: E731
-        return torch.utils.checkpoint.checkpoint(inner, *inputs, use_reentrant=False)
+    def checkpointed(*inputs: torch.Tensor, **arguments: object) -> torch.Tensor:
+        return torch.utils.checkpoint.checkpoint(attention, *inputs, **arguments, use_reentrant=False)
 
-    same_bits(solve(call, wrapped), solve(call, checkpointed), "with a checkpoint and without")
+    same_bits(solve(call, seeded(attention)), solve(call, seeded(checkpointed)), "with a checkpoint and without")
 
 
 @check(
@@ -134,7 +123,7 @@ def check_repeated_mask_gradients(attention: Attention, device: str, dtype: torc
 
 @check("deterministic=True repeats bit for bit", "determinism", needs=("deterministic",))
 def check_deterministic_argument(attention: Attention, device: str, dtype: torch.dtype) -> None:
-    call = make((1, 2, 1, 33, 67, 16, 16), dtype, device, options={"deterministic": True})
+    call = make((1, 2, 1, 33, 67, 16, 16), dtype, device, deterministic=True)
     same_bits(solve(call, attention), solve(call, attention), "two runs")
 
 

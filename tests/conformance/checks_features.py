@@ -7,29 +7,20 @@ from typing import Any
 
 import torch
 
-from tests.conformance import formula
-from tests.conformance.judge import Attention, Call, agree, exact_arguments, judge, make
+from tests.conformance.judge import Attention, Call, agree, compare, exact, judge, make, solve
 from tests.conformance.registry import check
-from tests.tolerances import GRADIENT, assert_as_exact_as_torch
 
 SIZES = (2, 2, 1, 17, 23, 8, 8)
 LSE = "pytorch/pytorch#181645, flashinfer-ai/flashinfer#2113"
 
 
 def judge_lse(attention: Attention, call: Call, what: str = "") -> torch.Tensor:
-    """Hold the log-sum-exp to the formula's error at the same dtype; return it."""
-    found = call.run(attention, return_lse=True).lse
-    dtypes = (torch.float64, call.query.dtype)
-    right, plain = (formula.attention(**exact_arguments(call, dtype)).lse for dtype in dtypes)
-    assert found.dtype in (torch.float32, torch.float64), f"{what}: it is {found.dtype}"
-    assert found.shape == right.shape, f"{what}: shape {tuple(found.shape)}, expected {tuple(right.shape)}"
-    empty = right == -math.inf
-    assert torch.equal(found == -math.inf, empty), f"{what}: not -inf in exactly the rows with no allowed key"
-    # Where a row's largest score is near 0, so is its lse; rounding is relative to the scores. Hence `magnitude`.
-    found, right, plain = (x.masked_fill(empty, 0.0) for x in (found, right, plain))
-    scores = torch.ones_like(right) + right.abs()
-    assert_as_exact_as_torch(found, plain.to(found.dtype), right, GRADIENT, f"{what}: lse", scores)
-    return found
+    """Hold output and log-sum-exp, without gradients, to the formula; return the log-sum-exp."""
+    call = call.replace(results=("output", "lse"), learned=())
+    found = solve(call, attention)
+    for one in compare(found, call):
+        one.judge(what)
+    return found["lse"]
 
 
 @check("the log-sum-exp is natural", "log-sum-exp", LSE, needs=("return_lse",))
@@ -74,22 +65,7 @@ def check_low_lse(attention: Attention, device: str, dtype: torch.dtype) -> None
 def check_lse_gradient(attention: Attention, device: str, dtype: torch.dtype) -> None:
     mask = torch.rand(2, 1, 17, 23) < 0.5
     mask[..., 0] = True
-    call = make(SIZES, dtype, device, attn_mask=mask)
-    grad = torch.randn(2, 2, 17).to(device)
-    results = []
-    for each in (dtype, torch.float64, dtype):
-        arguments = call.tensors(each)
-        if not results:
-            answer = call.run(attention, arguments, return_lse=True)
-            lse, output = answer.lse, answer.output
-        else:
-            given = {**arguments, "is_causal": False, "scale": None}
-            output, lse, _ = formula.attention(**given)
-        assert lse.requires_grad, "no gradient flows through it"
-        leaves = [arguments[name] for name in call.learned]
-        results.append(torch.autograd.grad([output, lse], leaves, [call.grad.to(output.dtype), grad.to(lse.dtype)]))
-    for name, ours, right, plain in zip(call.learned, *results):
-        assert_as_exact_as_torch(ours, plain, right, GRADIENT, f"gradient of {name}")
+    judge(attention, make(SIZES, dtype, device, attn_mask=mask, results=("output", "lse")))
 
 
 @check(
@@ -101,20 +77,19 @@ def check_lse_gradient(attention: Attention, device: str, dtype: torch.dtype) ->
 def check_weights(attention: Attention, device: str, dtype: torch.dtype) -> None:
     mask = torch.rand(2, 1, 17, 23) < 0.5
     mask[:, :, [0, 4]] = False
-    for call in (make(SIZES, dtype, device, attn_mask=mask), make(SIZES, dtype, device, is_causal=True)):
-        found = call.run(attention, need_weights=True)
-        right, plain = (formula.attention(**exact_arguments(call, each)).weights for each in (torch.float64, dtype))
-        assert_as_exact_as_torch(found.weights, plain, right, what="weights")
-        assert not found.weights[right == 0].any(), "a forbidden key has weight"
-        agree(found.output, call.run(attention), "the output beside the weights")
+    for case in ({"attn_mask": mask}, {"is_causal": True}):
+        call = make(SIZES, dtype, device, **case, results=("output", "weights"), learned=())
+        found = solve(call, attention)
+        for one in compare(found, call):
+            one.judge()
+        assert not found["weights"][exact(call)["weights"] == 0].any(), "a forbidden key has weight"
+        agree(found["output"], call.run(attention), "the output beside the weights")
 
 
 def judge_options(attention: Attention, device: str, dtype: torch.dtype, cases: list[dict[str, Any]]) -> None:
-    """Judge a call for each set of arguments; "sizes" and arguments of PyTorch among them go where they belong."""
+    """Judge a call for each set of arguments, "sizes" among them."""
     for case in cases:
-        plain = {k: case[k] for k in ("attn_mask", "is_causal", "learned", "scale") if k in case}
-        options = {k: x for k, x in case.items() if k not in plain and k != "sizes"}
-        call = make(case.get("sizes", SIZES), dtype, device, options=options, **plain)
+        call = make(**{"sizes": SIZES, "dtype": dtype, "device": device, **case})
         judge(attention, call, ", ".join(f"{k} {describe(x)}" for k, x in case.items()))
 
 
@@ -256,7 +231,7 @@ def check_sink_gradient(attention: Attention, device: str, dtype: torch.dtype) -
 def check_sink_of_empty_rows(attention: Attention, device: str, dtype: torch.dtype) -> None:
     mask = torch.rand(2, 1, 17, 23) < 0.5
     mask[:, :, [0, 4]] = False
-    call = make(SIZES, dtype, device, attn_mask=mask, options={"sinks": SINKS})
+    call = make(SIZES, dtype, device, attn_mask=mask, sinks=SINKS)
     judge_lse(attention, call)
     assert not call.run(attention)[:, :, [0, 4]].any(), "output of such rows is not 0"
 
@@ -289,7 +264,7 @@ def check_key_length_of_0(attention: Attention, device: str, dtype: torch.dtype)
     needs=("key_lengths",),
 )
 def check_nan_past_key_lengths(attention: Attention, device: str, dtype: torch.dtype) -> None:
-    call = make(SIZES, dtype, device, options={"key_lengths": torch.tensor([20, 6])})
+    call = make(SIZES, dtype, device, key_lengths=torch.tensor([20, 6]))
     key, value = call.key.clone(), call.value.clone()
     for x in (key, value):
         x[0, :, 20:], x[1, :, 6:] = math.nan, math.inf

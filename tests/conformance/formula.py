@@ -50,24 +50,20 @@ def attention(
         query: (..., Hq, L, E); key: (..., Hkv, S, E); value: (..., Hkv, S, Ev). Leading dimensions broadcast, and Hkv
             may divide Hq.
         attn_mask: bool (True = may attend) or added to the scores, broadcastable to (..., Hq, L, S).
-        alibi_slopes: (Hq,) or (B, Hq). sinks: (Hq,). key_lengths: (B,).
+        alibi_slopes, sinks: (Hq,) or (B, Hq). key_lengths: (B,).
         kept: (..., Hq, L, S) bool, the weights that dropout with probability `dropout_p` keeps.
     """
-    n_queries, n_keys = query.shape[-2], key.shape[-2]
+    n_keys = key.shape[-2]
+    distance = distances(query, key, key_lengths, causal_alignment)
+    allowed = torch.arange(n_keys, device=query.device) < keys_in_use(n_keys, key_lengths)
     key, value = (repeat_heads(x, query) for x in (key, value))
-    in_use: torch.Tensor | int = n_keys if key_lengths is None else key_lengths.view(-1, 1, 1, 1)
-    place = torch.arange(n_queries, device=query.device)[:, None]
-    if causal_alignment == "bottom_right":
-        place = place + in_use - n_queries
-    distance = place - torch.arange(n_keys, device=query.device)  # how far the key lies behind the query's place
-    allowed = torch.arange(n_keys, device=query.device) < in_use
     left, right = window or (None, None)
     for reach, sign in ((left, 1), (right, -1), (0 if is_causal else None, -1)):
         if reach is not None:
             allowed = allowed & (sign * distance <= reach)
 
     wide = torch.promote_types(query.dtype, torch.float32)  # as PyTorch's softmax computes 16-bit inputs
-    scores = (query @ key.mT).to(wide) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    scores = query.to(wide) @ key.to(wide).mT * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
@@ -80,7 +76,7 @@ def attention(
         scores = scores + attn_mask.masked_fill(never, 0.0)
     scores = scores.masked_fill(~allowed, -math.inf)
 
-    sink = scores.new_full((), -math.inf) if sinks is None else sinks.to(wide)[:, None, None]
+    sink = scores.new_full((), -math.inf) if sinks is None else sinks.to(wide)[..., None, None]
     sink = sink.expand(*scores.shape[:-1], 1)
     top = torch.cat([scores, sink], -1).detach().amax(-1, keepdim=True)
     top = top.masked_fill(top == -math.inf, 0.0)
@@ -90,8 +86,28 @@ def attention(
     weights = exponentials / total.masked_fill(empty, 1.0)
     lse = (top + torch.log(total.masked_fill(empty, 1.0))).masked_fill(empty, -math.inf).squeeze(-1)
     weights = weights.to(query.dtype)
-    used = weights if kept is None else weights * kept / (1 - dropout_p)
+    used = weights if kept is None else weights * kept * enlarged(dropout_p)
     return Answer(used @ value, lse, weights)
+
+
+def keys_in_use(n_keys: int, key_lengths: torch.Tensor | None) -> torch.Tensor | int:
+    """How many keys there are, (B, 1, 1, 1) if it depends on the batch entry."""
+    return n_keys if key_lengths is None else key_lengths.clamp(0, n_keys).reshape(-1, 1, 1, 1)
+
+
+def distances(
+    query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None = None, causal_alignment: str = "top_left"
+) -> torch.Tensor:
+    """i' - j, how far each key lies behind the place of each query: (L, S) or (B, 1, L, S)."""
+    place: torch.Tensor = torch.arange(query.shape[-2], device=query.device)[:, None]
+    if causal_alignment == "bottom_right":
+        place = place + keys_in_use(key.shape[-2], key_lengths) - query.shape[-2]
+    return place - torch.arange(key.shape[-2], device=query.device)
+
+
+def enlarged(dropout_p: float) -> float:
+    """By how much dropout multiplies what it keeps."""
+    return 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
 
 
 def repeat_heads(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

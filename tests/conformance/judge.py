@@ -14,6 +14,7 @@ from tests.conformance import formula
 from tests.tolerances import FORWARD, GRADIENT, Comparison
 
 Attention = Callable[..., Any]
+LEARNED = ("query", "key", "value", "attn_mask", "alibi_slopes", "sinks")
 # A backward from log-sum-exps, as PyTorch's fused kernels have it, loses 9 times as much to rounding as the formula on
 # PyTorch's own samples, whose scores go to 200; what is lost to a mistake is more.
 WRONG = 16.0
@@ -21,10 +22,12 @@ WRONG = 16.0
 
 @dataclasses.dataclass
 class Call:
-    """The arguments of one call, and the upstream gradient of its output.
+    """The arguments of one call, what of its results is judged, and their upstream gradients.
 
     query (..., Hq, L, E), key (..., Hkv, S, E), value (..., Hkv, S, Ev). `options` are keyword arguments that PyTorch's
-    attention does not have. `learned` names the tensors whose gradients are wanted.
+    attention does not have. `learned` names the tensors whose gradients are wanted, those of LEARNED that there are
+    and that hold floating-point numbers. `results`: "output", and "lse" and "weights" where they are asked for, too.
+    `kept` (..., Hq, L, S) bool: the weights that dropout keeps, which the formula is told.
     """
 
     query: torch.Tensor
@@ -34,20 +37,37 @@ class Call:
     is_causal: bool = False
     scale: float | None = None
     enable_gqa: bool = False
+    dropout_p: float = 0.0
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     learned: tuple[str, ...] = ("query", "key", "value")
+    results: tuple[str, ...] = ("output",)
+    kept: torch.Tensor | None = None
     grad: torch.Tensor | None = None
+    grad_lse: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Draw the upstream gradient, never all ones, under which many a wrong backward looks right."""
+        """Draw the upstream gradients, never all ones, under which many a wrong backward looks right."""
         if self.grad is None:
             lead = torch.broadcast_shapes(self.query.shape[:-2], *([] if self.enable_gqa else [self.key.shape[:-2]]))
             shape = (*lead, self.query.shape[-2], self.value.shape[-1])
             self.grad = torch.randn(shape).to(self.query.dtype).to(self.query.device)
+        if self.grad_lse is None and "lse" in self.results:
+            self.grad_lse = torch.randn(self.grad.shape[:-1]).to(self.query.device)
+        numbers = {k for k, x in self.given().items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+        self.learned = tuple(name for name in self.learned if name in numbers)
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value."""
+        return self.query, self.key, self.value
+
+    def given(self) -> dict[str, Any]:
+        """The tensors, and the options, by name."""
+        return {"query": self.query, "key": self.key, "value": self.value, "attn_mask": self.attn_mask, **self.options}
 
     def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
-        """All arguments by name; those that are `learned` as fresh leaves, floating-point ones in `dtype` if given."""
-        found = {"query": self.query, "key": self.key, "value": self.value, "attn_mask": self.attn_mask, **self.options}
+        """All of `given`; those that are `learned` as fresh leaves, floating-point ones in `dtype` if given."""
+        found = self.given()
         for name, x in found.items():
             if isinstance(x, torch.Tensor) and x.is_floating_point():
                 found[name] = x.detach().to(dtype or x.dtype).requires_grad_(name in self.learned)
@@ -56,8 +76,9 @@ class Call:
     def run(self, attention: Attention, arguments: dict[str, Any] | None = None, **more: Any) -> Any:
         """Call `attention` with these arguments; only those that are not the default are passed, as users do."""
         arguments = self.tensors() if arguments is None else arguments
-        plain = {"is_causal": self.is_causal, "scale": self.scale, "enable_gqa": self.enable_gqa}
-        passed = {k: x for k, x in {**arguments, **plain, **more}.items() if x is not None and x is not False}
+        plain = {name: getattr(self, name) for name in ("is_causal", "scale", "enable_gqa", "dropout_p")}
+        given = {**arguments, **plain, **more}
+        passed = {k: x for k, x in given.items() if x is not None and x is not False and (k != "dropout_p" or x)}
         return attention(passed.pop("query"), passed.pop("key"), passed.pop("value"), **passed)
 
     def replace(self, **changes: Any) -> Call:
@@ -65,46 +86,58 @@ class Call:
         return dataclasses.replace(self, **changes)
 
 
-def make(sizes: tuple[int, int, int, int, int, int, int], dtype: torch.dtype, device: str, **arguments: Any) -> Call:
+def make(sizes: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu", **arguments: Any) -> Call:
     """A call on random inputs of sizes B, Hq, Hkv, L, S, E, Ev: transposed views of (B, T, H, D), as models have them.
 
-    Tensors among `arguments` go to the device too.
+    Args:
+        arguments: fields of `Call` and options, mixed. A function among them is called, so that it draws anew each
+            time. Tensors go to the device too.
     """
     b, hq, hkv, n_queries, n_keys, e, ev = sizes
     shapes = [(b, n_queries, hq, e), (b, n_keys, hkv, e), (b, n_keys, hkv, ev)]
     inputs = [torch.randn(shape).to(dtype).to(device).transpose(1, 2) for shape in shapes]
-    options = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in arguments.pop("options", {}).items()}
-    if isinstance(arguments.get("attn_mask"), torch.Tensor):
-        arguments["attn_mask"] = arguments["attn_mask"].to(device)
-    return Call(*inputs, enable_gqa=hq != hkv, options=options, **arguments)
+    drawn = {name: x() if callable(x) else x for name, x in arguments.items()}
+    drawn = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in drawn.items()}
+    fields = {field.name: drawn.pop(field.name) for field in dataclasses.fields(Call) if field.name in drawn}
+    return Call(*inputs, enable_gqa=hq != hkv, options=drawn, **fields)
 
 
-def exact_arguments(call: Call, dtype: torch.dtype) -> dict[str, Any]:
-    """What `formula.attention` takes, in `dtype`."""
-    return {**call.tensors(dtype), "is_causal": call.is_causal, "scale": call.scale}
+def exact_arguments(call: Call, dtype: torch.dtype | None) -> dict[str, Any]:
+    """What `formula.attention` takes, in `dtype`; None: in the dtypes of the call."""
+    plain = {name: getattr(call, name) for name in ("is_causal", "scale", "kept", "dropout_p")}
+    return {**call.tensors(dtype), **plain}
 
 
 def solve(call: Call, attention: Attention) -> dict[str, torch.Tensor]:
-    """Output, and the gradients of what is learned, by name."""
+    """The results that are judged, and the gradients of what is learned, by name."""
     arguments = call.tensors()
-    return with_gradients(call, arguments, call.run(attention, arguments), call.grad)
+    more = {"return_lse": "lse" in call.results, "need_weights": "weights" in call.results}
+    return with_gradients(call, arguments, call.run(attention, arguments, **more))
 
 
-def with_gradients(
-    call: Call, arguments: dict[str, Any], output: torch.Tensor, grad: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """The output, and its gradients for what is learned."""
+def with_gradients(call: Call, arguments: dict[str, Any], answer: Any) -> dict[str, torch.Tensor]:
+    """The results by name, of an output alone or an answer of several, and their gradients for what is learned."""
+    many = not isinstance(answer, torch.Tensor)
+    results = {name: getattr(answer, name) if many else answer for name in call.results}
+    output, grad = results["output"], call.grad
     assert output.shape == grad.shape, f"output: shape {tuple(output.shape)}, expected {tuple(grad.shape)}"
-    assert output.requires_grad, "output: no gradient flows through it"
+    found = {name: x.detach() for name, x in results.items()}
+    if not call.learned:
+        return found
     leaves = [arguments[name] for name in call.learned]  # one that is not used has gradient 0, which is judged
-    found = torch.autograd.grad(output, leaves, grad, allow_unused=True, materialize_grads=True)
-    return {"output": output.detach(), **{f"gradient of {name}": x for name, x in zip(call.learned, found)}}
+    sent = {name: x for name, x in (("output", grad), ("lse", call.grad_lse)) if name in results}
+    for name in sent:
+        assert results[name].requires_grad, f"{name}: no gradient flows through it"
+    upstream = [x.to(results[name].dtype) for name, x in sent.items()]
+    pulled = [results[name] for name in sent]
+    grads = torch.autograd.grad(pulled, leaves, upstream, allow_unused=True, materialize_grads=True)
+    return {**found, **{f"gradient of {name}": x for name, x in zip(call.learned, grads)}}
 
 
-def exact(call: Call, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
-    """The same through the formula; float64 makes it exact."""
+def exact(call: Call, dtype: torch.dtype | None = torch.float64) -> dict[str, torch.Tensor]:
+    """The same through the formula; float64 makes it exact. None: in the dtypes of the call."""
     arguments = exact_arguments(call, dtype)
-    return with_gradients(call, arguments, formula.attention(**arguments).output, call.grad.to(dtype))
+    return with_gradients(call, arguments, formula.attention(**arguments))
 
 
 def pytorch(call: Call, backends: tuple[SDPBackend, ...] = ()) -> dict[str, torch.Tensor]:
@@ -113,66 +146,90 @@ def pytorch(call: Call, backends: tuple[SDPBackend, ...] = ()) -> dict[str, torc
     Args:
         backends: which of its backends it may take; none: as it chooses.
     """
-    if call.options:
+    if call.options or call.dropout_p or "lse" in call.results:
         return {}
-    arguments, mask, is_causal = call.tensors(), call.attn_mask, call.is_causal
-    if mask is not None and is_causal:  # some backends refuse both
-        causal = torch.ones(call.query.shape[-2], call.key.shape[-2], dtype=torch.bool, device=mask.device).tril()
-        whole = arguments["attn_mask"]
-        mask = whole & causal if mask.dtype == torch.bool else whole.masked_fill(~causal, -torch.inf)
-        is_causal = False
-    elif mask is not None:
-        mask = arguments["attn_mask"]
+    arguments, is_causal, n_keys = call.tensors(), call.is_causal, call.key.shape[-2]
+    mask = arguments["attn_mask"]
+    if mask is not None:  # some backends refuse a mask of one axis, or beside is_causal
+        mask = mask.expand(*call.grad.shape[:-1], n_keys)
+        if is_causal:
+            causal = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
+            mask = mask & causal if mask.dtype == torch.bool else mask.masked_fill(~causal, -torch.inf)
+            is_causal = False
     chosen = sdpa_kernel(list(backends)) if backends else contextlib.nullcontext()
+    plain = call.replace(is_causal=is_causal, results=("output",))
     try:
         with chosen:
-            output = call.replace(is_causal=is_causal).run(
-                torch.nn.functional.scaled_dot_product_attention, {**arguments, "attn_mask": mask}
-            )
-            return with_gradients(call, arguments, output, call.grad)
+            output = plain.run(torch.nn.functional.scaled_dot_product_attention, {**arguments, "attn_mask": mask})
+            return with_gradients(plain, arguments, output)
     except (RuntimeError, IndexError, AssertionError):
         return {}
 
 
+@torch.no_grad()
 def magnitudes(call: Call, right: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the rounding of each tensor of the exact answer is relative to, in units of its dtype: float64, same shape.
 
-    To the tensor itself; to what is rounded to the dtype of the call on the way: the output, of which delta is made,
-    and the gradients of the scores; and in float32 to the size of every term that is added up, since terms cancel: all
-    of them for a query with one key, whose gradient is 0. A weight exp(score - lse) is off by (|score| + |lse|) units
-    of float32, and its terms count as much more. Rows of finfo.min are left out: their scores all round to one number.
+    To the tensor itself, and to what is rounded on the way. To the dtype of the call: the gradients of the scores, and
+    the output, of which the delta of a row is made. To float32: a weight exp(score - lse), off by |score| + |lse|
+    units, and the terms of dP and delta, which may cancel: of a query with one key, rounding is all that is left. What
+    is rounded by itself adds up by its squares; delta is the same for all keys of a row. Rows of finfo.min are left
+    out: their scores all round to one number.
     """
     arguments = exact_arguments(call, torch.float64)
     answer = formula.attention(**arguments)
-    query, key, value = (arguments[name].detach() for name in ("query", "key", "value"))
-    output, lse, weights = answer.output.detach(), answer.lse.detach().unsqueeze(-1), answer.weights.detach()
+    query, key, value = (arguments[name] for name in ("query", "key", "value"))
+    output, lse, weights = answer.output, answer.lse.unsqueeze(-1), answer.weights
     shared_value, shared_key = (formula.repeat_heads(x, query) for x in (value, key))
     narrow = torch.finfo(call.query.dtype).eps
     wide = min(narrow, torch.finfo(torch.float32).eps)
-
+    keep = 1.0 if call.kept is None else call.kept * formula.enlarged(call.dropout_p)
     grad = call.grad.double()
-    off_delta = (grad * (output.to(call.query.dtype).double() - output)).sum(-1, keepdim=True).abs()
-    grad_scores = weights * (grad @ shared_value.mT - (grad * output).sum(-1, keepdim=True))
-    exponents = torch.where((weights > 0) & (lse > -1e30), (lse + weights.log()).abs() + lse.abs(), 0.0)
-    sizes = weights * (1 + exponents) * wide
-    terms = grad.abs() @ shared_value.abs().mT
-    delta_terms = (weights * terms).sum(-1, keepdim=True)
-    off_scores = narrow * grad_scores.abs() + weights * off_delta + sizes * (terms + delta_terms)  # (..., Hq, L, S)
+    grad_lse = torch.zeros_like(lse) if call.grad_lse is None else call.grad_lse.double().unsqueeze(-1)
 
-    scale = abs(query.shape[-1] ** -0.5 if call.scale is None else call.scale)
+    delta = (grad * output).sum(-1, keepdim=True) - grad_lse
+    scores = weights * (keep * (grad @ shared_value.mT) - delta)  # their gradient
+    terms = weights * keep * (grad.abs() @ shared_value.abs().mT)
+    # From here on squares of errors.
+    exponents = torch.where((weights > 0) & (lse > -1e30), (lse + weights.log()).square() + lse.square(), 0.0)
+    off_weights = (weights * wide).square() * (1 + exponents)
+    off_scores = scores.square() * (narrow**2 + exponents * wide**2) + (terms * wide).square()
+    off_delta = (grad * output * narrow).square().sum(-1, keepdim=True)
+    off_delta += (terms.square().sum(-1, keepdim=True) + grad_lse.square()) * wide**2
+    squared_scale = (query.shape[-1] ** -0.5 if call.scale is None else call.scale) ** 2
+    kept_weights = off_weights * keep**2
+    of_query = off_scores @ shared_key.square() + off_delta * (weights @ shared_key).square()
+    of_key = (off_scores + weights.square() * off_delta).mT @ query.square()
     off = {
-        "output": sizes @ shared_value.abs(),
-        "gradient of query": reduce_to(scale * off_scores @ shared_key.abs(), query),
-        "gradient of key": reduce_to(scale * off_scores.mT @ query.abs(), key),
-        "gradient of value": reduce_to(sizes.mT @ grad.abs(), value),
+        "output": kept_weights @ shared_value.square(),
+        "lse": off_weights.sum(-1) + wide**2,
+        "weights": off_weights,
+        "gradient of query": squared_scale * reduce_to(of_query, query),
+        "gradient of key": squared_scale * reduce_to(of_key, key),
+        "gradient of value": reduce_to(kept_weights.mT @ grad.square(), value),
     }
     if "attn_mask" in call.learned:
-        off["gradient of attn_mask"] = reduce_to(off_scores, call.attn_mask)
+        mask = call.attn_mask
+        by_key = weights.sum(-1, keepdim=True) if mask.shape[-1:] in ((), (1,)) else weights
+        off["gradient of attn_mask"] = reduce_to(off_scores, mask) + reduce_to(by_key.square() * off_delta, mask)
+    if "alibi_slopes" in call.learned:
+        slopes, options = call.options["alibi_slopes"], call.options
+        lengths, alignment = options.get("key_lengths"), options.get("causal_alignment", "top_left")
+        far = formula.distances(query, key, lengths, alignment).abs().double()
+        of_row = (off_scores * far.square()).sum(-1) + off_delta.squeeze(-1) * (weights * far).sum(-1).square()
+        off["gradient of alibi_slopes"] = of_row.sum(-1).sum_to_size(slopes.shape)
     if "sinks" in call.learned:
-        spare = 1 - weights.sum(-1, keepdim=True)
-        off["gradient of sinks"] = (spare * (off_delta + wide * delta_terms)).sum((0, 2, 3))
-    tensors = {"output": call.query, **{f"gradient of {name}": x for name, x in call.tensors().items()}}
-    return {name: x.abs() + off.get(name, 0.0) / torch.finfo(tensors[name].dtype).eps for name, x in right.items()}
+        of_row = off_delta + (delta * (1 + lse.abs()) * wide).square()
+        off["gradient of sinks"] = ((1 - weights.sum(-1, keepdim=True)).square() * of_row).sum((0, 2, 3))
+    units = {name: torch.finfo(dtype_of(call, name)).eps for name in right}
+    return {name: (x.square() + off.get(name, 0.0) / units[name] ** 2).sqrt() for name, x in right.items()}
+
+
+def dtype_of(call: Call, name: str) -> torch.dtype:
+    """Of a tensor of the answer: the log-sum-exp has at least float32, a gradient what its tensor has."""
+    if name == "lse":
+        return torch.promote_types(call.query.dtype, torch.float32)
+    return call.given().get(name.removeprefix("gradient of "), call.query).dtype
 
 
 def reduce_to(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -191,7 +248,7 @@ def yardstick(
     either may be luckily near. The formula is computed at the dtype of the call. PyTorch counts as wrong when it is
     more than WRONG times as far as the nearest of the three, and as rounding of its `sizes` explains.
     """
-    plain = exact(call, call.query.dtype)
+    plain = without_empty_rows(exact(call, None))
     theirs = [pytorch(call), pytorch(call, (SDPBackend.MATH,))]
     chosen = {}
     for name, right in answer.items():
@@ -204,29 +261,34 @@ def yardstick(
     return chosen
 
 
-def compare(attention: Attention, call: Call, exact_call: Call | None = None) -> Iterator[Comparison]:
-    """Output and gradients beside what they are held to.
+def without_empty_rows(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same with 0 for the log-sum-exp -inf of rows that may attend to nothing, which has no distance to another."""
+    return {name: x.masked_fill(x == -torch.inf, 0.0) if name == "lse" else x for name, x in found.items()}
 
-    Args:
-        exact_call: the call as the formula is to see it, where that is told more, such as which weights dropout keeps.
-    """
-    found, exact_call = solve(call, attention), exact_call or call
+
+def compare(found: dict[str, torch.Tensor], call: Call) -> Iterator[Comparison]:
+    """Results and gradients, as `solve` gives them, beside what they are held to."""
+    answer = exact(call)
     assert found["output"].dtype == call.query.dtype, f"output is {found['output'].dtype}, query {call.query.dtype}"
-    answer = exact(exact_call)
-    sizes = magnitudes(exact_call, answer)
-    rulers = yardstick(exact_call, answer, found, sizes)
+    if "lse" in found:
+        empty = answer["lse"] == -torch.inf
+        assert found["lse"].dtype in (torch.float32, torch.float64), f"lse is {found['lse'].dtype}"
+        assert torch.equal(found["lse"] == -torch.inf, empty), "lse: not -inf in exactly the rows with no allowed key"
+    found, answer = without_empty_rows(found), without_empty_rows(answer)
+    sizes = magnitudes(call, answer)
+    rulers = yardstick(call, answer, found, sizes)
     for name, right in answer.items():
-        factor = FORWARD if name == "output" else GRADIENT
+        factor = GRADIENT if name.startswith("gradient") else FORWARD
         yield Comparison(name, found[name], rulers[name], right, factor, sizes[name])
 
 
 def judge(attention: Attention, call: Call, what: str = "") -> None:
-    """Hold output and gradients to the tolerance: 2 times the yardstick's error forward, 3 times for gradients.
+    """Hold results and gradients to the tolerance: 2 times the yardstick's error forward, 3 times for gradients.
 
     Args:
         what: the case, for the message of a failure.
     """
-    for one in compare(attention, call):
+    for one in compare(solve(call, attention), call):
         one.judge(what)
 
 
