@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,31 @@ SUBJECTS = [
     pytest.param("triton", "cuda", torch.bfloat16, id="gpu-bfloat16", marks=pytest.mark.gpu),
 ]
 LARGE = "check_past_2_to_the_31", "check_offsets_inside_a_head"  # want a GPU of 100 GiB to themselves
+LONG_ONES = (  # checks, and attentions that are wrong, which take seconds
+    "check_compiled",
+    "check_wide_heads",
+    "check_zero_strides",
+    "check_own_samples",
+    "check_bands_of_outputs",
+    "check_80000_batch_entries",
+    "check_65536_heads",
+    "check_split_keys",
+    "check_padded_keys",
+    "half the output when compiled",
+    "an output that depends on the batch",
+    "heads past the 65,535th left out",
+    "log-sum-exp to the base 2",
+)
 # What backend="triton" refuses, saying so, is not wrong.
 REFUSED = {"check_float64": "float16, bfloat16, float32, found float64"}
 # What is wrong on some machines, by provider and check, and why.
 KNOWN = {("ours", "check_batch_of_one"): "PyTorch's product of one matrix is another routine than that of many"}
+
+
+def marked(names: Iterable[str]) -> list[Any]:
+    """The names as cases of a test, with their marks."""
+    marks = ((pytest.mark.large, LARGE), (pytest.mark.slow, LONG_ONES))
+    return [pytest.param(name, marks=[mark for mark, ones in marks if name in ones]) for name in names]
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +71,7 @@ def other_numbers(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReques
     monkeypatch.setattr(registry, "SEED", registry.SEED + request.config.option.seed)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.large if n in LARGE else ()) for n in CHECK])
+@pytest.mark.parametrize("name", marked(CHECK))
 @pytest.mark.parametrize(("provider", "device", "dtype"), SUBJECTS)
 def test_ours(name: str, provider: str, device: str, dtype: torch.dtype) -> None:
     attention = providers.PROVIDERS[provider].load(device)
@@ -81,7 +103,7 @@ NOT_RIGHT = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name, one in CHECK.items() if one.where != GPU])
+@pytest.mark.parametrize("name", marked(name for name, one in CHECK.items() if one.where != GPU))
 def test_a_right_attention_passes(name: str) -> None:
     outcome = run(CHECK[name], right)
     assert outcome.kind in NOT_RIGHT.get(name, ("pass",)), outcome.message
@@ -92,7 +114,7 @@ def full_name(short: str) -> str:
     return short if short.startswith("check_") else f"check_{short}"
 
 
-@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("wrong", marked(WRONG))
 def test_a_wrong_attention_is_found_out(wrong: str) -> None:
     attention, checks = WRONG[wrong]
     for name in map(full_name, checks):
@@ -113,6 +135,7 @@ def test_a_backend_that_falls_back_silently_is_found_out() -> None:
     assert run(CHECK["check_no_silent_fallback"], attention).kind == "FAIL"
 
 
+@pytest.mark.slow
 def test_batch_entries_one_by_one_are_accepted() -> None:
     for name in ("check_batch_entries", "check_batch_of_one"):
         assert run(CHECK[name], changed(one_by_one)) == Outcome("pass")
@@ -183,7 +206,7 @@ def test_outcomes_tell_refusals_from_wrong_answers() -> None:
     assert run(Check("x", "mask", OURS, lambda *_: None, where=GPU), right) == Outcome("-", "needs a GPU")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_command_prints_the_table() -> None:
     command = [sys.executable, "-m", "tests.conformance", "--device", "cpu", "--provider", "torch-math", "--markdown"]
     done = subprocess.run([*command, "--only", "bad input: dropout"], capture_output=True, text=True, cwd=ROOT)

@@ -79,6 +79,7 @@ def agree(found: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 # What they compute
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, derandomize=True, phases=(Phase.generate,))
 @given(st.data())
 def test_any_combination_means_what_its_parts_mean(data: st.DataObject) -> None:
@@ -189,10 +190,11 @@ def test_wrong_kernels_are_found_out(name: str) -> None:
 # In what order things may happen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("d", [64, 128])
 def test_every_order_gives_the_same(d: int) -> None:
     """One to nine tiles, several pieces of work to a program, whole and cut."""
-    for n in range(1, 10):
+    for n in (1, 2, 4, 6, 9) if d == 64 else (1, 3, 5, 7, 8):
         asked = Call(scale=0.1, right=0, left=None if n % 2 else 200) if n % 3 else Call(scale=0.1)
         launch = Launch((1, 3, 1, 192 if d == 64 else 130, 128 * n - 5, d), asked)
         right = launch.run(emulate(0))

@@ -376,7 +376,7 @@ def test_killed_sweep_continues_to_the_same_results(tmp_path: Path) -> None:
     assert [len(each) for each in lines] == [30, 30]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_worker_that_ends_fails_its_member_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One whose input closes, one that is killed; then another does what is left."""
     workers: list[Worker] = []
@@ -406,7 +406,7 @@ def test_worker_that_ends_fails_its_member_only(tmp_path: Path, monkeypatch: pyt
     assert all(worker.process.poll() is not None for worker in workers)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_control_c_says_how_to_continue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
