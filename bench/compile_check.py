@@ -15,7 +15,6 @@ allows warp-group matrix instructions on sm_90 has none, or if a Hopper kernel w
 from __future__ import annotations
 
 import argparse
-import ast
 import concurrent.futures
 import hashlib
 import inspect
@@ -30,7 +29,7 @@ from typing import Any, NamedTuple
 
 from bench.compile_cases import Case, all_cases, launch
 from bench.loop_cost import PRODUCTS, RATES, Cost, Traffic, loop_cost, recorded, traffic, why_dearer
-from bench.pretended import Chip, compiling, made_from
+from bench.pretended import Chip, compiling, made_from, plain
 
 # Bytes of shared memory a program can have (CUDA programming guide, table of compute capabilities). For 80 the smaller
 # limit of its consumer relatives 86 and 89 is kept to, which run the same tiles.
@@ -95,7 +94,7 @@ def digest_of(case: Case) -> str:
     """Of what the kernels of a case are made from, Triton's version, and what they are judged by."""
     from triton import __version__
 
-    rules = ast.unparse(ast.parse(inspect.getsource(judge))), SHARED_MEMORY, SPILLS, OUTSIDE, sorted(WASTED)
+    rules = plain(inspect.getsource(judge)), SHARED_MEMORY, SPILLS, OUTSIDE, sorted(WASTED)
     parts = [__version__, str(rules), *made_from(Chip(case.arch), lambda: launch(case))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import itertools
 import types
 from collections.abc import Callable, Iterator
@@ -118,9 +119,18 @@ def made_from(chip: Chip, run: Callable[[], object]) -> list[str]:
 
 
 def code_alone(function: Any) -> str:
-    """A JIT function's source without docstring, comments and layout."""
-    tree = ast.parse(function._src)
-    body = tree.body[0].body
+    """A JIT function's source, and that of this package's classes and builtins that it names, as `plain` has it."""
+    source = function._src
+    names = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    named = [function.fn.__globals__.get(name) for name in sorted(names)]
+    own = [x for x in named if isinstance(x, type) or getattr(x, "__triton_builtin__", False)]
+    return "\n".join(map(plain, [source, *(inspect.getsource(x) for x in own if x.__module__.startswith("kernels."))]))
+
+
+def plain(source: str) -> str:
+    """The source of a function or class without docstring, comments and layout."""
+    tree = ast.parse(source)
+    body = tree.body[0].body  # type: ignore[attr-defined]
     if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
         body[0] = ast.Pass()
     return ast.unparse(tree)

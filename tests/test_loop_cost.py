@@ -216,8 +216,9 @@ def test_a_case_is_compiled_again_when_its_kernels_have_changed(tmp_path: Path) 
     line = "    ds = weights * (dp - delta)\n"
     layout = "    # A comment.\n    ds = (weights) * (\n        dp - delta)\n"
     assert digests_with(("class Bounds", "\n# A comment.\n\n\nclass Bounds"), (line, layout)) == [attention, norm]
-    changed = digests_with((line, line.replace("- delta", "+ delta")))
-    assert changed[0] != attention and changed[1] == norm
+    for change in (line, line.replace("- delta", "+ delta")), ("    offset: Any\n", "    offset: Any = 0\n"):
+        changed = digests_with(change)
+        assert changed[0] != attention and changed[1] == norm
 
 
 def test_only_what_is_not_known_to_fit_is_compiled(

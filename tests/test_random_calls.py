@@ -227,7 +227,7 @@ class Call:
         if kind is None:
             return
         shape = {"0-d": (), "ones": (1,) * len(self.batch)}.get(kind, self.batch)
-        dtype = some("lengths dtype", torch.int32, torch.int64)
+        dtype = getattr(torch, some("lengths dtype", "int32", "int64"))
         lengths = torch.randint(-self.n_keys // 2, self.n_keys + 1, shape, dtype=dtype).abs()
         if kind == "column":
             lengths = torch.stack((lengths, lengths * 0 - 7), -1)[..., 0]
