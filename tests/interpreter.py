@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 
 def prepare() -> None:
@@ -36,6 +41,7 @@ def spare_work() -> None:
       at each launch. That is four tenths of its time.
     - It looks for overflows of integers, and without TRITON_DEBUG drops what it has found: two tenths.
     - It makes the table of numpy's dtypes anew whenever it wants one of them.
+    - It describes each block's type and each tuple's anew, which hardly anybody asks for: a seventh.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -62,3 +68,32 @@ def spare_work() -> None:
         return known[name]
 
     interpreter._get_np_dtype = remembered
+    describe_once(tl.core)
+
+
+def describe_once(core: types.ModuleType) -> None:
+    """Of triton.language.core: types of blocks are remembered, those of tuples made when they are asked for."""
+    block_type, known = core.block_type.__init__, {}
+
+    def block_type_init(self: tl.block_type, element_ty: tl.dtype, shape: Iterable) -> None:
+        key = (element_ty.name, *(getattr(size, "value", size) for size in shape))
+        if key not in known:
+            block_type(self, element_ty, shape)
+            known[key] = vars(self).copy()
+        vars(self).update(known[key])
+
+    def tuple_init(self: tl.tuple, args: Iterable, type: object = None) -> None:
+        self.values = [*args]
+        if type is not None:
+            self.type = type if isinstance(type, core.tuple_type) else core.tuple_type(type)
+
+    field = core.tuple.__getattr__
+
+    def tuple_getattr(self: tl.tuple, name: str) -> object:
+        if name != "type":
+            return field(self, name)
+        self.type = core._type_for_tuple_values(self.values)
+        return self.type
+
+    core.block_type.__init__ = block_type_init
+    core.tuple.__init__, core.tuple.__getattr__ = tuple_init, tuple_getattr
