@@ -160,7 +160,7 @@ def test_without_matplotlib_the_error_says_what_to_install(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_pictures_of_many_heads_and_tokens_have_several_rows(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread

@@ -170,7 +170,7 @@ def test_the_parents_import_neither_torch_nor_triton() -> None:
     assert done.stdout.strip() == "set()"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_line_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_first.main(["--out", str(tmp_path / "out")]) == 2

@@ -197,7 +197,7 @@ def digests_in(folder: Path) -> list[str]:
     return done.stdout.split()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_case_is_compiled_again_when_its_kernels_have_changed(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     for name in "kernels", "bench", "docs":

@@ -122,9 +122,9 @@ WORK = {
         pytest.param("train", signal.SIGINT, marks=pytest.mark.long),
         pytest.param("train, just started", signal.SIGKILL, marks=pytest.mark.long),
         pytest.param("sweep", signal.SIGKILL, marks=pytest.mark.long),
-        ("sweep", signal.SIGTERM),
+        pytest.param("sweep", signal.SIGTERM, marks=pytest.mark.long),
         pytest.param("evaluate", signal.SIGKILL, marks=pytest.mark.long),
-        ("evaluate", signal.SIGTERM),
+        pytest.param("evaluate", signal.SIGTERM, marks=pytest.mark.long),
     ],
 )
 def test_workers_end_with_their_parent(work: str, end: signal.Signals) -> None:
@@ -259,7 +259,7 @@ def test_no_folder_can_be_made_in_a_file(kind: str, tmp_path: Path, capsys: pyte
     assert "calcformer: error: runs: File exists" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_sweeps_at_once(tmp_path: Path) -> None:
     words = ["sweep", *FLAGS, "--epochs", "1"]
     assert Counter(at_once(*words)) == {0: 2}

@@ -299,7 +299,7 @@ def test_nothing_finished_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "run: " in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_member_that_cannot_be_continued_is_kept(tmp_path: Path) -> None:
     sweep = tiny_sweep({})
     run_sweep(sweep, tmp_path / "out", jobs=1, bar=False)
@@ -317,7 +317,7 @@ def test_member_that_cannot_be_continued_is_kept(tmp_path: Path) -> None:
     assert "resume.safetensors is damaged" in results["rows"][0]["runs"][0]["failed"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_member_whose_log_or_weights_are_lost_is_mended(tmp_path: Path) -> None:
     sweep = tiny_sweep({})
     run_sweep(sweep, tmp_path / "out", jobs=1, bar=False)

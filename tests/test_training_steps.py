@@ -59,7 +59,7 @@ def test_bfloat16_is_near_float32_and_keeps_its_weights(tmp_path: Path) -> None:
     assert {value.dtype for value in load_file(tmp_path / "bfloat16" / "model.safetensors").values()} == {torch.float32}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_run_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Traced and differentiated as always; only the machine code, which takes a minute to make, is left out.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))

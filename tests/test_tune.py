@@ -93,7 +93,7 @@ def test_the_best_come_first() -> None:
     assert "table" in lines[0] and lines[1].endswith("full      3.0 us")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_without_a_gpu_it_compiles(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     command = [sys.executable, "-m", "bench.tune", "short", "forward", "L5", "D16", "--jobs", "1", "--arch", "90"]
