@@ -33,6 +33,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=0, help=help)
 
 
+def pytest_report_header(config: pytest.Config) -> str:
+    """What a session on a CPU leaves out."""
+    return "" if runs_on_gpu(config) else "without what needs a CUDA GPU: pytest -m gpu"
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """With --seed: which comparisons with PyTorch's error passed by the least."""
     nearest = sorted((min(found), test) for test, found in margins.items() if min(found) >= 1)  # others want to fail
@@ -86,14 +91,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 if item.get_closest_marker("large"):
                     item.add_marker(pytest.mark.skip(reason="takes up to 100 GiB of GPU memory: run it without -n"))
         return
-    reason = "run by: pytest -m gpu" if torch.cuda.is_available() else "needs a CUDA GPU"
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason=reason))
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if "gpu" in config.option.markexpr:
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    elif on_gpu:
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=on_gpu)
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if not item.get_closest_marker("gpu"):
-            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for same in cases.values():
         for place, item in enumerate(same if len(same) >= 2 * QUICK else ()):
             if place % QUICK:

@@ -135,7 +135,7 @@ def assert_all_right() -> None:
     assert_refused(mesh)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_dtensors_of_two_processes() -> None:
     on_two_processes(assert_all_right)
 

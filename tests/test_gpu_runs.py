@@ -524,7 +524,7 @@ def softmax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("bench.bench_softmax", None)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_benchmark_is_one_file(softmax: Path, context: Context) -> None:
     """Found by the GPU run, the report and pytest, and nothing else was changed."""
     found = gpu_first.make_stages(context.rows.parent, True)

@@ -247,6 +247,7 @@ def right_results(launch: Launch, backward: bool) -> list[torch.Tensor]:
     return launch.run(emulate(0), backward=backward)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "number"), list(steps_that_keep_order()))
 def test_each_wait_and_arrival_is_needed(name: str, number: int) -> None:
     whole = file(name).read_text()

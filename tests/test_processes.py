@@ -144,7 +144,7 @@ def test_workers_end_with_their_parent(work: str, end: signal.Signals) -> None:
                     os.kill(each, signal.SIGKILL)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_evaluation_says_that_a_worker_was_killed() -> None:
     train(PRESETS["formula"].with_settings({**TINY, "complexity": 3, "epochs": 1}), "wide", bar=False)
     words = [sys.executable, "-m", "calcformer", *WORK["evaluate"][0]]

@@ -447,7 +447,7 @@ def test_study_of_positions_asks_and_draws(tmp_path: Path, capsys: pytest.Captur
     assert is_picture(folder / "sweep.png")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_study_of_overfitting_measures_what_was_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", "--study", "s0-overfit", "--device", "cpu", "--out", "out"]) == 0
     (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
