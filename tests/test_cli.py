@@ -370,7 +370,7 @@ def test_interrupt_says_how_to_resume(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "run: exact match" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_control_c_in_a_real_process(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "calcformer", "train", "--out", "run", *TINY, "--epochs", "100000"]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(calcformer.__file__).parents[1])}

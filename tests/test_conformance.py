@@ -37,22 +37,24 @@ SUBJECTS = [
     pytest.param("triton", "cuda", torch.float32, id="gpu-float32", marks=pytest.mark.gpu),
     pytest.param("triton", "cuda", torch.bfloat16, id="gpu-bfloat16", marks=pytest.mark.gpu),
 ]
-LARGE = "check_past_2_to_the_31", "check_offsets_inside_a_head"  # want a GPU of 100 GiB to themselves
-LONG_ONES = (  # checks, and attentions that are wrong, which take seconds
-    "check_compiled",
-    "check_wide_heads",
-    "check_zero_strides",
-    "check_own_samples",
-    "check_bands_of_outputs",
-    "check_80000_batch_entries",
-    "check_65536_heads",
-    "check_split_keys",
-    "check_padded_keys",
-    "half the output when compiled",
-    "an output that depends on the batch",
-    "heads past the 65,535th left out",
-    "log-sum-exp to the base 2",
-)
+MARKS = {  # of checks, and of attentions that are wrong
+    "large": ["check_past_2_to_the_31", "check_offsets_inside_a_head"],  # want a GPU of 100 GiB to themselves
+    "slow": [
+        "check_compiled",
+        "check_wide_heads",
+        "check_zero_strides",
+        "check_own_samples",
+        "check_bands_of_outputs",
+        "check_80000_batch_entries",
+        "check_65536_heads",
+        "check_split_keys",
+        "check_padded_keys",
+        "an output that depends on the batch",
+        "heads past the 65,535th left out",
+        "log-sum-exp to the base 2",
+    ],
+    "long": ["half the output when compiled"],
+}
 # What backend="triton" refuses, saying so, is not wrong.
 REFUSED = {"check_float64": "float16, bfloat16, float32, found float64"}
 # What is wrong on some machines, by provider and check, and why.
@@ -61,8 +63,10 @@ KNOWN = {("ours", "check_batch_of_one"): "PyTorch's product of one matrix is ano
 
 def marked(names: Iterable[str]) -> list[Any]:
     """The names as cases of a test, with their marks."""
-    marks = ((pytest.mark.large, LARGE), (pytest.mark.slow, LONG_ONES))
-    return [pytest.param(name, marks=[mark for mark, ones in marks if name in ones]) for name in names]
+    return [
+        pytest.param(name, marks=[getattr(pytest.mark, mark) for mark, ones in MARKS.items() if name in ones])
+        for name in names
+    ]
 
 
 @pytest.fixture(autouse=True)

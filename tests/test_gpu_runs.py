@@ -74,7 +74,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> bool:
 # Stages
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @posix
 def test_what_hangs_is_killed_with_all_it_started_and_the_next_stage_runs(tmp_path: Path) -> None:
     pids = tmp_path / "pids"

@@ -188,7 +188,7 @@ def test_run_of_more_processes_than_cores_continues_with_those_there_are(
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_workers_import_what_this_process_imports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])
     monkeypatch.syspath_prepend(str(Path(calcformer.__file__).parents[1]))

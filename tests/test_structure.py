@@ -114,7 +114,7 @@ except ValueError as error:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_new_rule_touches_five_files(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     shutil.copytree(FOLDER.parent, tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))

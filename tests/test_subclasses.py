@@ -117,7 +117,7 @@ def assert_all_right():
 
 
 @torch_warns
-@pytest.mark.slow
+@pytest.mark.long
 def test_dtensors_of_two_processes():
     on_two_processes(assert_all_right)
 

@@ -245,7 +245,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_failed_member_does_not_stop_the_others(swept: Path) -> None:
     results = json.loads((swept / "results.json").read_text())
     failed, *rows = results["rows"]
@@ -429,7 +429,7 @@ def test_control_c_says_how_to_continue(
     assert "Mean and standard deviation of 2 training seeds" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_study_of_positions_asks_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", "--study", "s1-positions", *flags(**TINY)]) == 0
     folder = tmp_path / "runs" / "s1-positions-1"

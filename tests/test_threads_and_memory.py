@@ -106,9 +106,9 @@ def normalise() -> None:
 @pytest.mark.parametrize(
     ("call", "path", "times"),
     [
-        (attend, "torch", 2000),
+        (attend, "torch", 1000),
         (attend_with_all, "torch", 500),
-        (normalise, "torch", 2000),
+        (normalise, "torch", 1000),
         (attend, "interpreted", 3),
         (normalise, "interpreted", 3),
     ],
