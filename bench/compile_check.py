@@ -224,6 +224,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help=f"enter what fits in bench/{RECORD.name}")
     options = parser.parse_args(argv)
     cases = [case for case in all_cases(options.arch, options.quick, options.tiles) if options.only in case.feature]
+    if not cases:
+        parser.error(f"no feature of these chips has {options.only!r} in its name; see FEATURES in compile_cases.py")
     import triton
 
     known, stale = read_record(), {}
@@ -231,7 +233,9 @@ def main(argv: list[str] | None = None) -> int:
         names = {name_of(case), name_of(case, options.spills_allowed)}
         if options.anew or all(known.get(name) != digest for name in names):
             stale[case] = digest
-    print(f"triton {triton.__version__}, {len(cases)} calls, {len(cases) - len(stale)} of them known to fit")
+    print(f"triton {triton.__version__}, {len(cases)} calls, {len(cases) - len(stale)} known to fit by {RECORD.name}")
+    if not stale:
+        return 0
     print(" sm  kernel                  case                            tile  warps  regs spills shared matrix  loop")
     version, table = recorded()
     total = faults = 0
@@ -254,6 +258,8 @@ def main(argv: list[str] | None = None) -> int:
             known[name_of(case, options.spills_allowed)] = stale[case]
             write_record(known)
     print(f"{total - faults} kernels fit, {faults} do not")
+    if not options.write and total > faults:
+        print(f"--write would enter those calls in bench/{RECORD.name}")
     return 1 if faults else 0
 
 

@@ -279,7 +279,8 @@ def why_dearer(result: Result, table: dict[tuple[int, str, str], float]) -> str:
     known = table.get((result.arch, result.kernel, result.case))
     if known is None or not isinstance(result.cost, Cost) or result.cost.serial * LOOSE >= known - 0.5:
         return ""
-    return f"{result.cost.serial:.0f} TFLOP/s predicted, {known:.0f} in {TABLE.name}: python -m bench.loop_cost --write"
+    found = f"{result.cost.serial:.0f} TFLOP/s predicted, {known:.0f} in {TABLE.name}"
+    return f"{found}; if it is meant to be slower, first python -m bench.loop_cost --write"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -301,12 +302,15 @@ def main(argv: list[str] | None = None) -> int:
     words = {word for case in cases for word in case.label.split()} & set(options.words)  # the others are of the result
     cases = [case for case in cases if words <= set(case.label.split())]
     lines = []
+    print(COLUMNS)
     for result in itertools.chain.from_iterable(compile_cases(cases, options.jobs)):
         if isinstance(result.cost, Cost):
             line = line_of(result)
             if all(word in line.replace("|", " ").split() for word in options.words):
                 lines.append(line)
                 print(line, flush=True)
+    if not lines:
+        parser.error(f"no line of the table has all the words {' '.join(options.words)}; see {TABLE.name}")
     if options.write:
         import triton
 

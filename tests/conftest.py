@@ -35,7 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     """What a session on a CPU leaves out."""
-    return "" if runs_on_gpu(config) else "without what needs a CUDA GPU: pytest -m gpu"
+    if "gpu" in config.option.markexpr:
+        return "" if torch.cuda.is_available() else "no CUDA GPU: what needs one is skipped"
+    return "without what needs a CUDA GPU: pytest -m gpu"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -75,7 +77,7 @@ QUICK = 7  # a prime, so that no option of a test falls out
 
 @pytest.hookimpl(tryfirst=True)  # before items are chosen by their marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what this session cannot run or was not asked for, with the reason.
+    """Skip what was not asked for, with the reason, and leave out what needs a GPU.
 
     Of a test of many cases every seventh is in the quick tier, the others are slow.
     """

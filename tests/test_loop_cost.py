@@ -281,4 +281,4 @@ def test_every_kernel_compiles() -> None:
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True, cwd=ROOT
     )
-    assert done.returncode == 0 and " 0 do not" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "FAULT" not in done.stdout, done.stdout + done.stderr

@@ -288,6 +288,7 @@ def judge(attention: Attention, call: Call, what: str = "") -> None:
     Args:
         what: the case, for the message of a failure.
     """
+    __tracebackhide__ = True  # in what pytest prints
     for one in compare(solve(call, attention), call):
         one.judge(what)
 
