@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import hashlib
-import inspect
+import multiprocessing
 import os
 import re
 import subprocess
@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from bench.compile_cases import Case, all_cases, launch
 from bench.loop_cost import PRODUCTS, RATES, Cost, Traffic, loop_cost, recorded, traffic, why_dearer
-from bench.pretended import Chip, compiling, made_from, plain
+from bench.pretended import Chip, compiling, described, made_from
 
 # Bytes of shared memory a program can have (CUDA programming guide, table of compute capabilities). For 80 the smaller
 # limit of its consumer relatives 86 and 89 is kept to, which run the same tiles.
@@ -94,29 +94,27 @@ def digest_of(case: Case) -> str:
     """Of what the kernels of a case are made from, Triton's version, and what they are judged by."""
     from triton import __version__
 
-    rules = plain(inspect.getsource(judge)), SHARED_MEMORY, SPILLS, OUTSIDE, sorted(WASTED)
-    parts = [__version__, str(rules), *made_from(Chip(case.arch), lambda: launch(case))]
+    parts = [__version__, described(judge), *made_from(Chip(case.arch), lambda: launch(case))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def prepare_to_compile() -> None:
-    """Settings of the processes that compile, before Triton is imported there."""
+def processes(jobs: int) -> concurrent.futures.ProcessPoolExecutor:
+    """Processes that compile, with their settings before they import Triton."""
     os.environ["TRITON_INTERPRET"] = "0"
     os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="compile_check_")  # whatever was compiled before
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 asks; earlier ones fuse anyway
+    return concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
 
 
 def digests(cases: list[Case], jobs: int) -> list[str]:
     """`digest_of` each case."""
-    prepare_to_compile()
-    with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
+    with processes(jobs) as pool:
         return list(pool.map(digest_of, cases, chunksize=16))
 
 
 def compile_cases(cases: list[Case], jobs: int) -> Iterator[list[Result]]:
     """What the kernels of each of these cases come to, compiled anew."""
-    prepare_to_compile()
-    with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
+    with processes(jobs) as pool:
         yield from pool.map(compile_case, cases, chunksize=2)
 
 
@@ -254,8 +252,10 @@ def main(argv: list[str] | None = None) -> int:
             total += 1
             faults += bool(fault)
             fits = fits and not fault
-        if fits and options.write:
-            known[name_of(case, options.spills_allowed)] = stale[case]
+        if options.write:
+            name = name_of(case, options.spills_allowed)
+            known.pop(name, None)
+            known |= {name: stale[case]} if fits else {}
             write_record(known)
     print(f"{total - faults} kernels fit, {faults} do not")
     if not options.write and total > faults:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import itertools
+import sys
+import textwrap
 import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -91,10 +94,10 @@ def compiling(chip: Chip, found: Callable[[str, dict[str, Any], Any], None]) -> 
 def made_from(chip: Chip, run: Callable[[], object]) -> list[str]:
     """What decides on the machine code of the kernels that `run()` launches, none of which is compiled.
 
-    Of each kernel: the source of all functions that it calls, without comments and layout, wherever they stand; the
-    types of its arguments, what is known of them, constants and options. A kernel that cannot be launched is its error.
+    Of each kernel: its code and all it calls, as `described` has it; the types of its arguments, what is known of them,
+    constants and options. A kernel that cannot be launched is its error.
     """
-    from triton.runtime.jit import JITCallable, JITFunction
+    from triton.runtime.jit import JITFunction
 
     parts: list[str] = []
 
@@ -102,35 +105,59 @@ def made_from(chip: Chip, run: Callable[[], object]) -> list[str]:
         self: Any, key: Any, signature: Any, device: int, constants: Any, options: Any, attributes: Any, warmup: bool
     ) -> None:  # in place of compiling
         asked = {name: value for name, value in vars(options).items() if name != "extern_libs"}  # which has a path
-        parts.append(f"{self.fn.__name__} {self.cache_key} {signature} {constants} {asked} {attributes}")
+        parts.append(f"{described(self)} {signature} {constants} {asked} {attributes}")
 
     def found(kernel: str, options: dict[str, Any], result: Any) -> None:
         if isinstance(result, Exception):
             parts.append(f"{kernel}: {result!r}")
 
-    with (
-        mock.patch.object(JITFunction, "_do_compile", note),
-        mock.patch.object(JITCallable, "src", property(code_alone)),
-        mock.patch.object(JITCallable, "starting_line_number", property(lambda _: 0, lambda *_: None), create=True),
-        compiling(chip, found),
-    ):
+    with mock.patch.object(JITFunction, "_do_compile", note), compiling(chip, found):
         run()
     return parts
 
 
-def code_alone(function: Any) -> str:
-    """A JIT function's source, and that of this package's classes and builtins that it names, as `plain` has it."""
-    source = function._src
-    names = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
-    named = [function.fn.__globals__.get(name) for name in sorted(names)]
-    own = [x for x in named if isinstance(x, type) or getattr(x, "__triton_builtin__", False)]
-    return "\n".join(map(plain, [source, *(inspect.getsource(x) for x in own if x.__module__.startswith("kernels."))]))
+OWN = "kernels.", "bench.", "__main__", "__mp_main__"  # modules whose code is looked into
 
 
-def plain(source: str) -> str:
-    """The source of a function or class without docstring, comments and layout."""
-    tree = ast.parse(source)
-    body = tree.body[0].body  # type: ignore[attr-defined]
-    if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-        body[0] = ast.Pass()
-    return ast.unparse(tree)
+@functools.cache
+def described(x: Any) -> str:
+    """A function or class of ours: its code, less docstrings, comments and layout, and what the names in it stand for.
+
+    That is the code of others of ours, wherever they stand, the values of constants, the names of all else.
+    """
+    seen: dict[int, str] = {}
+
+    def visit(x: Any) -> None:
+        function = getattr(x, "fn", x)  # of a JIT function
+        module = getattr(function, "__module__", None) or ""
+        if id(x) in seen:
+            return
+        if isinstance(x, types.ModuleType):
+            seen[id(x)] = x.__name__
+        elif not isinstance(function, (type, types.FunctionType)):
+            seen[id(x)] = repr(sorted(x) if isinstance(x, (set, frozenset)) else x)
+        elif not module.startswith(OWN):
+            seen[id(x)] = f"{module}.{function.__qualname__}"
+        else:
+            tree = plain(inspect.getsource(inspect.unwrap(function)))
+            seen[id(x)] = ast.unparse(tree)
+            names = vars(sys.modules[module])
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Name) and node.id in names:
+                    visit(names[node.id])
+                elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                    owner = names.get(node.value.id)
+                    if isinstance(owner, types.ModuleType) and owner.__name__.startswith(OWN):
+                        visit(getattr(owner, node.attr))
+
+    visit(x)
+    return "\n".join(seen.values())
+
+
+def plain(source: str) -> ast.Module:
+    """The source of a function or class, less its docstrings."""
+    tree = ast.parse(textwrap.dedent(source))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node, clean=False) is not None:
+            node.body[0] = ast.Pass()
+    return tree

@@ -85,7 +85,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for name, reason in ASKED_FOR.items():
             if item.get_closest_marker(name):
                 item.add_marker(pytest.mark.slow)
-                if name not in config.option.markexpr:
+                if not re.search(rf"(?<!not )\b{name}\b", config.option.markexpr):
                     item.add_marker(pytest.mark.skip(reason=f"{reason}: pytest -m {name}"))
     if runs_on_gpu(config):
         if hasattr(config, "workerinput"):  # of pytest-xdist: other workers want memory too

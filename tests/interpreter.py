@@ -76,7 +76,8 @@ def describe_once(core: types.ModuleType) -> None:
     block_type, known = core.block_type.__init__, {}
 
     def block_type_init(self: tl.block_type, element_ty: tl.dtype, shape: Iterable) -> None:
-        key = (element_ty.name, *(getattr(size, "value", size) for size in shape))
+        sizes = [getattr(size, "value", size) for size in shape]
+        key = (element_ty.name, getattr(element_ty, "address_space", None), *sizes, *map(type, sizes))
         if key not in known:
             block_type(self, element_ty, shape)
             known[key] = vars(self).copy()

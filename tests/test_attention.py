@@ -77,6 +77,13 @@ def test_forward_and_gradients(sizes: tuple, is_causal: bool, dtype: torch.dtype
     judge(triton_attention, problem(sizes, dtype, device, is_causal=is_causal))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sums_over_many_tiles_stay_in_float32(dtype: torch.dtype, device: str) -> None:
+    """One that is rounded to 16 bits at each tile shows only after many of them."""
+    judge(triton_attention, problem((1, 1, 1, 16, 1000, 8, 8), dtype, device))
+
+
 @pytest.mark.real_tiles
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
