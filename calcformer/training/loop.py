@@ -1,5 +1,7 @@
 """Training: from a configuration to a run folder."""
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -50,7 +52,10 @@ def _follow_torchrun() -> None:
             follow(Path(team.share("")), team)  # the folder that rank 0 writes
     except (InputError, TeamLost, KeyboardInterrupt):
         raise SystemExit(1) from None  # rank 0 says it, or is gone
-    raise SystemExit
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(
+        0
+    )  # at once: threads of PyTorch's groups have ended a process that was winding up, which is then a failure
 
 
 @contextmanager
