@@ -193,20 +193,16 @@ def name_of(case: Case, spills_allowed: bool = False) -> str:
 
 
 def read_record() -> dict[str, str]:
-    """Which cases were seen to fit, and what their kernels were made from."""
+    """Which cases were seen to fit, and what their kernels were made from; what is no case any more is left out."""
+    cases = {f"{case.arch} {case.label}" for case in all_cases(sorted(SHARED_MEMORY), quick=False)}
     lines = RECORD.read_text().splitlines() if RECORD.exists() else []
-    return {name: digest for digest, _, name in (line.partition(" ") for line in lines)}
+    known = {name: digest for digest, _, name in (line.partition(" ") for line in lines)}
+    return {name: x for name, x in known.items() if name.partition(" ")[2].removesuffix(SPILLS_ALLOWED) in cases}
 
 
 def write_record(known: dict[str, str]) -> None:
-    """One case a line, in order; what is no case any more is left out."""
-    cases = {f"{case.arch} {case.label}" for case in all_cases(sorted(SHARED_MEMORY), quick=False)}
-    lines = [
-        f"{digest} {name}\n"
-        for name, digest in sorted(known.items())
-        if name.partition(" ")[2].removesuffix(SPILLS_ALLOWED) in cases
-    ]
-    RECORD.write_text("".join(lines))
+    """One case a line, in order."""
+    RECORD.write_text("".join(f"{digest} {name}\n" for name, digest in sorted(known.items())))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -254,8 +250,10 @@ def main(argv: list[str] | None = None) -> int:
             fits = fits and not fault
         if options.write:
             name = name_of(case, options.spills_allowed)
-            known.pop(name, None)
-            known |= {name: stale[case]} if fits else {}
+            if fits:
+                known[name] = stale[case]
+            else:
+                known.pop(name, None)
             write_record(known)
     print(f"{total - faults} kernels fit, {faults} do not")
     if not options.write and total > faults:

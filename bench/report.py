@@ -72,12 +72,11 @@ def read_results(folder: Path) -> list[Result]:
     Of each group the newest run counts; from older ones on the same GPU only peers that it left out.
     """
     paths = sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")], key=age)
-    results = []
-    for result in map(read_result, paths):
-        if result.machine["gpu"]:
-            results += [result] * bool(result.rows)
-        else:
+    found = list(map(read_result, paths))
+    for result in found:
+        if not result.machine["gpu"]:
             print(f"left out, since no GPU made it: {folder / result.name}", file=sys.stderr)
+    results = [result for result in found if result.rows and result.machine["gpu"]]
     counting: dict[str, dict[str, str]] = {}  # the file, by group and provider
     gpus = {result.name: result.machine["gpu"] for result in results}
     for result in results:

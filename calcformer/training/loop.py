@@ -52,7 +52,8 @@ def _follow_torchrun() -> None:
             follow(Path(team.share("")), team)  # the folder that rank 0 writes
     except (InputError, TeamLost, KeyboardInterrupt):
         raise SystemExit(1) from None  # rank 0 says it, or is gone
-    sys.stdout.flush(), sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(
         0
     )  # at once: threads of PyTorch's groups have ended a process that was winding up, which is then a failure
