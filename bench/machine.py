@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -30,6 +31,20 @@ def leave_after_fault(device: torch.device) -> None:
         os._exit(AGAIN)  # at once: to tidy up would ask the GPU
 
 
+PEERS = "liger-kernel", "quack-kernels", "flash-attn-3", "flash-attn-4"  # packages that are timed where they are there
+
+
+def peers() -> str:
+    """The peers that are installed, with their versions."""
+    found = []
+    for name in PEERS:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return ", ".join(found)
+
+
 @functools.cache
 def describe() -> dict[str, str | int]:
     """Everything a reader needs to repeat a figure."""
@@ -49,6 +64,7 @@ def describe() -> dict[str, str | int]:
         "cudnn": str(cudnn or ""),
         "torch": torch.__version__,
         "triton": triton,
+        "peers": peers(),
         "python": platform.python_version(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "cpu_count": os.cpu_count() or 0,
