@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import kernels
 from bench.accounting import SEED, AttentionCase, Direction
 from bench.check import WrongResult, require_right
-from bench.record import Job, Refused, attempt
+from bench.record import Job, Refused, attempt, compile_peer
 from bench.timing import Call, input_sets
 from kernels.attention import call, plan
 from kernels.attention.explanation import NAMES, Explanation
@@ -151,8 +151,7 @@ def _flex(case: AttentionCase) -> Attention:
         raise ValueError("is compiled on a GPU only")
     if not case.mask and case.length not in (512, 4_096, 16_384):
         raise ValueError("compiles for seconds a shape: asked for 512, 4096 and 16384 keys, masks and biases")
-    torch.compiler.reset()
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = compile_peer(flex_attention)
     blocks = functools.cache(lambda mask: create_block_mask(mask, None, None, case.length, case.length, "cuda"))
 
     def causal(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

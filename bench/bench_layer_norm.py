@@ -17,7 +17,7 @@ import kernels
 from bench.accounting import DIRECTIONS, SEED, Direction, NormCase, norm_cases
 from bench.benchmark import Benchmark, GpuStage, Table
 from bench.check import WrongResult, require_right
-from bench.record import Context, Job, Prepared, attempt, compile_peers, time_all, time_row
+from bench.record import Context, Job, Prepared, attempt, compile_peer, compile_peers, time_all, time_row
 from bench.timing import Call, input_sets
 from kernels.backend import why_not_triton
 
@@ -117,8 +117,7 @@ def build(provider: str, case: NormCase, device: torch.device) -> Norm:
     if provider == COMPILED:
         if device.type != "cuda" or case.columns not in COMPILED_COLUMNS:
             raise ValueError(f"compiles for seconds a shape: asked for on a GPU only, widths {COMPILED_COLUMNS}")
-        torch.compiler.reset()
-        return torch.compile(functools.partial(_torch, case), dynamic=False)
+        return compile_peer(functools.partial(_torch, case))
     if provider == "Liger":
         return _liger(case)
     if provider == "QuACK":

@@ -65,6 +65,8 @@ def make_stages(words: list[str], out: Path, rehearse: bool) -> list[Stage]:
         "bench.pytest_rows",
         "-p",
         "no:cacheprovider",
+        "-p",
+        "no:benchmark",  # it warns of side by side
         "--rows",
         rows,
         *(("--last", str(last)) if last else ()),

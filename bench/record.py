@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
+import torch._functorch.config
 
 from bench import machine
 from bench.accounting import Work
@@ -40,6 +41,13 @@ class Job(NamedTuple):
     calls: Sequence[Call]
     work: Work
     graph: bool = True
+
+
+def compile_peer(function: Callable[..., T]) -> Callable[..., T]:
+    """`function` by torch.compile, for the shapes it is first called with; its backward pass can run more than once."""
+    torch.compiler.reset()
+    torch._functorch.config.donated_buffer = False  # else it frees what a graph that is kept still needs
+    return torch.compile(function, dynamic=False)
 
 
 def attempt(provider: str, function: Callable[[], T]) -> T:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from typing import Any
 
 import numpy
 import torch
@@ -42,6 +43,27 @@ def l2_bytes(device: torch.device) -> int:
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up; triton.cdiv, which compiles too, takes ten times as long."""
     return -(-a // b)
+
+
+def settle(*kernels: Any) -> None:
+    """Work out the keys under which Triton caches kernels, those of the functions they call first.
+
+    Up to 3.7 Triton leaves out of a key the constants of functions that it meets for the first time, so that a kernel's
+    key depends on which others ran before, and a kernel in the cache is compiled again (triton-lang/triton, pull
+    request 10494).
+    """
+    seen: set[int] = set()
+
+    def visit(function: Any) -> None:
+        if id(function) in seen or getattr(function, "hash", "") is not None:  # the interpreter's functions have none
+            return
+        seen.add(id(function))
+        for name in function.fn.__code__.co_names:
+            visit(function.fn.__globals__.get(name))
+        function.cache_key  # noqa: B018 - asked for what it leaves behind
+
+    for kernel in kernels:
+        visit(kernel)
 
 
 def launch_on(device: torch.device) -> contextlib.AbstractContextManager:

@@ -50,7 +50,7 @@ from kernels.attention.pieces import (
 )
 from kernels.attention.score import CARE, LOG2_E, OPEN, Where, exponent_factor, exponentials, find_head, tile_scores
 from kernels.attention.tiles import Tile, column_blocks
-from kernels.launch import cdiv, launch_on
+from kernels.launch import cdiv, launch_on, settle
 
 
 @triton.jit
@@ -167,6 +167,9 @@ def forward_kernel(
         inside = offs_q < bounds.n_queries
         tl.store(at_head(row_max, b, h, bounds.first_q).ptr + offs_q, largest * (1.0 / unit), mask=inside)
         tl.store(at_head(row_sum, b, h, bounds.first_q).ptr + offs_q, total, mask=inside)
+
+
+settle(forward_kernel)
 
 
 def launch_forward(

@@ -67,7 +67,7 @@ from kernels.attention.score import (
     tile_scores,
 )
 from kernels.attention.tiles import block_of, column_blocks
-from kernels.launch import cdiv, launch_on
+from kernels.launch import cdiv, launch_on, settle
 
 DELTA_ENTRIES = 4096  # of a tile of the delta kernel
 
@@ -357,6 +357,9 @@ def key_value_kernel(
         acc_k, acc_v = tl.where(used, acc_k, 0.0), tl.where(used, acc_v, 0.0)
     store_rows(at_head(dk, b, h_kv, bounds.first_k), acc_k, start_k, n_rows, start_col, BLOCK_K, E, BLOCK_E)
     store_rows(at_head(dv, b, h_kv, bounds.first_k), acc_v, start_k, n_rows, start_col, BLOCK_K, EV, BLOCK_EV)
+
+
+settle(delta_kernel, query_kernel, key_value_kernel)
 
 
 def launch_backward(

@@ -47,7 +47,7 @@ from kernels.attention.hopper_pieces import (
 )
 from kernels.attention.pieces import find_work
 from kernels.attention.plan import takes_tma
-from kernels.launch import cdiv, launch_on
+from kernels.launch import cdiv, launch_on, settle
 
 ROWS, KEYS = gl.constexpr(64), gl.constexpr(128)  # queries of a step; keys of a program
 HALF = KEYS // 2  # keys of a consumer: the rows of a warp group's matrix instruction
@@ -448,6 +448,9 @@ def hopper_backward_kernel(
             call, shape, n_tiles, section, D, SLOTS, GUARDED, DTYPE,
         )),
     ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
+
+
+settle(hopper_backward_kernel)
 
 
 def launch_hopper_backward(

@@ -48,7 +48,7 @@ from kernels.attention.hopper_pieces import (
 )
 from kernels.attention.pieces import find_work
 from kernels.attention.tiles import choose_consumers
-from kernels.launch import cdiv, launch_on
+from kernels.launch import cdiv, launch_on, settle
 
 ROWS = gl.constexpr(64)  # queries of a consumer: the rows of a warp group's matrix instruction
 # Of a consumer's thread, by how many consumers there are. The producer has what is left: of 168 a thread of three warp
@@ -447,6 +447,9 @@ def hopper_forward_kernel(
                 BLOCK_K, D, SLOTS, CONSUMERS, GUARDED,
             )),
         ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
+
+
+settle(hopper_forward_kernel)
 
 
 def launch_hopper_forward(

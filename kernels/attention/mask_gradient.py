@@ -27,7 +27,7 @@ from kernels.attention.pieces import (
 )
 from kernels.attention.score import CARE, Where, exponentials, find_head, score_gradient, tile_scores
 from kernels.attention.tiles import Tile
-from kernels.launch import cdiv
+from kernels.launch import cdiv, settle
 
 
 @triton.jit
@@ -148,6 +148,9 @@ def mask_kernel(
         pointers = dmask_ptr + rows[:, None].to(tl.int64) * dmask.stride_row
         pointers += cols[None, :].to(tl.int64) * dmask.stride_col
         tl.store(pointers, total.to(dtype), mask=(rows[:, None] < shape.L) & (cols[None, :] < shape.S))
+
+
+settle(mask_kernel)
 
 
 def summed_axes(dmask: torch.Tensor) -> dict[str, bool]:

@@ -22,7 +22,7 @@ from kernels.attention.call import Call
 from kernels.attention.pieces import dot, dropout_factors, keys_in_use, zero_nonfinite
 from kernels.attention.score import CARE, Bounds, Where, exponent_factor, exponentials, find_head, tile_scores
 from kernels.attention.tiles import ShortTile, block_of
-from kernels.launch import cdiv, launch_on
+from kernels.launch import cdiv, launch_on, settle
 
 
 class Rows(NamedTuple):
@@ -194,6 +194,9 @@ def short_forward_kernel(
             weights = tl.where((scores != float("-inf")) & (finite == 0), float("nan"), weights)
         found = products(weights.to(v.dtype), v, None, PRECISION) / row_sum
         store_tiles(out, found, queries, h, EV, BLOCK_EV)
+
+
+settle(short_forward_kernel)
 
 
 def short_options(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call, tile: ShortTile) -> dict:

@@ -29,7 +29,7 @@ from kernels.attention.short import (
     store_tiles,
 )
 from kernels.attention.tiles import ShortTile
-from kernels.launch import launch_on
+from kernels.launch import launch_on, settle
 
 
 @triton.jit
@@ -98,6 +98,9 @@ def short_backward_kernel(
 
     store_tiles(dk, acc_k * call.scale, keys, keys.h, E, BLOCK_E)
     store_tiles(dv, acc_v, keys, keys.h, EV, BLOCK_EV)
+
+
+settle(short_backward_kernel)
 
 
 def launch_short_backward(

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from kernels import launch
-from kernels.launch import cdiv, launch_on
+from kernels.launch import cdiv, launch_on, settle
 from kernels.layer_norm.forward import alignment, keep_scale, kept, row_offsets, row_place
 from kernels.layer_norm.tiles import choose_tile, n_programs
 
@@ -380,6 +380,9 @@ def reduce_partials_kernel(
         _add_partials(partial_weight_ptr, grad_weight_ptr, n_partials, n_cols, ROWS, BLOCK_N)
     if partial_bias_ptr is not None:
         _add_partials(partial_bias_ptr, grad_bias_ptr, n_partials, n_cols, ROWS, BLOCK_N)
+
+
+settle(backward_rows_kernel, backward_chunks_kernel, backward_columns_kernel, reduce_partials_kernel)
 
 
 def launch_backward(

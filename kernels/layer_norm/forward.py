@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import cdiv, launch_on
+from kernels.launch import cdiv, launch_on, settle
 from kernels.layer_norm.tiles import choose_tile
 
 MAX_ALIGN = 8  # elements of two bytes in the widest load, 16 bytes
@@ -285,6 +285,9 @@ def forward_chunks_kernel(
         if bias_ptr is not None:
             output += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
         tl.store(output_ptr + row * n_cols + cols, output.to(output_ptr.dtype.element_ty), mask=mask)
+
+
+settle(forward_rows_kernel, forward_chunks_kernel)
 
 
 @functools.cache
