@@ -239,8 +239,9 @@ HEADER = """# Compiled, without a GPU
 
 What the machine code of the kernels says, by Triton {version}: made by `python -m bench.loop_cost --write`, checked by
 `python -m bench.compile_check`. Speeds are predictions (see bench/loop_cost.py), in TFLOP/s of what a kernel must do,
-its recomputed products included; no GPU has run them. Spills: bytes of the whole kernel, and instructions in the steady
-loop. Cycles a 1,000 scores: tensor, issue, half rate, exp2. Of Hopper kernels: a consumer, for which "overlap" counts.
+its recomputed products included; docs/measured.md has what a GPU did. Spills: bytes of the whole kernel, and
+instructions in the steady loop. Cycles a 1,000 scores: tensor, issue, half rate, exp2. Of Hopper kernels: a consumer,
+for which "overlap" counts.
 
 """
 COLUMNS = "| sm | kernel | case | tile, warps | registers | spills, in the loop | cycles | serial | overlap |"

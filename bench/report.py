@@ -1,10 +1,10 @@
-"""README's GPU tables and its plot, from bench/results: rows of bench.gpu_first, and JSON of pytest-benchmark.
+"""What bench/results says, in words: rows of bench.gpu_first, and JSON of pytest-benchmark.
 
     python -m bench.report [--results FOLDER] [--check]
 
-Rewrites what stands between the two marks in README.md and draws bench/results/attention.png. --check changes nothing
-and exits with 1 where README and results disagree. Of several results of the same work the newest counts. Without any,
-README says that no GPU has run the benchmarks.
+Rewrites what stands between the two marks in README.md, a line for each table, and in docs/measured.md, all of them,
+and draws bench/results/attention.png. --check changes nothing and exits with 1 where one of them and the results
+disagree. Of several results of the same work the newest counts. Without any, they say that no GPU has run them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 from bench.benchmark import Table, benchmarks
 from bench.rows import RESULTS, ROOT, age, is_bound, is_ours, read_rows, standings
 
-PICTURE = "attention.png"
+PICTURE, PAGE = "attention.png", "docs/measured.md"
+OTHERS = "FlashAttention", "Liger", "QuACK"  # peers that do not come with PyTorch
 MARKS = "<!-- GPU results: python -m bench.report -->", "<!-- end of GPU results -->"
 NOTHING = "No GPU has run them yet: until one has, this page shows no GPU number."
 
@@ -129,29 +130,68 @@ def make_table(table: Table, rows: Iterable[Row]) -> list[str]:
     return [*lines, ""]
 
 
-def make_section(results: Sequence[Result]) -> str:
-    """What README says of GPUs."""
-    if not results:
-        return NOTHING + "\n"
+def measured_on(results: Sequence[Result]) -> str:
+    """The machines of some results, in words."""
     machines = dict.fromkeys(
-        f"{result.machine['gpu']}, PyTorch {result.machine['torch']}, Triton {result.machine['triton']}, "
-        f"commit {result.machine['commit']}"
+        f"{result.machine['gpu']}, PyTorch {result.machine['torch']}, Triton {result.machine['triton']}"
         for result in results
     )
+    commits = dict.fromkeys(result.machine["commit"] for result in results)
+    peers = dict.fromkeys(filter(None, (result.machine.get("peers") for result in results)))
+    beside = f", beside {'; '.join(peers)}" if peers else ""
+    return f"Measured on {'; '.join(machines)}{beside}, at {' and '.join(commits)}"
+
+
+def make_section(results: Sequence[Result]) -> str:
+    """What docs/measured.md says of GPUs: every table, and every loss."""
+    if not results:
+        return NOTHING + "\n"
     rows = [row for result in results for row in result.rows]
-    lines = [f"Measured on {'; '.join(machines)}; raw figures in `bench/results/`.", ""]
-    if plot_rows(rows):
-        lines += [f"![attention in TFLOP/s by sequence length](bench/results/{PICTURE})", ""]
+    lines = [f"{measured_on(results)}; raw figures in bench/results.", ""]
     for benchmark in benchmarks().values():
         for table in benchmark.tables:
             lines += make_table(table, rows)
     return "\n".join([*lines, *losses(rows)]).rstrip() + "\n"
 
 
+def make_summary(results: Sequence[Result]) -> str:
+    """What README says of GPUs: for each table how many times as fast as PyTorch and as all peers ours is; the plot."""
+    if not results:
+        return NOTHING + "\n"
+    rows = [row for result in results for row in result.rows]
+    lines = [f"{measured_on(results)}. How many times as fast as a peer, from the worst to the best of the shapes:", ""]
+    lines += ["| ours | PyTorch's fastest | the fastest of all |", "|---|---|---|"]
+    every = timed(rows)
+    pytorchs = [row for row in every if not row["provider"].startswith(OTHERS)]
+    for benchmark in benchmarks().values():
+        for table in benchmark.tables:
+            columns = [times(table, standings(among)) for among in (pytorchs, every)]
+            if any(columns):
+                title = re.sub(r",? (TFLOP/s|GB/s|examples a second).*", "", table.title)
+                lines.append(f"| {title} | {' | '.join(columns)} |")
+    picture = ["", f"![attention in TFLOP/s by sequence length](bench/results/{PICTURE})"] if plot_rows(rows) else []
+    return "\n".join(
+        [*lines, *picture, "", f"All figures, and each shape at which a peer is faster: [{PAGE}]({PAGE}).\n"]
+    )
+
+
+def times(table: Table, ratios: Iterable[tuple[float, str, str, str]]) -> str:
+    """How many times as fast ours is over a table's shapes, and than whom at the worst; empty without any."""
+    found = sorted((ratio, peer) for ratio, group, _, peer in ratios if re.fullmatch(table.pattern, group))
+    if not found:
+        return ""
+    (low, peer), (high, _) = found[0], found[-1]
+    return f"{low:.2f} ({peer})" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} ({peer}) to {high:.2f}"
+
+
+def timed(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Rows as `standings` takes them."""
+    return [{"kind": "time", **row._asdict()} for row in rows]
+
+
 def losses(rows: Iterable[Row]) -> list[str]:
     """A list in Markdown of what a peer does faster, the worst first."""
-    timed = [{"kind": "time", **row._asdict()} for row in rows]
-    behind = [(ratio, group, ours, peer) for ratio, group, ours, peer in standings(timed) if ratio < 0.995]
+    behind = [found for found in standings(timed(rows)) if found[0] < 0.995]
     lines = [f"- {group}: {ours} has {ratio:.2f} of the rate of {peer}" for ratio, group, ours, peer in behind]
     return ["Where a peer is faster:", "", *lines, ""] if lines else []
 
@@ -208,9 +248,9 @@ def draw(results: Sequence[Result], path: Path) -> None:
     pyplot.close(figure)
 
 
-def replace_section(readme: str, section: str) -> str:
-    """README with what stands between the marks replaced."""
-    before, rest = readme.split(MARKS[0] + "\n")
+def replace_section(text: str, section: str) -> str:
+    """A text with what stands between the marks replaced."""
+    before, rest = text.split(MARKS[0] + "\n")
     _, after = rest.split(MARKS[1] + "\n")
     return f"{before}{MARKS[0]}\n{section}{MARKS[1]}\n{after}"
 
@@ -220,17 +260,21 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
-    parser.add_argument("--check", action="store_true", help="change nothing; 1 where README and results disagree")
+    parser.add_argument("--root", type=Path, default=ROOT, metavar="FOLDER", help="of README.md and docs/")
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 where they and the results disagree")
     options = parser.parse_args(argv)
-    results = read_results(options.results)
-    old = options.readme.read_text()
-    new = replace_section(old, make_section(results))
+    results, differ = read_results(options.results), 0
+    for name, section in ("README.md", make_summary(results)), (PAGE, make_section(results)):
+        path = options.root / name
+        old = path.read_text()
+        new = replace_section(old, section)
+        if new != old and options.check:
+            print(f"{path} does not say what {options.results} holds: run python -m bench.report")
+            differ = 1
+        elif not options.check:
+            path.write_text(new)
     if options.check:
-        if new != old:
-            print(f"{options.readme} does not say what {options.results} holds: run python -m bench.report")
-        return int(new != old)
-    options.readme.write_text(new)
+        return differ
     if plot_rows([row for result in results for row in result.rows]):
         draw(results, options.results / PICTURE)
     print(make_section(results), end="")

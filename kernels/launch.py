@@ -9,6 +9,8 @@ from typing import Any
 import numpy
 import torch
 
+from kernels.backend import INTERPRETED
+
 LAYOUTS = 4096  # shapes and strides whose launch is remembered, of each kernel
 INTERPRETED_MULTIPROCESSORS = 2  # on a CPU: enough for more than one program
 
@@ -55,15 +57,16 @@ def settle(*kernels: Any) -> None:
     seen: set[int] = set()
 
     def visit(function: Any) -> None:
-        if id(function) in seen or getattr(function, "hash", "") is not None:  # the interpreter's functions have none
+        if id(function) in seen or getattr(function, "hash", "") is not None:
             return
         seen.add(id(function))
         for name in function.fn.__code__.co_names:
             visit(function.fn.__globals__.get(name))
         function.cache_key  # noqa: B018 - asked for what it leaves behind
 
-    for kernel in kernels:
-        visit(kernel)
+    if not INTERPRETED:
+        for kernel in kernels:
+            visit(kernel)
 
 
 def launch_on(device: torch.device) -> contextlib.AbstractContextManager:

@@ -94,6 +94,7 @@ def test_which_calls_it_takes() -> None:
 def test_it_must_be_asked_for_where_no_gpu_has_shown_it_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     q = shaped((1, 1, 256, 64))
     monkeypatch.delenv("KERNELS_HOPPER", raising=False)
+    monkeypatch.setattr(measured, "HOPPER", {})
     assert "KERNELS_HOPPER=1" in why(q, q, q)
     monkeypatch.setitem(measured.HOPPER, ("forward", 64), "a file")
     assert why(q, q, q) == ""
@@ -114,8 +115,9 @@ def test_what_may_be_asked_for() -> None:
 
 def test_three_consumers_where_rows_are_narrow_and_tiles_well_filled() -> None:
     lengths = (128, 192, 193, 300, 384, 1024, 2048, 5000)
-    assert [choose_consumers(64, n) for n in lengths] == [2, 3, 2, 2, 3, 2, 3, 3]
-    assert {choose_consumers(d, n) for d in (128, 256) for n in lengths} == {2}
+    assert [choose_consumers(64, n, False) for n in lengths] == [2, 3, 2, 2, 3, 2, 3, 3]
+    assert {choose_consumers(64, n, True) for n in lengths} == {2}
+    assert {choose_consumers(d, n, False) for d in (128, 256) for n in lengths} == {2}
 
 
 # What they compute

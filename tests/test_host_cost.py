@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,3 +89,34 @@ def test_sizes_are_worked_out_once(way: Way, monkeypatch: pytest.MonkeyPatch) ->
     after = [function.cache_info() for function in remembered]
     assert [info.misses for info in after] == [info.misses for info in before]
     assert sum(info.hits for info in after) > sum(info.hits for info in before)
+
+
+KEYS = """
+import importlib, sys
+from unittest import mock
+from triton.runtime.jit import JITCallable
+if sys.argv[1] == "unsettled":
+    importlib.import_module("kernels.launch").settle = lambda *_: None
+names = "general general_backward hopper_backward hopper_forward mask_gradient short short_backward".split()
+modules = [importlib.import_module(f"kernels.attention.{name}") for name in names]
+modules += [importlib.import_module(f"kernels.layer_norm.{name}") for name in ("backward", "forward")]
+kernels = [x for m in modules for n, x in vars(m).items() if n.endswith("_kernel") and isinstance(x, JITCallable)]
+for kernel in kernels[:: int(sys.argv[2])]:
+    kernel.cache_key
+print(*sorted({(x.__name__, x.cache_key) for x in kernels}))
+"""
+
+
+@pytest.mark.slow
+def test_a_kernels_key_in_tritons_cache_does_not_depend_on_which_ran_before() -> None:
+    """Up to Triton 3.7 it does where nobody settles it, and what one process has compiled another compiles again."""
+
+    def keys(*words: str) -> str:
+        environment = {**os.environ, "TRITON_INTERPRET": "0"}
+        command = [sys.executable, "-W", "ignore", "-c", KEYS, *words]
+        root = Path(__file__).parents[1]
+        return subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True, text=True).stdout
+
+    assert keys("settled", "1") == keys("settled", "-1") != ""
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
+        assert keys("unsettled", "1") != keys("unsettled", "-1")

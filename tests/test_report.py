@@ -60,9 +60,7 @@ def test_readme_and_results_agree() -> None:
 def test_the_newest_result_of_a_gpu_counts(results: Path) -> None:
     section = report.make_section(report.read_results(results))
     assert section.splitlines() == [
-        "Measured on A GPU, PyTorch 2.0, Triton 3.0, commit abc; raw figures in `bench/results/`.",
-        "",
-        "![attention in TFLOP/s by sequence length](bench/results/attention.png)",
+        "Measured on A GPU, PyTorch 2.0, Triton 3.0, at abc; raw figures in bench/results.",
         "",
         "| Attention forward, D = 128, causal, TFLOP/s by sequence length | 1,024 | 2,048 |",
         "|---|---|---|",
@@ -87,7 +85,7 @@ def test_a_newer_result_of_one_group_leaves_the_others(results: Path) -> None:
         info={"tflops_per_second": 8.0},
     )
     lines = report.make_section(report.read_results(results)).splitlines()
-    assert "commit abc" in lines[0] and "commit abd" in lines[0]
+    assert "at abc and abd" in lines[0]
     assert lines[-7:] == [
         "| kernels (general) | – | **302** |",
         "| torch cuDNN | **9** | 202 |",
@@ -99,20 +97,38 @@ def test_a_newer_result_of_one_group_leaves_the_others(results: Path) -> None:
     ]
 
 
-def test_readme_is_rewritten_and_a_difference_noticed(
+def test_readme_says_how_many_times_as_fast(results: Path) -> None:
+    """The worst of the shapes, and whose peer that was, to the best; PyTorch's own apart from other peers."""
+    figures = {
+        (GROUP(length), provider): {"tflops_per_second": value}
+        for length, values in ((1024, (90.0, 60.0, 100.0)), (2048, (90.0, 100.0, 80.0)))
+        for provider, value in zip(("kernels (hopper)", "torch cuDNN", "FlashAttention-4"), values)
+    }
+    write(results, "a-gpu-2001-01-05-abe.json", figures)
+    lines = report.make_summary(report.read_results(results)).splitlines()
+    row = "| Attention forward, D = 128, causal | 0.90 (torch cuDNN) to 1.50 | 0.90 (FlashAttention-4) |"
+    assert row in lines and f"![attention in TFLOP/s by sequence length](bench/results/{report.PICTURE})" in lines
+
+
+def test_pages_are_rewritten_and_a_difference_noticed(
     results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n{}\nold\n{}\nafter\n".format(*report.MARKS))
-    words = ["--results", str(results), "--readme", str(readme)]
+    readme, page = tmp_path / "README.md", tmp_path / report.PAGE
+    page.parent.mkdir()
+    for path in readme, page:
+        path.write_text("before\n{}\nold\n{}\nafter\n".format(*report.MARKS))
+    words = ["--results", str(results), "--root", str(tmp_path)]
     assert report.main([*words, "--check"]) == 1 and "old" in readme.read_text()
     assert report.main(words) == 0 and report.main([*words, "--check"]) == 0
-    text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "**302**" in text
+    for path, figure in (readme, "1.50 (torch cuDNN)"), (page, "**302**"):
+        text = path.read_text()
+        assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and figure in text
+        path.write_text(text.replace(figure, "0"))
+        assert report.main([*words, "--check"]) == 1
+        path.write_text(text)
     assert is_picture(results / "attention.png")
-    readme.write_text(text.replace("302", "303"))
     capsys.readouterr()
-    assert report.main([*words, "--check"]) == 1
+    assert report.main([*words, "--check"]) == 0
     (cpu,) = results.glob("cpu*")
     assert capsys.readouterr().err == f"left out, since no GPU made it: {cpu}\n"
 

@@ -52,9 +52,10 @@ from kernels.launch import cdiv, launch_on, settle
 ROWS, KEYS = gl.constexpr(64), gl.constexpr(128)  # queries of a step; keys of a program
 HALF = KEYS // 2  # keys of a consumer: the rows of a warp group's matrix instruction
 COLUMNS = gl.constexpr(64)  # of dQ that are added to memory at a time
-SLOTS = 2  # tiles of Q, and of dO, in shared memory
+SLOTS = {64: 2, 128: 3}  # tiles of Q, and of dO, in shared memory, by head size: at 64 a third made nothing faster
 KV_FULL, KV_READY = gl.constexpr(0), gl.constexpr(1)  # barriers, and where the others begin
-Q_FULL, GRAD_FULL, Q_EMPTY = (gl.constexpr(2 + i * SLOTS) for i in range(3))
+Q_FULL, GRAD_FULL, Q_EMPTY = gl.constexpr(2), gl.constexpr(5), gl.constexpr(8)
+BARRIERS = gl.constexpr(11)
 REGISTERS = gl.constexpr(240)
 
 
@@ -427,7 +428,7 @@ def hopper_backward_kernel(
     dq_s = gl.allocate_shared_memory(gl.float32, [2, 1, 1, ROWS, COLUMNS], dq_desc.layout)
     stats_s = gl.allocate_shared_memory(gl.float32, [4, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     flags_s = gl.allocate_shared_memory(gl.int32, [KEYS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    signals = gl.allocate_shared_memory(gl.int64, [2 + 3 * SLOTS, 1], mbarrier.MBarrierLayout())
+    signals = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
     mbarrier.init(signals.index(KV_FULL), count=1)
     mbarrier.init(signals.index(KV_READY), count=1)
     for slot in gl.static_range(SLOTS):
@@ -491,7 +492,7 @@ def launch_hopper_backward(
             n_tiles,
             section,
             D=d,
-            SLOTS=SLOTS,
+            SLOTS=SLOTS[d],
             DS_LAYOUT=shared_layout(int(KEYS), int(ROWS), dtype),
             **options,
         )

@@ -54,9 +54,10 @@ ROWS = gl.constexpr(64)  # queries of a consumer: the rows of a warp group's mat
 # Of a consumer's thread, by how many consumers there are. The producer has what is left: of 168 a thread of three warp
 # groups, or of 128 a thread of four. (Two consumers with 240 spill no less, and leave it so few that it spills.)
 REGISTERS = {2: 232, 3: 160}
-SLOTS = 2  # tiles of K, and of V, in shared memory
+SLOTS = {64: 3, 128: 3, 256: 2}  # tiles of K, and of V, in shared memory, by head size: as many as it has room for
 Q_FULL, Q_EMPTY, V_RAW = gl.constexpr(0), gl.constexpr(3), gl.constexpr(6)  # barriers, and where the others begin
-K_FULL, K_EMPTY, V_FULL, V_EMPTY = (gl.constexpr(7 + i * SLOTS) for i in range(4))
+K_FULL, K_EMPTY, V_FULL, V_EMPTY = gl.constexpr(7), gl.constexpr(10), gl.constexpr(13), gl.constexpr(16)
+BARRIERS = gl.constexpr(19)
 
 
 @gluon.jit
@@ -397,7 +398,7 @@ def hopper_forward_kernel(
     q_s = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
     tiles_s = gl.allocate_shared_memory(DTYPE, [2 * SLOTS, 1, 1, BLOCK_K, D], k_desc.layout)  # K and V in turn
     flags_s = gl.allocate_shared_memory(gl.int32, [SLOTS, BLOCK_K], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    signals = gl.allocate_shared_memory(gl.int64, [7 + 4 * SLOTS, 1], mbarrier.MBarrierLayout())
+    signals = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(CONSUMERS):
         mbarrier.init(signals.index(Q_FULL + i), count=1)
         mbarrier.init(signals.index(Q_EMPTY + i), count=1)
@@ -463,7 +464,7 @@ def launch_hopper_forward(
 ) -> None:
     """Launch the forward kernel. Arguments as of `launch_forward` in general.py, of a call that plan.py gives it."""
     d, shape = query.shape[3], shape_of(query, key, call)
-    consumers = choose_consumers(d, shape.L)
+    consumers = choose_consumers(d, shape.L, call.right is not None)
     n_tiles = cdiv(shape.L, consumers * int(ROWS))
     block_k = 64 if d == 256 else 128
     options = hopper_options(query, call)
@@ -484,7 +485,7 @@ def launch_hopper_forward(
             section,
             BLOCK_K=block_k,
             D=d,
-            SLOTS=SLOTS,
+            SLOTS=SLOTS[d],
             CONSUMERS=consumers,
             REGISTERS=REGISTERS[consumers],
             **options,

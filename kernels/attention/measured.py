@@ -1,4 +1,4 @@
-"""What GPUs have decided, each entry with the file of results it rests on (`python -m bench.gpu_first`). Nothing yet.
+"""What GPUs have decided, each entry with the file of results it rests on (`python -m bench.gpu_first`).
 
 What is not here goes by what compiling shows: the tables of tiles.py, and no Gluon kernel unless KERNELS_HOPPER asks.
 """
@@ -7,7 +7,13 @@ from __future__ import annotations
 
 # The Gluon kernels for Hopper chips that were right and faster than the kernel for any shape, by direction and head
 # size: ("forward", 128): "bench/results/....jsonl".
-HOPPER: dict[tuple[str, int], str] = {}
+HOPPER: dict[tuple[str, int], str] = {
+    ("forward", 64): "bench/results/h200-2026-11-27-bccf14f1003d-second.jsonl",
+    ("forward", 128): "bench/results/h200-2026-11-27-bccf14f1003d-second.jsonl",
+    ("forward", 256): "bench/results/h200-2026-11-27-bccf14f1003d-second.jsonl",
+    ("backward", 64): "bench/results/h200-2026-11-27-bccf14f1003d-second.jsonl",
+    ("backward", 128): "bench/results/h200-2026-11-27-bccf14f1003d-second.jsonl",
+}
 
 # Tiles that were faster than those of tiles.py, by kernel, chip, block of the head size and what is asked (ASKED):
 # ("key_value", 90, 128, "causal"): ((32, 128, 8, 2), "bench/results/....jsonl"). For elements of 2 bytes.

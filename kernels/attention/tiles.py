@@ -165,13 +165,15 @@ def choose_tile(kernel: str, head_size: int, element_size: int, n_queries: int, 
     return tile._replace(block_q=16, num_warps=tile.num_warps if kernel == "key_value" else 4)
 
 
-def choose_consumers(head_size: int, n_queries: int) -> int:
+def choose_consumers(head_size: int, n_queries: int, is_causal: bool) -> int:
     """Warp groups of 64 queries in a program of the Hopper forward kernel.
 
-    Three where their accumulators fit the registers, and tiles of 192 queries leave few of their rows empty; else two.
+    Three where their accumulators fit the registers, and tiles of 192 queries leave few of their rows empty, by
+    themselves or because an edge cuts them; else two. (An H200 took a fifth less time with two where it was causal,
+    a tenth less with three where it was not: bench/results/h200-2026-11-27-bccf14f1003d-second.jsonl.)
     """
     padded = (n_queries + 191) // 192 * 192
-    return 3 if head_size == 64 and padded <= n_queries * 17 / 16 else 2
+    return 3 if head_size == 64 and not is_causal and padded <= n_queries * 17 / 16 else 2
 
 
 class ShortTile(NamedTuple):
