@@ -107,7 +107,9 @@ def leads_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable
         return leads
     if not enable_gqa:
         return [torch.broadcast_shapes(*leads)] * 3
-    batch = torch.broadcast_shapes(*(lead[:-1] for lead in leads))
+    batch = leads[0][:-1]
+    if not batch == leads[1][:-1] == leads[2][:-1]:  # a question that takes longer than all others of a call
+        batch = torch.broadcast_shapes(*(lead[:-1] for lead in leads))
     return [batch + lead[-1:] for lead in leads]
 
 
@@ -129,7 +131,8 @@ def _check_leading(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
         raise ValueError(
             f"with enable_gqa=True query heads must be a multiple of key and value heads; {_shapes(query, key, value)}"
         )
-    if not _broadcast(query.shape[:-3], key.shape[:-3], value.shape[:-3]):
+    before = query.shape[:-3], key.shape[:-3], value.shape[:-3]
+    if not before[0] == before[1] == before[2] and not _broadcast(*before):
         raise ValueError(
             f"the dimensions before the heads of query, key and value must broadcast; {_shapes(query, key, value)}"
         )

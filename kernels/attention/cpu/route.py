@@ -37,6 +37,7 @@ MASK_SAYS = {
     "max_keys",
 }
 NAMES = {"softcap": "a soft cap", "query_starts": "packed sequences"}
+BEYOND_MASKS = [(i, NAMES.get(name, name)) for i, name in enumerate(Call._fields) if name not in MASK_SAYS]
 
 
 def attention(
@@ -124,11 +125,7 @@ def why_not_fused(
 ) -> str:
     """The reason why PyTorch's kernels cannot run a call, whatever mask they are given; empty when they can."""
     slopes = call.alibi_slopes
-    asked = [
-        NAMES.get(name, name)
-        for name, x in zip(call._fields, call)
-        if name not in MASK_SAYS and (isinstance(x, torch.Tensor) or x)
-    ]
+    asked = [name for i, name in BEYOND_MASKS if isinstance(call[i], torch.Tensor) or call[i]]
     asked += ["the log-sum-exp"] * need_lse + ["the weights"] * need_weights
     asked += ["a gradient of slopes"] * wants_gradient(slopes) + why_formula(query, key, value, call.attn_mask)
     if asked:
