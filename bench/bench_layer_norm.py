@@ -229,11 +229,11 @@ def check(provider: str, case: NormCase, inputs: Inputs, backward: bool) -> None
 
 
 def copies(case: NormCase, direction: Direction, device: torch.device, sets: int) -> list[Call]:
-    """Copies that move as many bytes as the work does, each between buffers of its own."""
+    """Copies, with the sign turned, that move as many bytes as the work does, each between buffers of its own."""
     count = case.work(direction).bytes // 2 // 4
     sources = [torch.randn(count, device=device) for _ in range(sets)]
     targets = [torch.empty_like(source) for source in sources]
-    return [lambda x=x, y=y: y.copy_(x) for x, y in zip(sources, targets)]  # type: ignore[misc]
+    return [lambda x=x, y=y: torch.neg(x, out=y) for x, y in zip(sources, targets)]  # type: ignore[misc]
 
 
 def prepare(provider: str, case: NormCase, direction: Direction, device: torch.device) -> Job:
