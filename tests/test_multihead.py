@@ -249,6 +249,19 @@ def test_a_query_without_keys_gives_the_bias(which: str, weights: dict[str, bool
         torch.testing.assert_close(by_row[~nowhere].sum(-1), torch.ones_like(by_row[~nowhere].sum(-1)))
 
 
+@pytest.mark.parametrize("batch, n_queries, n_keys", [(0, L, S), (B, 0, S), (B, L, 0)])
+def test_nothing_to_attend_with_or_to(batch: int, n_queries: int, n_keys: int) -> None:
+    ours, _ = both()
+    query, key = (torch.randn(n, batch, E, dtype=torch.float64, requires_grad=True) for n in (n_queries, n_keys))
+    padding, mask = torch.zeros(batch, n_keys, dtype=torch.bool), torch.zeros(n_queries, n_keys, dtype=torch.bool)
+    for options in ({}, {"key_padding_mask": padding}, {"key_padding_mask": padding, "attn_mask": mask}):
+        for weights in WEIGHTS:
+            found = results(ours, [query, key, key], **options, **weights)
+            assert found["output"].shape == (n_queries, batch, E) and all(x.isfinite().all() for x in found.values())
+            if n_keys == 0:
+                torch.testing.assert_close(found["output"], ours.out_proj.bias.expand(n_queries, batch, E))
+
+
 @pytest.mark.parametrize("p", [0.25, 1.0])
 def test_weights_are_those_before_dropout_and_only_training_drops(p: float) -> None:
     ours, _ = both(batch_first=True, dropout=p)
