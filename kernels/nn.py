@@ -4,11 +4,12 @@ from typing import Any
 
 import torch
 
+from kernels.attention.module import MultiheadAttention
 from kernels.backend import as_number
 from kernels.layer_norm.api import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from kernels.layer_norm.checks import sizes_of
 
-__all__ = ["LayerNorm", "RMSNorm"]
+__all__ = ["LayerNorm", "MultiheadAttention", "RMSNorm"]
 
 
 class LayerNorm(torch.nn.LayerNorm):
