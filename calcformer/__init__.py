@@ -1,5 +1,7 @@
 """A transformer that learns to calculate, built on the attention and the layer norm of `kernels`."""
 
+import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,6 +11,21 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
+
+
+def _check_kernels() -> None:
+    """Raise where the package `kernels` is not the one of this distribution, without importing it, which takes long."""
+    spec = importlib.util.find_spec("kernels")
+    file = spec.origin if spec else None  # None too for a folder without __init__.py
+    if not (file and b"calcformer" in Path(file).read_bytes()):
+        raise ImportError(
+            f"calcformer's package `kernels` is not there or damaged, found {file} (Hugging Face's has its name); to "
+            "repair it, run `pip uninstall -y kernels` and then, in a checkout of calcformer, "
+            "`pip install --force-reinstall --no-deps .`"
+        )
+
+
+_check_kernels()
 
 
 def load(run: "str | PathLike[str]", device: str = "auto") -> "Solver":
