@@ -1,6 +1,7 @@
 """A transformer that learns to calculate, built on the attention and the layer norm of `kernels`."""
 
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,15 +15,23 @@ __all__ = ["__version__", "load"]
 
 
 def _check_kernels() -> None:
-    """Raise where the package `kernels` is not the one of this distribution, without importing it, which takes long."""
+    """Raise where the package `kernels` has nothing of ours, and warn where `__init__.py` is missing or another's.
+
+    Without importing it, which takes long.
+    """
     spec = importlib.util.find_spec("kernels")
-    file = spec.origin if spec else None  # None too for a folder without __init__.py
-    if not (file and b"calcformer" in Path(file).read_bytes()):
-        raise ImportError(
-            f"calcformer's package `kernels` is not there or damaged, found {file} (Hugging Face's has its name); to "
-            "repair it, run `pip uninstall -y kernels` and then, in a checkout of calcformer, "
-            "`pip install --force-reinstall --no-deps .`"
-        )
+    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or []]
+    file = spec.origin if spec else None
+    if file and b"calcformer" in Path(file).read_bytes():
+        return
+    said = (  # as kernels/ours.py says it
+        f"the package `kernels` of calcformer is not there or damaged, found {file} (Hugging Face's has its name); "
+        "`pip uninstall -y kernels` and then, in a checkout of calcformer, `pip install --force-reinstall --no-deps .` "
+        "repair it; to use both, install theirs last and import ours by `from calcformer import kernels`"
+    )
+    if not any((folder / "ours.py").exists() for folder in folders):
+        raise ImportError(said)
+    warnings.warn(said, stacklevel=2)
 
 
 _check_kernels()
