@@ -64,7 +64,7 @@ Tensors = dict[str, torch.Tensor]
 
 def solved(call: Callable[[Tensors], torch.Tensor], inputs: Tensors, dtype: torch.dtype, device: str) -> Tensors:
     """The output of a call on the inputs, in this dtype, and their gradients, by name, in float64 on the CPU."""
-    leaves = {name: x.to(device, dtype).requires_grad_() for name, x in inputs.items()}
+    leaves = {name: x.detach().to(device, dtype).requires_grad_() for name, x in inputs.items()}
     output = call(leaves)
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     grads = torch.autograd.grad(output, list(leaves.values()), upstream.to(device, dtype))
@@ -89,9 +89,9 @@ def check(
     inputs = {what: x.to(dtype).double() for what, x in inputs.items()}  # what all of them are given
     name = f"{name}, {str(dtype).removeprefix('torch.')}"
     exact = solved(formula, inputs, torch.float64, "cpu")
-    # PyTorch's function may be luckily exact, so the formula in the same dtype counts too, and a fraction of a unit.
-    rivals = [solved(call, inputs, dtype, device) for call in (theirs, formula)]
     try:
+        # PyTorch's function may be luckily exact: the formula in the same dtype counts too, and a fraction of a unit.
+        rivals = [solved(call, inputs, dtype, device) for call in (theirs, formula)]
         found = solved(ours, inputs, dtype, device)
     except Exception as error:
         return Check(name, kernel, None, f"raised {type(error).__name__}: {' '.join(str(error).split())[:300]}")
@@ -158,11 +158,9 @@ def attention_check(sizes: tuple[int, ...], options: dict[str, Any], dtype: torc
         output, _ = scaled_dot_product_no_loop_batch(query, key, value, blocked.to(query.device))
         return output.unflatten(0, x["query"].shape[:2])
 
-    tensors = {name: x.to(device, dtype).requires_grad_() for name, x in inputs.items()}
-    mask = tensors.get("bias")
-    kernel = explain(tensors["query"], tensors["key"], tensors["value"], mask, enable_gqa=True, **options).kernel
-    b, hq, hkv, n_queries, n_keys, e, ev = sizes
-    name = f"attention of {n_queries} queries and {n_keys} keys, heads of {e}{', ' if words else ''}{words}"
+    x = {name: x.to(device, dtype).requires_grad_() for name, x in inputs.items()}
+    kernel = explain(x["query"], x["key"], x["value"], x.get("bias"), enable_gqa=True, **options).kernel
+    name = f"attention of {sizes[3]} queries and {sizes[4]} keys, heads of {sizes[5]}{', ' if words else ''}{words}"
     return check(name, kernel, (ours, theirs, formula), inputs, dtype, device)
 
 
@@ -195,7 +193,7 @@ def norm_check(name: str, rows: int, width: int, dtype: torch.dtype, device: str
         return rms_norm_no_loop(total, x["weight"], EPS)
 
     choice = choose("auto", torch.device(device), dtype)
-    kernel = "the Triton kernel for norms" if choice.backend == "triton" else "PyTorch's operations"
+    kernel = "the Triton kernels for norms" if choice.backend == "triton" else "PyTorch's operations"
     return check(f"{name} of {width} columns", kernel, (ours, theirs, formula), inputs, dtype, device)
 
 
@@ -245,18 +243,16 @@ def timings(device: str) -> Iterator[dict[str, Any]]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     calls, (rows, columns) = TIMED[device]
     for b, h, n, e, causal in calls:
-        leaves = [
-            torch.randn(b, n, h, e, device=device, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3)
-        ]
+        drawn = (torch.randn(b, n, h, e, device=device, dtype=dtype) for _ in range(3))
+        leaves = [x.transpose(1, 2).requires_grad_() for x in drawn]
 
         def attend(function: Callable[..., Any], leaves: Any = leaves, causal: bool = causal) -> torch.Tensor:
             return function(*leaves, is_causal=causal)
 
         name = f"attention, batch {b}, {h} heads of {e}, length {n}{', causal' if causal else ''}"
         yield timed(name, attend, leaves, kernels.scaled_dot_product_attention, functional.scaled_dot_product_attention)
-    leaves = [
-        torch.randn(shape, device=device, dtype=dtype).requires_grad_() for shape in ((rows, columns), (columns,))
-    ]
+    drawn = (torch.randn(shape, device=device, dtype=dtype) for shape in ((rows, columns), (columns,)))
+    leaves = [x.requires_grad_() for x in drawn]
     for name, theirs in (("layer_norm", functional.layer_norm), ("rms_norm", functional.rms_norm)):
 
         def normalise(function: Callable[..., Any], leaves: Any = leaves) -> torch.Tensor:
@@ -311,8 +307,7 @@ def machine(device: str) -> dict[str, str]:
         major, minor = torch.cuda.get_device_capability()
         found["gpu"] = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}, CUDA {torch.version.cuda}"
     else:
-        has = "not used, since TRITON_INTERPRET is set" if torch.cuda.is_available() else "none"
-        found["gpu"] = has
+        found["gpu"] = "not used, since TRITON_INTERPRET is set" if torch.cuda.is_available() else "none"
         found["cpu"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
     found.update({name: os.environ[name] for name in ("TRITON_INTERPRET", "KERNELS_HOPPER") if name in os.environ})
     return found

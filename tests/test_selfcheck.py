@@ -18,9 +18,11 @@ from kernels import selfcheck
 PACKAGE = Path(kernels.__file__).parent
 
 
-def run(folder: Path, interpret: str, *arguments: str) -> subprocess.CompletedProcess:
-    """The command, of the package that lies in a folder, in a folder that has nothing to do with it."""
-    environment = {**os.environ, "PYTHONPATH": str(folder), "TRITON_INTERPRET": interpret, "CUDA_VISIBLE_DEVICES": ""}
+def run(folder: Path, interpret: str, *arguments: str, device: str = "cpu") -> subprocess.CompletedProcess:
+    """The command, of the package that lies in a folder, from within it."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "TRITON_INTERPRET": interpret}
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-W", "error", "-m", "kernels", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
 
@@ -46,6 +48,16 @@ def test_on_a_cpu(copy: Path) -> None:
         assert "PyTorch" in check["kernel"]
     for time in found["times"]:
         assert time.keys() == {"name", "ours_ms", "pytorch_ms", "times_as_fast"} and time["ours_ms"] > 0
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(copy: Path) -> None:
+    done = run(copy, "0", "--json", device="cuda")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["machine"]["gpu"].startswith(torch.cuda.get_device_name())
+    can_run = {name for name, reason in found["why_not"].items() if not reason}
+    assert {check["kernel"] for check in found["checks"]} == can_run
 
 
 @pytest.mark.slow
