@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -131,6 +132,8 @@ def test_registering_changes_nothing_until_it_is_activated() -> None:
 
 
 def test_what_was_there_is_replaced_and_comes_back(registered: None) -> None:
+    if not inspect.signature(torch.library.Library.impl).parameters["allow_override"].default:
+        pytest.skip("this PyTorch takes one implementation from Python, and the next when that is removed")
     second = pytorch.Registration("CPU")  # warns of nothing
     second.remove()
     judge(attend, make(CASES["scale"][0], torch.float32))
