@@ -93,7 +93,7 @@ def test_each_feature(feature: str, dtype: torch.dtype, device: str) -> None:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.data())
-def test_any_combination_means_what_its_parts_mean(data: st.DataObject, device: str) -> None:
+def test_any_combination_means_what_its_parts_mean(device: str, data: st.DataObject) -> None:
     def some(name: str, *values: object) -> object:
         return data.draw(st.sampled_from(values), name)
 
