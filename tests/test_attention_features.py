@@ -85,6 +85,7 @@ def test_each_feature(feature: str, dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)  # on a GPU it compiles eighty kernels
 @settings(
     max_examples=20,
     deadline=None,
