@@ -9,7 +9,8 @@ memory, kind of matrix instruction, and what its loop costs (bench/loop_cost.py)
 compile or needs more shared memory than the chip has; if a norm kernel, or a 16-bit attention kernel with heads of at
 most 128, spills: the latter in its steady loop, or more than a few bytes outside of it; if warps make each other's
 products without a reason in WASTED; if a loop is dearer than docs/compiled.md says; if an attention kernel whose tile
-allows warp-group matrix instructions on sm_90 has none, or if a Hopper kernel waits for every product at once.
+allows warp-group matrix instructions on sm_90 has none, or if a Hopper kernel waits for every product at once; and if
+LLVM has made the code of a pair of numbers wrong, see `spoils_a_pair`.
 """
 
 from __future__ import annotations
@@ -83,7 +84,10 @@ def compile_case(case: Case) -> list[Result]:
             error = f"{type(compiled).__name__}: {line}"
             results.append(Result(case.arch, case.label, kernel, "", 0, 0, 0, 0, "", None, error))
         else:
-            results.append(judge(case, kernel, options, compiled))
+            found = judge(case, kernel, options, compiled)
+            if not found.fault and spoils_a_pair(compiled.asm["ptx"]):
+                found = found._replace(fault="LLVM mixes two numbers: spoils_a_pair in compile_check.py says how")
+            results.append(found)
 
     with compiling(Chip(case.arch), add):
         launch(case)
@@ -161,6 +165,20 @@ def judge(case: Case, kernel: str, options: dict[str, Any], compiled: Any) -> Re
         fault = "waits for every product at once"
     tile = "x".join(str(options[side]) for side in sides if side in options)
     return Result(case.arch, case.label, kernel, tile, num_warps, registers, spills, shared, matrix, cost, fault)
+
+
+def spoils_a_pair(ptx: str) -> bool:
+    """Whether one of two numbers that share 64 bits spills into the other.
+
+    Triton 3.6's LLVM shifts two numbers at once, the first by any number of bits where nobody asks for it, and makes a
+    product of 64 bits of that shift, whose upper half gets into the second number:
+
+        mul.wide.u32 %rd1, %r1, 268435456;  shl.b64 %rd2, %rd3, 33;  or.b64 %rd4, %rd1, %rd2;  mov.b64 {_, %r2}, %rd4;
+    """
+    products = set(re.findall(r"mul\.wide\.[us]32\s+(%rd\d+),", ptx))
+    taken = set(re.findall(r"mov\.b64\s+\{_, %r\d+\}, (%rd\d+);", ptx))
+    pairs = re.findall(r"or\.b64\s+(%rd\d+), (%rd\d+), (%rd\d+);", ptx)
+    return any(pair in taken and products & set(parts) for pair, *parts in pairs)
 
 
 def ask(tool: str, flag: str, cubin: bytes) -> str:

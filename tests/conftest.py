@@ -110,9 +110,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    """Where Triton kernels run: interpreted on the CPU, or on a GPU."""
-    return request.param
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where Triton kernels run: interpreted on the CPU, or on a GPU, where a fault shows in the test that made it."""
+    yield request.param
+    if request.param == "cuda":
+        torch.cuda.synchronize()
 
 
 @pytest.fixture

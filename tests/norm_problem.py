@@ -93,11 +93,13 @@ def results(function, tensors, upstreams, seed=7):
 
 
 def compare(function, peer, tensors, upstreams, slack=1.0):
-    """Outputs and gradients beside float64 and PyTorch on the CPU, of whose error a small multiple is allowed."""
-    on_cpu = [None if x is None else x.cpu() for x in tensors]
-    exact_inputs = [None if x is None else x.double() for x in on_cpu]
+    """Outputs and gradients beside float64, and PyTorch on their device, of whose error a small multiple is allowed.
+
+    On a GPU a reciprocal root is off by up to two units in the last place, PyTorch's own too.
+    """
+    exact_inputs = [None if x is None else x.cpu().double() for x in tensors]
     found = results(function, tensors, upstreams)
-    peers = results(peer, on_cpu, [x.cpu() for x in upstreams])
+    peers = results(peer, tensors, upstreams)
     exact, held = (
         results(solve, exact_inputs, [x.cpu().double() for x in upstreams])
         for solve in (peer, functools.partial(peer, held=True))

@@ -321,14 +321,22 @@ def test_scales_that_are_not_above_zero(scale: float, mask: str | None, device: 
 
 @pytest.mark.parametrize("scale", [1e4, 1e7, 1e30], ids=str)
 def test_values_get_their_gradient_where_scores_are_huge(scale: float, device: str) -> None:
-    """Each query then takes the one key of its largest score, and no rounding of that score may show."""
+    """Each query then takes the one key of its largest score, and no rounding of that score may show.
+
+    On a GPU half a unit of it may: there the score may be rounded in one kernel, and in the next be part of a fused
+    multiply-add, which does not round it.
+    """
+    if device == "cuda" and scale > 1e4:
+        pytest.skip("half a unit of such scores is 4 and more")
     q, k, v, grad = (torch.randn(1, 1, 24, 16, device=device) for _ in range(4))
     v.requires_grad_()
     found = torch.autograd.grad(triton_attention(q, k, v, scale=scale), v, grad)[0]
     first, second = (q.double() @ k.double().mT).topk(2, -1)[0].unbind(-1)
     assert ((first - second) * scale > 30).all()
     chosen = torch.nn.functional.one_hot((q.double() @ k.double().mT).argmax(-1), 24).to(grad)
-    torch.testing.assert_close(found, chosen.mT @ grad)
+    off = chosen.mT @ grad.abs() * (math.expm1((first * scale).max() * 2**-24) if device == "cuda" else 0.0)
+    expected = chosen.mT @ grad
+    assert ((found - expected).abs() <= off + 1e-5 + 1e-6 * expected.abs()).all()
 
 
 def test_dropout_follows_the_generator_of_torch(device: str) -> None:
@@ -442,7 +450,6 @@ def test_double_backward_through_dropout_is_refused(device: str) -> None:
         torch.autograd.grad(output, inputs, p.grad, create_graph=True)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # PyTorch's own forward mode
 def test_forward_mode_without_functorch_has_the_formulas_tangent(device: str) -> None:
     p = problem((1, 2, 2, 7, 11, 5, 3), device=device)
     found = []

@@ -145,12 +145,15 @@ def test_a_result_does_not_depend_on_the_batch_it_is_in(device: str) -> None:
 
 @pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
 def test_an_expanded_upstream_gradient(masked: bool, device: str) -> None:
-    """As `sum().backward()` and `mean(2)` send it: strides of 0."""
+    """As `sum().backward()` and `mean(2)` send it: strides of 0. To a GPU that is other code, of other rounding."""
     mask = torch.randn(1, 2, 17, 1) if masked else None
     p = problem((1, 2, 1, 17, 33, 16, 8), device=device, attn_mask=mask)
     for grad in (torch.ones((), device=device), p.grad[:, :, :1], p.grad[..., :1]):
         expanded = grad.expand(p.grad.shape)
         assert 0 in expanded.stride()
+        if device == "cuda":
+            judge(triton_attention, p.replace(grad=expanded))
+            continue
         found, expected = (solve(p.replace(grad=sent), triton_attention) for sent in (expanded, expanded.contiguous()))
         same_bits(found, expected, "expanded and contiguous")
 

@@ -31,11 +31,12 @@ from tests.conformance.wrong import WRONG, one_by_one
 
 ROOT = Path(__file__).parents[1]
 CHECK = {one.run.__name__: one for one in CHECKS}
+ON_GPU = pytest.mark.gpu, pytest.mark.timeout(240)  # some compile a hundred kernels
 SUBJECTS = [
     pytest.param("ours", "cpu", torch.float32, id="through PyTorch"),
     pytest.param("triton", "cpu", torch.float32, id="interpreted"),
-    pytest.param("triton", "cuda", torch.float32, id="gpu-float32", marks=pytest.mark.gpu),
-    pytest.param("triton", "cuda", torch.bfloat16, id="gpu-bfloat16", marks=pytest.mark.gpu),
+    pytest.param("triton", "cuda", torch.float32, id="gpu-float32", marks=ON_GPU),
+    pytest.param("triton", "cuda", torch.bfloat16, id="gpu-bfloat16", marks=ON_GPU),
 ]
 MARKS = {  # of checks, and of attentions that are wrong
     "large": ["check_past_2_to_the_31", "check_offsets_inside_a_head"],  # want a GPU of 100 GiB to themselves

@@ -461,7 +461,6 @@ def assert_same(transform, *tensors):
     torch.testing.assert_close(transform(mine)(*tensors), transform(pytorch)(*tensors), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, at the first forward mode
 def test_forward_mode(normal):
     tensors, tangents = three_tensors(normal), three_tensors(normal)
     assert_same(lambda f: lambda *t: jvp(f, t, tangents)[1], *tensors)
@@ -469,7 +468,6 @@ def test_forward_mode(normal):
         assert_same(lambda f: jacfwd(f, argnums=i), *tensors)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("centre", [True, False], ids=["layer_norm", "rms_norm"])
 @pytest.mark.parametrize("double_backward", [False, True], ids=["first", "second"])
 def test_derivatives_in_float64(normal, double_backward, centre):

@@ -83,6 +83,16 @@ def test_spills_repeated_products_and_older_instructions_are_seen() -> None:
     assert loop_cost.loop_cost("", "forward_kernel", 64, 128, 64, 8, 90) is None
 
 
+def test_a_pair_of_numbers_that_llvm_mixes_is_seen() -> None:
+    code = (
+        "mul.wide.u32 \t%rd1, %r1, 268435456;\n shl.b64 \t%rd2, %rd3, 33;\n"
+        "or.b64 \t%rd4, %rd1, %rd2;\n mov.b64 \t{_, %r2}, %rd4;\n"
+    )
+    assert compile_check.spoils_a_pair(code)
+    for right in code.replace("mul.wide.u32", "and.b64"), code.replace("{_, %r2}", "{%r2, %r3}"):
+        assert not compile_check.spoils_a_pair(right)
+
+
 def test_float32_arithmetic_runs_at_half_rate_on_ampere() -> None:
     loop = Loop(["FFMA R1, R2, R3, R4"] * 5 + ["IMAD R1, R2, R3, R4"] + ["LOP3.LUT R1, R2"] * 2 + ["SHFL.BFLY PT, R1"])
     assert loop.half(loop_cost.RATES[90]) == 2 * 2 + 4

@@ -245,6 +245,7 @@ def assert_rows_keep_their_digits(normal, centre, mean, deviation, dtype, bound,
 
 
 @either_norm
+@pytest.mark.parametrize("device", ["cpu"])  # on a GPU PyTorch's kernel is taken as it is
 @pytest.mark.parametrize("dtype, bound", [(F32, 8e-7), (torch.float64, 1.6e-15)], ids=str)
 @pytest.mark.parametrize("mean, deviation", FAR_ROWS, ids=str)
 def test_rows_far_from_zero_on_a_cpu(normal, mean, deviation, dtype, bound, centre):

@@ -152,6 +152,7 @@ def test_graph_trains_as_eager_steps_do(fresh: bool, precision: str, tmp_path: P
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # that it does not see every wait
 def test_gpu_run_takes_graphs_and_waits_nowhere_in_a_step(tmp_path: Path) -> None:
     made = Trainer(small(device="cuda"), bar=False)
     made.begin(tmp_path)
@@ -159,8 +160,8 @@ def test_gpu_run_takes_graphs_and_waits_nowhere_in_a_step(tmp_path: Path) -> Non
     made.epoch(1)  # warms up, captures
     examples, rates = made.train_examples, [2**-7] * made.steps_per_epoch
     made.take_steps._fill(examples, rates)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         made.take_steps._graphs[8, 5]()
         made.take_steps._take(1, 5)
     finally:

@@ -109,10 +109,16 @@ def exact_arguments(call: Call, dtype: torch.dtype | None) -> dict[str, Any]:
 
 
 def solve(call: Call, attention: Attention) -> dict[str, torch.Tensor]:
-    """The results that are judged, and the gradients of what is learned, by name."""
+    """The results that are judged, and the gradients of what is learned, by name.
+
+    On a GPU it waits for them, so that a fault of these kernels shows here, before any other kernel runs.
+    """
     arguments = call.tensors()
     more = {"return_lse": "lse" in call.results, "need_weights": "weights" in call.results}
-    return with_gradients(call, arguments, call.run(attention, arguments, **more))
+    found = with_gradients(call, arguments, call.run(attention, arguments, **more))
+    if call.query.is_cuda:
+        torch.cuda.synchronize(call.query.device)
+    return found
 
 
 def with_gradients(call: Call, arguments: dict[str, Any], answer: Any) -> dict[str, torch.Tensor]:
@@ -145,13 +151,20 @@ def pytorch(call: Call, backends: tuple[SDPBackend, ...] = ()) -> dict[str, torc
 
     Args:
         backends: which of its backends it may take; none: as it chooses.
+
+    On a GPU it gets contiguous copies, since its memory-efficient kernel faults on storage offsets that are no multiple
+    of 16 bytes (pytorch/pytorch#183484), and after a fault nothing runs in this process any more.
     """
     if call.options or call.dropout_p or "lse" in call.results:
         return {}
+    if call.query.is_cuda:
+        tensors = {name: getattr(call, name) for name in ("query", "key", "value", "attn_mask", "grad")}
+        call = call.replace(**{name: x if x is None else aligned(x) for name, x in tensors.items()})
     arguments, is_causal, n_keys = call.tensors(), call.is_causal, call.key.shape[-2]
     mask = arguments["attn_mask"]
     if mask is not None:  # some backends refuse a mask of one axis, or beside is_causal
         mask = mask.expand(*call.grad.shape[:-1], n_keys)
+        mask = mask.contiguous() if mask.is_cuda else mask
         if is_causal:
             causal = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
             mask = mask & causal if mask.dtype == torch.bool else mask.masked_fill(~causal, -torch.inf)
@@ -164,6 +177,11 @@ def pytorch(call: Call, backends: tuple[SDPBackend, ...] = ()) -> dict[str, torc
             return with_gradients(plain, arguments, output)
     except (RuntimeError, IndexError, AssertionError):
         return {}
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy at the beginning of memory of its own, which allocators align."""
+    return x.detach().clone(memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()

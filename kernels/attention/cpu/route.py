@@ -56,7 +56,7 @@ def attention(
         with without_autocast(query.device):  # it would make -inf of the mask's finfo.min
             return attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if attn_mask is not None:
-        attn_mask = _as_pytorch_takes_it(attn_mask, query)
+        attn_mask = _as_pytorch_takes_it(attn_mask, query, key.shape[-2])
     if attn_mask is None and is_causal and scale is not None and scale <= 0:  # PyTorch multiplies its -inf by it
         attn_mask = torch.ones(1, 1, dtype=torch.bool, device=query.device)
     if attn_mask is not None and is_causal:
@@ -155,15 +155,18 @@ def _as_mask(call: Call, query: torch.Tensor, n_keys: int) -> tuple[torch.Tensor
     return torch.where(allowed, bias, -math.inf), False
 
 
-def _as_pytorch_takes_it(attn_mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """The mask with an axis of queries, and where it is float of a dtype that goes with the query's."""
+def _as_pytorch_takes_it(attn_mask: torch.Tensor, query: torch.Tensor, n_keys: int) -> torch.Tensor:
+    """The mask with axes of queries and, on a GPU, of keys, and where it is float of a dtype that fits the query's."""
     if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):  # of another half, under autocast
         attn_mask = attn_mask.float()
     if attn_mask.dtype not in (torch.bool, query.dtype) and not query.is_cpu:
         # A GPU wants the query's dtype, in which "least of all" must not become -inf, "never".
         least = max(torch.finfo(query.dtype).min, torch.finfo(attn_mask.dtype).min)
         attn_mask = attn_mask.clamp(min=least).masked_fill(attn_mask == -math.inf, -math.inf).to(query.dtype)
-    return attn_mask.reshape(1, -1) if attn_mask.ndim < 2 else attn_mask
+    attn_mask = attn_mask.reshape(1, -1) if attn_mask.ndim < 2 else attn_mask
+    if attn_mask.shape[-1] == 1 and not query.is_cpu:  # PyTorch's kernel there refuses one number for all keys
+        attn_mask = attn_mask.expand(*attn_mask.shape[:-1], n_keys).contiguous()
+    return attn_mask
 
 
 def _with_causal(attn_mask: torch.Tensor, n_queries: int, n_keys: int) -> torch.Tensor:
