@@ -23,6 +23,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from transformers.masking_utils import AttentionMaskInterface  # noqa: E402
 from transformers.modeling_utils import AttentionInterface  # noqa: E402
 
+from kernels import scaled_dot_product_attention  # noqa: E402
 from kernels.integrations import transformers as integration  # noqa: E402
 from kernels.integrations.transformers import register  # noqa: E402
 
@@ -62,12 +63,12 @@ CHUNKS = {**SIZES, "attention_chunk_size": 5, "num_local_experts": 2, "intermedi
 CHUNKS |= {"layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0]}
 
 
-def build(kind: str, settings: dict[str, Any]) -> torch.nn.Module:
+def build(kind: str, settings: dict[str, Any], attention: str = "eager") -> torch.nn.Module:
     """A model with random weights, large enough that attention is far from uniform."""
     config = getattr(transformers, f"{kind}Config")(**settings)
     auto = transformers.AutoModelForCausalLM if kind in CAUSAL else transformers.AutoModel
     plain = {"experts_implementation": "eager"} if "num_local_experts" in settings else {}  # knows float64
-    model = auto.from_config(config, attn_implementation="eager", **plain).eval()
+    model = auto.from_config(config, attn_implementation=attention, **plain).eval()
     for x in model.parameters():
         with torch.no_grad():
             x.add_(torch.randn_like(x) * (0.3 if x.ndim == 1 else x.shape[-1] ** -0.5))
@@ -165,6 +166,13 @@ def register_names() -> None:
     AttentionMaskInterface.register("formula", every_pair)
 
 
+def use(model: torch.nn.Module, attention: str) -> None:
+    """As `model.set_attn_implementation`, which in transformers 5.17 does not reach the two halves of T5."""
+    for part in model.modules():
+        if hasattr(part, "config"):
+            part.config._attn_implementation = attention
+
+
 def naive(attend: Callable[..., Any], mask: Callable[..., Any] | None) -> str:
     """An adapter that someone could have written by hand, under the name "naive"."""
     AttentionInterface.register("naive", attend)
@@ -181,7 +189,7 @@ def results(
     model: torch.nn.Module, attention: str, asked: dict[str, Any], keep: torch.Tensor, grad: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """The output where it is looked at, and all gradients."""
-    model.set_attn_implementation(attention)
+    use(model, attention)
     model.zero_grad()
     dtype = next(model.parameters()).dtype
     asked = {k: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for k, x in asked.items()}
@@ -197,7 +205,7 @@ def compare(model: torch.nn.Module, asked: dict[str, Any], keep: torch.Tensor, o
     Through a whole model one rounding may grow or fade. So eager attention's error is the largest of three, two with
     weights that are off by a rounding.
     """
-    model.set_attn_implementation("eager")
+    use(model, "eager")
     with torch.no_grad():
         grad = torch.randn_like(model(**asked, use_cache=False)[0][keep])
     found, *eager = (results(model, name, asked, keep, grad) for name in (ours, "eager"))
@@ -227,6 +235,21 @@ def test_output_and_all_gradients(name: str, padded: str, as_on_a_cpu: None) -> 
     if name == "ViT" and padded:
         pytest.skip("images have no padding")
     judge(build(*MODELS[name]), *given(name, padded))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_gets_here(name: str, monkeypatch: pytest.MonkeyPatch, as_on_a_cpu: None) -> None:
+    """Named when the model is made, as `from_pretrained` takes it; else the tests above compare eager with eager."""
+    calls = []
+
+    def counted(*given: Any, **options: Any) -> Any:
+        calls.append(given)
+        return scaled_dot_product_attention(*given, **options)
+
+    monkeypatch.setattr(integration, "scaled_dot_product_attention", counted)
+    model, (asked, _) = build(*MODELS[name], attention="calcformer"), given(name)
+    model(**asked)
+    assert len(calls) == {"T5": 6, "BART": 3, "Whisper": 3}.get(name, 2)
 
 
 @pytest.mark.parametrize("name", ["Mistral", "Gemma 2", "GPT-OSS", "T5"])
@@ -266,8 +289,6 @@ def plain_attention(module: Any, query: Any, key: Any, value: Any, mask: Any, sc
     ],
 )
 def test_a_naive_adapter_is_wrong_and_ours_is_not(name: str, padded: str, has_mask: bool, as_on_a_cpu: None) -> None:
-    if name == "T5" and not hasattr(sys.modules[transformers.T5Model.__module__], "ALL_ATTENTION_FUNCTIONS"):
-        pytest.skip("T5 of this version has attention of its own")
     model, (asked, keep) = build(*MODELS[name]), given(name, padded)
     judge(model, asked, keep)
     with pytest.raises(AssertionError, match="output: error"):
@@ -281,7 +302,7 @@ def test_a_static_cache_is_longer_than_what_is_in_it(padded: str, as_on_a_cpu: N
     argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
     def prefilled(attention: str) -> torch.Tensor:
-        model.set_attn_implementation(attention)
+        use(model, attention)
         cache = {argument: transformers.StaticCache(config=model.config, max_cache_len=L + 9)}
         longer = {"attention_mask": torch.cat([keep, keep.new_ones(B, 3)], 1).long()} if padded else {}
         with torch.no_grad():
@@ -329,7 +350,7 @@ def test_import_changes_nothing_and_says_which_versions_work(monkeypatch: pytest
 
 
 def test_a_model_whose_attention_looks_up_nothing_is_refused() -> None:
-    """transformers takes any registered name for it, and then reads our masks as its own: Bloom was no longer causal."""
+    """transformers takes any name for it, and then reads our masks as its own: Bloom was no longer causal."""
     config = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=4)
     model = transformers.AutoModel.from_config(config, attn_implementation="calcformer")
     with pytest.raises(ValueError, match="attention of .*modeling_bloom does not look up attn_implementation"):
@@ -416,7 +437,7 @@ def test_weights_are_returned(name: str, as_on_a_cpu: None) -> None:
     model, (asked, _) = build(*MODELS[name]), given(name)
     answers = []
     for attention in ("calcformer", "eager"):
-        model.set_attn_implementation(attention)
+        use(model, attention)
         output = model(**asked, output_attentions=True)
         answers.append(output.encoder_attentions if name == "T5" else output.attentions)
     for ours, theirs in zip(*answers):
@@ -427,7 +448,7 @@ def test_weights_are_returned(name: str, as_on_a_cpu: None) -> None:
 
 
 def generated(model: torch.nn.Module, attention: str, asked: dict[str, Any], cache: str | None) -> torch.Tensor:
-    model.set_attn_implementation(attention)
+    use(model, attention)
     more = {"cache_implementation": cache} if cache else {}
     return model.generate(**asked, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0, **more)
 
@@ -444,7 +465,7 @@ def test_generates_the_tokens_of_eager_attention(name: str, cache: str | None, a
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "BERT"])
 def test_compiles_as_one_graph(name: str, as_on_a_cpu: None) -> None:
     model, (asked, keep) = build(*MODELS[name]), given(name, "left")
-    model.set_attn_implementation("calcformer")
+    use(model, "calcformer")
     compiled = torch.compile(lambda **given: model(**given, use_cache=False)[0], fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(**asked)[keep], model(**asked, use_cache=False)[0][keep])
@@ -460,6 +481,26 @@ def test_low_rank_adapters_train(as_on_a_cpu: None) -> None:
             torch.nn.init.normal_(x)
     asked, keep = given("Llama", "left")
     judge(model, asked, keep)
+
+
+@pytest.mark.filterwarnings("ignore:.*_token_id must be:UserWarning")
+def test_the_example_trains_and_goes_on_as_by_eager_attention(as_on_a_cpu: None) -> None:
+    """examples/gpt2.py, on a small model with random weights and without dropout."""
+    path = Path(__file__).parents[1] / "examples" / "gpt2.py"
+    spec = importlib.util.spec_from_file_location("gpt2_example", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    kind, settings = MODELS["GPT-2"]
+    first = build(kind, {**settings, **{f"{where}_pdrop": 0.0 for where in ("attn", "resid", "embd")}})
+    ids = torch.randint(3, VOCABULARY, (1, L))
+    answers = []
+    for attention in ("calcformer", "eager"):
+        model = copy.deepcopy(first)
+        use(model, attention)
+        answers.append((example.fine_tune(model, ids), example.go_on(model, ids[:, :4])))
+    (losses, tokens), (eager_losses, eager_tokens) = answers
+    assert len(losses) == 10 and losses == sorted(losses, reverse=True)
+    assert losses == pytest.approx(eager_losses, rel=1e-5) and torch.equal(tokens, eager_tokens)
 
 
 SENTENCES = [
@@ -483,7 +524,7 @@ def test_a_trained_model_finds_the_same_sentences(as_on_a_cpu: None) -> None:
     text = transformers.AutoTokenizer.from_pretrained(folder)(SENTENCES, padding=True, return_tensors="pt")
     embeddings = []
     for attention in ("calcformer", "eager"):
-        model.set_attn_implementation(attention)
+        use(model, attention)
         with torch.no_grad():
             found, keep = model(**text).last_hidden_state, text["attention_mask"].unsqueeze(-1)
         embeddings.append(torch.nn.functional.normalize((found * keep).sum(1) / keep.sum(1), dim=-1))

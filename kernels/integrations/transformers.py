@@ -125,8 +125,8 @@ def mask(
     modeling = type(config).__module__.replace(".configuration_", ".modeling_")
     if _has_its_own_attention(modeling):
         raise ValueError(
-            f"the attention of {modeling} does not look up attn_implementation, so that these kernels are not reached and "
-            "their masks would be misread; take attn_implementation='eager'"
+            f"the attention of {modeling} does not look up attn_implementation, so that these kernels are not reached "
+            "and their masks would be misread; take attn_implementation='eager'"
         )
     padding = attention_mask
     if padding is not None:
@@ -164,7 +164,7 @@ def mask(
 
 @torch.compiler.assume_constant_result
 def _has_its_own_attention(modeling: str) -> bool:
-    """Whether a file of models, by the name of its module, has layers of attention and calls none that is registered."""
+    """Whether a file of models, by the name of its module, has layers of attention that look up none."""
     names = vars(sys.modules[modeling]) if modeling in sys.modules else {}
     layers = [x for name, x in names.items() if "Attention" in name and getattr(x, "__module__", "") == modeling]
     return bool(layers) and "ALL_ATTENTION_FUNCTIONS" not in names
