@@ -220,8 +220,7 @@ def attention(
     options |= {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
     complete = attention_mask is not None and attention_mask.ndim == 4
     if not complete:
-        window = _window(module, causal, sliding_window, key.shape[2])
-        options |= {"is_causal": causal, "causal_alignment": "bottom_right", "window": window}
+        options |= _rule(module, causal, sliding_window, query.shape[2], key.shape[2], cu_seq_lens_q is not None)
     if cu_seq_lens_q is not None:
         if attention_mask is None and position_bias is None and not output_attentions and query.shape[0] == 1:
             starts_k = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
@@ -238,8 +237,10 @@ def attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _window(module: torch.nn.Module, causal: bool, sliding_window: Any, n_keys: int) -> tuple[int, None] | None:
-    """The window of a layer whose mask leaves it to the layer; left of a query are one fewer than it sees."""
+def _rule(
+    module: torch.nn.Module, causal: bool, sliding_window: Any, n_queries: int, n_keys: int, packed: bool
+) -> dict[str, Any]:
+    """The rule of a layer whose mask leaves it to the layer, as options of attention: no more of it than is needed."""
     if sliding_window is UNSAID:
         own = getattr(getattr(module, "config", None), "sliding_window", None)
         if causal and isinstance(own, int) and 0 < own < n_keys:
@@ -247,17 +248,22 @@ def _window(module: torch.nn.Module, causal: bool, sliding_window: Any, n_keys: 
                 f"{type(module).__name__} does not pass sliding_window to attention and its config has one of {own}, "
                 f"shorter than the {n_keys} keys: the mask may have left it out; take attn_implementation='sdpa'"
             )
-        return None
-    if sliding_window is None:
-        return None
-    if causal:
-        return sliding_window - 1, None
-    if sliding_window < n_keys:
-        raise ValueError(
-            f"a layer that is not causal needs a mask (B, 1, L, S) for its sliding_window, {type(module).__name__} has "
-            f"one of {sliding_window} for {n_keys} keys and none in the mask; take attn_implementation='sdpa'"
-        )
-    return None
+        sliding_window = None
+    is_local = sliding_window is not None and sliding_window < n_keys
+    if not causal:
+        if is_local:
+            raise ValueError(
+                "a layer that is not causal needs a mask (B, 1, L, S) for its sliding_window, "
+                f"{type(module).__name__} has one of {sliding_window} for {n_keys} keys and none in the mask; take "
+                "attn_implementation='sdpa'"
+            )
+        return {}
+    window = {"window": (sliding_window - 1, None)} if is_local else {}  # its own key is one of those it sees
+    if n_queries == n_keys and not packed:
+        return {"is_causal": True, **window}
+    if n_queries == 1 and not is_local:
+        return {}  # the last query may attend to all
+    return {"is_causal": True, "causal_alignment": "bottom_right", **window}
 
 
 def _one_mask(
