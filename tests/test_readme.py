@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -27,6 +28,7 @@ EXAMPLES = {
     f"{name}-{place}": code
     for name in ("README.md", "docs/drop-in.md")
     for place, code in enumerate(re.findall(r"```python\n(.*?)```", PAGES[name], re.DOTALL))
+    if "import transformers" not in code or importlib.util.find_spec("transformers")
 }
 END = "-- the end of an example"
 
