@@ -24,22 +24,19 @@ OURS: dict[type, tuple[type, str]] = {
 }
 BEFORE = "_before_fuse"  # the attribute that holds what `unfuse` puts back
 HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
-ALONE = (
-    "Each norm runs by itself. One pass for a norm and the residual connection before it takes a call of "
-    "kernels.add_layer_norm or kernels.add_rms_norm in the model's own forward."
-)
+ALONE = "Norms stay apart from the residual connections before them, which kernels.add_layer_norm would join."
 
 
 class Replaced(NamedTuple):
     """A module that is ours now.
 
-    name: as in `model.named_modules()`. old, new: its class. numerics: its outputs on a CPU beside the old class's:
+    name: as in `model.named_modules()`. old, new: its class. numerics: its outputs beside the old class's:
 
-    - "bitwise": the same bits; of a layer norm in float32 (in 16 bits, and for rows far from 0, ours is more exact);
-    - "one rounding less": in 16 bits the old class rounds before the weight, ours does not;
-    - "within rounding": sums are taken in another order.
-
-    On a GPU the kernels take sums in their own order, whatever is said here.
+    - "bitwise": the same bits on a CPU, of a layer norm in float32 (in 16 bits, and for rows far from 0, ours is more
+      exact). On a GPU rounded at the same places, the sums taken in another order;
+    - "one rounding less", "two roundings less": in 16 bits on a GPU, where the old class rounds before the weight, ours
+      once in the end. On a CPU the same bits;
+    - "within rounding": sums in another order everywhere.
     """
 
     name: str
@@ -126,7 +123,7 @@ def fuse(model: torch.nn.Module, *, attention: bool = True, norms: bool = True, 
         )
     n_layers = sum(map(_leave_fast_path, _encoders(model)))
     if n_layers:
-        report.notes.append(f"PyTorch's fast path at inference is off in {n_layers} encoders and encoder layers.")
+        report.notes.append(f"PyTorch's fast path at inference is off in {n_layers} encoders and layers of encoders.")
     if any(not issubclass(x.old, torch.nn.MultiheadAttention) for x in report.replaced):
         report.notes.append(ALONE)
     return report

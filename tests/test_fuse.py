@@ -25,7 +25,7 @@ from torch import nn
 import kernels
 from kernels.integrations import transformers_norms
 from kernels.integrations.transformers_norms import CLASSES, FORMS
-from tests.tolerances import FORWARD, GRADIENT, assert_as_exact_as_torch
+from tests.tolerances import GRADIENT, assert_as_exact_as_torch
 
 N, EPS = 24, 0.03
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -306,8 +306,8 @@ def test_what_a_user_does_wrong_gets_one_line() -> None:
 
 def formula(form: str, norm: Any, x: torch.Tensor, wide: torch.dtype = F32) -> torch.Tensor:
     """A form as transformers compute it, with `wide` for float32; of Channels without the permutation."""
-    weight, dtype, x_wide, is_centred = norm.weight, x.dtype, x.to(wide), "Centred" in form or form == "Channels"
-    if is_centred:
+    weight, dtype, x_wide = getattr(norm, "weight", None), x.dtype, x.to(wide)
+    if form.startswith(("Centred", "Channels")):
         x_wide = x_wide - x_wide.mean(-1, keepdim=True)
     eps = 1e-5 if form == "CentredBare" else getattr(norm, "eps", None) or norm.variance_epsilon
     rstd = (x_wide.square().mean(-1, keepdim=True) + eps).rsqrt()
@@ -347,24 +347,20 @@ def pair(form: str, dtype: torch.dtype, with_scale: bool = True) -> tuple[Any, A
 OVER_ROWS = [form.__name__ for form in CLASSES if form.__name__ != "Channels"]
 
 
-@pytest.mark.parametrize("with_scale", [True, False])
-@pytest.mark.parametrize("weight_dtype, dtype", [(F32, F32), (BF16, BF16), (F32, BF16), (BF16, F32), (F32, F16)])
-@pytest.mark.parametrize("form", OVER_ROWS)
-def test_each_form_and_its_gradients(
-    form: str, weight_dtype: torch.dtype, dtype: torch.dtype, with_scale: bool, as_on_a_cpu: None
-) -> None:
-    if not with_scale and form != "Switched":
-        return
-    modules = pair(form, weight_dtype, with_scale)
-    inputs = [torch.randn(7, 5, N).to(dtype).requires_grad_()]
-    inputs += [inputs[0].detach().clone().requires_grad_(), inputs[0].detach().double().requires_grad_()]
-    outputs = [module(x) for module, x in zip(modules, inputs)]
-    assert_as_exact_as_torch(*outputs, FORWARD)
-    grad = torch.randn(7, 5, N)
-    found = []
-    for module, x, output in zip(modules, inputs, outputs):
-        leaves = [x, *(p for p in module.parameters())]
-        found.append(torch.autograd.grad(output, leaves, grad.to(outputs[0].dtype).to(output.dtype), allow_unused=True))
+@pytest.mark.parametrize("weight_dtype, dtype", [(F32, F32), (BF16, BF16), (F32, BF16), (BF16, F32)])
+@pytest.mark.parametrize("form", [*OVER_ROWS, "Switched off"])
+def test_each_form_and_its_gradients(form: str, weight_dtype: torch.dtype, dtype: torch.dtype, device: str) -> None:
+    pytest.importorskip("triton", reason="needs triton")
+    modules = [x.to(device) for x in pair(form.split()[0], weight_dtype, with_scale=form != "Switched off")]
+    x, grad = torch.randn(7, N, device=device).to(dtype), torch.randn(7, N, device=device)
+    outputs, found = [], []
+    for module, x in zip(modules, (x, x.clone(), x.double())):
+        outputs.append(module(x.requires_grad_()))
+        grads = torch.autograd.grad(
+            outputs[-1], [x, *module.parameters()], grad.to(outputs[0].dtype).to(outputs[-1].dtype), allow_unused=True
+        )
+        found.append(grads)
+    assert_as_exact_as_torch(*outputs)
     for place, (ours, theirs, exact) in enumerate(zip(*found)):
         assert (ours is None) == (theirs is None) == (exact is None)
         if ours is not None:
@@ -372,14 +368,15 @@ def test_each_form_and_its_gradients(
 
 
 @pytest.mark.parametrize("form", OVER_ROWS)
-def test_numerics_are_as_the_form_says(form: str, as_on_a_cpu: None) -> None:
-    for dtype in (F32, BF16):
-        ours, theirs, _ = pair(form, dtype)
-        x = torch.randn(100, N).to(dtype)
-        if ours.numerics == "bitwise" and "Centred" not in form:  # whose sums PyTorch takes in an order of its own
-            assert torch.equal(ours(x), theirs(x))
-        elif dtype == BF16 and "less" in ours.numerics:
-            assert not torch.equal(ours(x), theirs(x))
+def test_numerics_are_as_the_form_says(form: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="needs triton")
+    ours, theirs, _ = (x.to(device) for x in pair(form, BF16))
+    x = torch.randn(100, N, device=device).to(BF16)
+    differ = (ours(x) != theirs(x)).float().mean().item()
+    assert differ < 0.005 if ours.numerics == "bitwise" else 0.05 < differ
+    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
+    ours, theirs, x = ours.cpu(), theirs.cpu(), x.cpu()
+    assert torch.equal(ours(x), theirs(x))
 
 
 @pytest.mark.parametrize("wrong", ["Wide", "Offset", "Bare", "Centred"])
@@ -393,7 +390,7 @@ def test_another_form_is_told_apart(wrong: str) -> None:
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-def test_norms_over_channels(data_format: str, as_on_a_cpu: None) -> None:
+def test_norms_over_channels(data_format: str) -> None:
     class Theirs(nn.LayerNorm):
         pass
 
@@ -404,7 +401,7 @@ def test_norms_over_channels(data_format: str, as_on_a_cpu: None) -> None:
     expected = nn.functional.layer_norm(x, (N,), ours.weight, ours.bias, EPS)
     last = data_format == "channels_last"
     found = ours(x) if last else ours(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected)
 
 
 # Classes of transformers
@@ -431,17 +428,19 @@ def llama() -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def test_a_llama_by_ours_and_back(llama: Any, as_on_a_cpu: None) -> None:
+def test_a_llama_by_ours_and_back(llama: Any) -> None:
     ids = torch.arange(9)[None]
     before, expected = everything(llama), llama(ids).logits
     report = kernels.fuse(llama)
     assert [x.name for x in report.replaced][-1] == "model.norm" and len(report.replaced) == 5 and not report.skipped
     assert {x.numerics for x in report.replaced} == {"one rounding less"}
     assert type(llama.model.norm).__name__ == "LlamaRMSNorm"  # transformers looks for it when it makes new weights
-    assert torch.equal(llama(ids).logits, expected)
+    found = llama(ids).logits
+    torch.testing.assert_close(found, expected)
     twin = copy.deepcopy(llama)
     kernels.unfuse(llama)
-    assert everything(llama) == before and torch.equal(twin(ids).logits, expected)
+    assert everything(llama) == before and torch.equal(llama(ids).logits, expected)
+    assert torch.equal(twin(ids).logits, found) and not torch.equal(found, expected)  # by the kernels
 
 
 def test_a_class_that_computes_something_else_in_another_version_is_left(
@@ -459,7 +458,7 @@ def test_a_class_that_computes_something_else_in_another_version_is_left(
 def test_another_process_reads_a_pickle_of_it(llama: Any, tmp_path: Path) -> None:
     ids = torch.arange(9)[None]
     report = kernels.fuse(llama)
-    torch.save((llama, llama(ids).logits, report), tmp_path / "llama.pt")
+    torch.save((llama, llama(ids).logits.detach(), report), tmp_path / "llama.pt")
     code = f"""
 import sys, torch, kernels
 kernels.fuse(torch.nn.LayerNorm(3))
@@ -526,7 +525,7 @@ TABLE_OF = (5, 24)  # the version of transformers that the table was made from
 
 @pytest.mark.long
 @torch.no_grad()
-def test_every_norm_of_transformers_is_in_the_table_or_of_no_known_form(as_on_a_cpu: None) -> None:
+def test_every_norm_of_transformers_is_in_the_table_or_of_no_known_form() -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     is_version = tuple(map(int, transformers.__version__.split(".")[:2])) == TABLE_OF
     seen, wrong, missing = set(), [], []

@@ -5,7 +5,8 @@ when it is first met, or asked for by name, so that only those who use transform
 it here like any other class.
 
 x, of dtype d, stands for the input, w for the weight, norm(x) for x / sqrt(mean(x^2) + eps) in float32. What a form
-does not cover (other dtypes, a weight of another shape) goes to the forward of the class that was there.
+does not cover (other dtypes, a weight of another shape), and what the Triton kernels do not run (a CPU), goes to the
+forward of the class that was there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from kernels.backend import choose
 from kernels.layer_norm.api import layer_norm, rms_norm
 
 __all__ = ["class_for"]
@@ -33,20 +35,29 @@ class Form(torch.nn.Module):
     with_scale: bool
     data_format: str
 
+    def covers(self, x: torch.Tensor) -> bool:
+        """Whether the form says what the class before gives for x."""
+        return self.weight.shape == x.shape[-1:]
+
+    def fused(self, x: torch.Tensor) -> torch.Tensor:
+        """The form by our functions."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """By our kernels where they run, else as before."""
+        if x.dtype in DTYPES and choose("auto", x.device, x.dtype).backend == "triton" and self.covers(x):
+            return self.fused(x).to(x.dtype)
+        return super().forward(x)
+
 
 def eps_of(norm: Any) -> float:
     """What is added to the mean square, or to the variance."""
     return getattr(norm, norm.eps_name)
 
 
-def fits(norm: Any, x: torch.Tensor) -> bool:
-    """Whether x, and the weight beside it, are as the forms have them."""
-    return x.dtype in DTYPES and norm.weight.shape == x.shape[-1:]
-
-
-def is_plain(norm: Any, x: torch.Tensor) -> bool:
-    """Whether they are of one dtype, too; of two, the result might have the weight's."""
-    return fits(norm, x) and norm.weight.dtype == x.dtype
+def beside(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The weight as our functions take it beside x, without loss."""
+    return weight if weight.dtype == x.dtype else weight.float()
 
 
 class Rounded(Form):
@@ -54,42 +65,41 @@ class Rounded(Form):
 
     numerics = "one rounding less"
 
-    def forward(self, x: torch.Tensor) -> Any:
+    def covers(self, x: torch.Tensor) -> bool:
+        """Of two dtypes, the result may have the weight's."""
+        return super().covers(x) and self.weight.dtype == x.dtype
+
+    def fused(self, x: torch.Tensor) -> torch.Tensor:
         """(..., N), as x."""
-        if not is_plain(self, x):
-            return super().forward(x)
-        return rms_norm(x, self.weight.shape, self.weight, eps_of(self)).to(x.dtype)
+        return rms_norm(x, x.shape[-1:], self.weight, eps_of(self))
 
 
 class Wide(Form):
     """d(w norm(x)), the weight in float32."""
 
-    def forward(self, x: torch.Tensor) -> Any:
+    def fused(self, x: torch.Tensor) -> torch.Tensor:
         """(..., N), as x."""
-        if not fits(self, x):
-            return super().forward(x)
-        weight = self.weight if self.weight.dtype == x.dtype else self.weight.float()
-        return rms_norm(x, weight.shape, weight, eps_of(self)).to(x.dtype)
+        return rms_norm(x, x.shape[-1:], beside(x, self.weight), eps_of(self))
 
 
 class Offset(Form):
     """d((1 + w) norm(x)), 1 + w in float32."""
 
-    def forward(self, x: torch.Tensor) -> Any:
+    def fused(self, x: torch.Tensor) -> torch.Tensor:
         """(..., N), as x."""
-        if not fits(self, x):
-            return super().forward(x)
-        return rms_norm(x, self.weight.shape, 1.0 + self.weight.float(), eps_of(self)).to(x.dtype)
+        return rms_norm(x, x.shape[-1:], 1.0 + self.weight.float(), eps_of(self))
 
 
 class Bare(Form):
     """d(norm(x))."""
 
-    def forward(self, x: torch.Tensor) -> Any:
+    def covers(self, x: torch.Tensor) -> bool:
+        """Anything."""
+        return True
+
+    def fused(self, x: torch.Tensor) -> torch.Tensor:
         """(..., N), as x."""
-        if x.dtype not in DTYPES:
-            return super().forward(x)
-        return rms_norm(x, x.shape[-1:], None, eps_of(self)).to(x.dtype)
+        return rms_norm(x, x.shape[-1:], None, eps_of(self))
 
 
 class BareRounded(Bare):
@@ -98,60 +108,57 @@ class BareRounded(Bare):
     numerics = "one rounding less"
 
 
-class Switched(Wide):
+class Switched(Form):
     """As `Wide` with_scale, else as `Bare`."""
 
-    def forward(self, x: torch.Tensor) -> Any:
+    def covers(self, x: torch.Tensor) -> bool:
+        """As one or the other."""
+        return not self.with_scale or super().covers(x)
+
+    def fused(self, x: torch.Tensor) -> torch.Tensor:
         """(..., N), as x."""
-        if self.with_scale or x.dtype not in DTYPES:
-            return super().forward(x)
-        return rms_norm(x, x.shape[-1:], None, eps_of(self)).to(x.dtype)
+        return rms_norm(x, x.shape[-1:], beside(x, self.weight) if self.with_scale else None, eps_of(self))
 
 
 class Centred(Form):
     """d(w layer_norm(x)), the weight in float32, without a bias."""
 
-    numerics = "within rounding"
-
-    def forward(self, x: torch.Tensor) -> Any:
+    def fused(self, x: torch.Tensor) -> torch.Tensor:
         """(..., N), as x."""
-        if not fits(self, x):
-            return super().forward(x)
-        weight = self.weight if self.weight.dtype == x.dtype else self.weight.float()
-        return layer_norm(x, weight.shape, weight, None, eps_of(self)).to(x.dtype)
+        return layer_norm(x, x.shape[-1:], beside(x, self.weight), None, eps_of(self))
 
 
-class CentredBare(Form):
+class CentredBare(Bare):
     """d(layer_norm(x)), eps 1e-5."""
 
-    def forward(self, x: torch.Tensor) -> Any:
+    def fused(self, x: torch.Tensor) -> torch.Tensor:
         """(..., N), as x."""
-        if x.dtype not in DTYPES:
-            return super().forward(x)
-        return layer_norm(x, self.normalized_shape, eps=1e-5).to(x.dtype)
+        return layer_norm(x, self.normalized_shape, eps=1e-5)
 
 
-class CentredRounded(Form):
+class CentredRounded(Rounded):
     """w d(layer_norm(x)) + bias. Ours rounds once."""
 
     numerics = "two roundings less"
 
-    def forward(self, x: torch.Tensor) -> Any:
+    def fused(self, x: torch.Tensor) -> torch.Tensor:
         """(..., N), as x."""
-        if not is_plain(self, x):
-            return super().forward(x)
-        return layer_norm(x, self.weight.shape, self.weight, self.bias, eps_of(self)).to(x.dtype)
+        return layer_norm(x, x.shape[-1:], self.weight, self.bias, eps_of(self))
 
 
 class Channels(Form):
     """`torch.nn.LayerNorm`, of (B, H, W, N), or where data_format is channels_first, of (B, N, H, W)."""
 
-    def forward(self, x: torch.Tensor) -> Any:
+    def covers(self, x: torch.Tensor) -> bool:
+        """Where PyTorch's own takes a weight of another dtype, it is on its own."""
+        return self.weight is None or self.weight.dtype == x.dtype
+
+    def fused(self, x: torch.Tensor) -> torch.Tensor:
         """As x."""
-        if self.data_format != "channels_first":
-            return layer_norm(x, self.normalized_shape, self.weight, self.bias, eps_of(self))
-        x = layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, eps_of(self))
-        return x.permute(0, 3, 1, 2)
+        is_last = self.data_format != "channels_first"
+        rows = x if is_last else x.permute(0, 2, 3, 1)
+        rows = layer_norm(rows, self.normalized_shape, self.weight, self.bias, eps_of(self))
+        return rows if is_last else rows.permute(0, 3, 1, 2)
 
 
 # By form, the classes of transformers 5.24 as folder.class: the class is in transformers.models.folder.modeling_folder.
@@ -307,4 +314,4 @@ def computes_the_same(ours: Any, original: Any) -> bool:
         expected = original.forward(module, x)
     except AttributeError:  # it reads what the form does not have
         return False
-    return torch.allclose(module(x), expected, rtol=1e-4, atol=1e-5)
+    return torch.allclose(module.fused(x), expected, rtol=1e-4, atol=1e-5)
