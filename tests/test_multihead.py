@@ -1,16 +1,23 @@
-"""`kernels.nn.MultiheadAttention` beside PyTorch's: every combination of its arguments, and where it means to differ."""
+"""`kernels.nn.MultiheadAttention` beside PyTorch's: all combinations of its arguments, and where it means to differ."""
 
 from __future__ import annotations
 
+import copy
+import inspect
 import itertools
 import math
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import dropout
 
 import kernels.nn
+from kernels.attention import module as module_file
+from tests.tolerances import FORWARD, GRADIENT, Comparison
 
 B, H, L, S, E = 2, 3, 5, 7, 12
 KINDS = {"self": (E, E), "key is value": (E, E), "cross": (E, E), "kdim, vdim": (11, 13)}
@@ -103,3 +110,380 @@ def test_every_combination_is_as_pytorch_has_it(kind: str, bias: bool, add_bias_
     """90 of the 2,880 cases each."""
     for ours, theirs, *call in cases(kind, bias=bias, add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn):
         assert_same(results(ours, call[0], **call[1]), results(theirs, call[0], **call[1]))
+
+
+def test_the_cases_are_all_there() -> None:
+    assert len(list(cases("cross"))) * len(KINDS) * 2**3 == 2880
+
+
+def changed(module: nn.Module, name: str, change: Callable[[Any], Any]) -> Callable[..., Any]:
+    """The module, of one argument of which it gets something else."""
+
+    def call(*inputs: torch.Tensor, **options: Any) -> Any:
+        return module(*inputs, **{**options, name: change(options[name])})
+
+    call.named_parameters = module.named_parameters
+    return call
+
+
+def flipped(mask: torch.Tensor | None) -> torch.Tensor | None:
+    return ~mask if mask is not None and mask.dtype == torch.bool else mask
+
+
+def by_head_first(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask of three dimensions as (H, B) instead of (B, H)."""
+    if mask is None or mask.ndim == 2:
+        return mask
+    return mask.unflatten(0, (B, H)).transpose(0, 1).flatten(0, 1)
+
+
+WRONG: dict[str, Callable[[nn.Module], Any]] = {
+    "mask ignored": lambda module: changed(module, "attn_mask", lambda _: None),
+    "padding ignored": lambda module: changed(module, "key_padding_mask", lambda _: None),
+    "True may attend": lambda module: changed(module, "attn_mask", flipped),
+    "padding True may attend": lambda module: changed(module, "key_padding_mask", flipped),
+    "heads before batch in masks": lambda module: changed(module, "attn_mask", by_head_first),
+    "float mask without gradient": lambda module: changed(
+        module, "attn_mask", lambda x: x if x is None else x.detach()
+    ),
+    "no bias": lambda module: setattr(module.in_proj_bias, "data", torch.zeros(3 * E).double()) or module,
+    "no added rows": lambda module: setattr(module, "bias_k", None) or setattr(module, "bias_v", None) or module,
+    "heads that are one": lambda module: setattr(module, "num_heads", 1) or setattr(module, "head_dim", E) or module,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_wrong_module_is_rejected(fault: str) -> None:
+    """By the same cases and the same check, as no number and not as an error of Python."""
+    rejected = 0
+    for ours, theirs, inputs, options in cases("cross", add_bias_kv=True):
+        ours = WRONG[fault](copy.deepcopy(ours))
+        try:
+            assert_same(results(ours, inputs, **options), results(theirs, inputs, **options))
+        except (AssertionError, ValueError):
+            rejected += 1
+    assert rejected > 5
+
+
+def test_one_sequence_without_a_batch() -> None:
+    for options, (mask, dtype) in itertools.product(WEIGHTS, ((None, "bool"), ("bool", "bool"), ("float", "float"))):
+        ours, theirs = both(add_bias_kv=True)
+        inputs = [torch.randn(n, E, dtype=torch.float64, requires_grad=True) for n in (L, S, S)]
+        for shape in ((L, S), (H, L, S)):
+            asked = {"attn_mask": mask_of(mask, shape), "key_padding_mask": mask_of(dtype, (S,)), **options}
+            assert_same(results(ours, inputs, **asked), results(theirs, inputs, **asked))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("weights", WEIGHTS, ids=["output", "mean weights", "weights"])
+def test_other_dtypes_are_as_exact_as_pytorch(weights: dict[str, bool], dtype: torch.dtype, device: str) -> None:
+    """On the Triton kernels: interpreted here, on a GPU where there is one."""
+    pytest.importorskip("triton")
+    exact, _ = both(batch_first=True)
+    inputs = [x.detach().to(dtype).to(device).requires_grad_() for x in inputs_of("key is value", True)]
+    exact = exact.to(dtype).to(device)
+    padding, mask = mask_of("bool", (B, S)).to(device), mask_of("bool", (L, S)).to(device)
+    exact, ours, theirs = copy.deepcopy(exact).double(), exact, nn.MultiheadAttention(E, H, batch_first=True)
+    theirs = theirs.to(device=device, dtype=dtype)
+    theirs.load_state_dict(ours.state_dict())
+    inputs[2] = inputs[1]
+    wide = [inputs[0].detach().double().requires_grad_(), *[inputs[1].detach().double().requires_grad_()] * 2]
+    options = {"key_padding_mask": padding, "attn_mask": mask, **weights}
+    found, pytorch, right = (results(x, y, **options) for x, y in ((ours, inputs), (theirs, inputs), (exact, wide)))
+    assert found.keys() == pytorch.keys() == right.keys()
+    for name, x in found.items():
+        Comparison(name, x, pytorch[name], right[name], GRADIENT if "gradient" in name else FORWARD).judge()
+
+
+# Where it means to differ from PyTorch
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=["output", "mean weights", "weights"])
+@pytest.mark.parametrize("which", ["padding", "bool", "float"])
+def test_a_query_without_keys_gives_the_bias(which: str, weights: dict[str, bool]) -> None:
+    ours, _ = both(batch_first=True)
+    inputs = inputs_of("key is value", True)
+    if which == "padding":
+        options = {"key_padding_mask": torch.tensor([[True] * S, [False] * S])}
+        nowhere = torch.zeros(B, L, dtype=torch.bool)
+        nowhere[0] = True
+    else:
+        mask = torch.zeros(L, S, dtype=torch.bool)
+        mask[2] = True
+        options = {"attn_mask": mask if which == "bool" else torch.zeros(L, S).double().masked_fill(mask, -math.inf)}
+        nowhere = mask[:, 0].expand(B, L)
+    found = results(ours, inputs, **options, **weights)
+    assert all(x.isfinite().all() for x in found.values())
+    torch.testing.assert_close(found["output"][nowhere], ours.out_proj.bias.expand(int(nowhere.sum()), E))
+    assert not found["gradient of query"][nowhere].any() and found["gradient of query"][~nowhere].all()
+    if "weights" in found:
+        by_row = found["weights"] if found["weights"].ndim == 3 else found["weights"].transpose(1, 2)
+        assert not by_row[nowhere].any()
+        torch.testing.assert_close(by_row[~nowhere].sum(-1), torch.ones_like(by_row[~nowhere].sum(-1)))
+
+
+@pytest.mark.parametrize("p", [0.25, 1.0])
+def test_weights_are_those_before_dropout_and_only_training_drops(p: float) -> None:
+    ours, _ = both(batch_first=True, dropout=p)
+    one = torch.randn(1, S, E, dtype=torch.float64)
+    x = one.expand(3000, S, E)
+    output, weights = ours.eval()(x, x, x, average_attn_weights=False)
+    assert_same({"output": output, "weights": weights}, dict(zip(("output", "weights"), both_without_dropout(ours, x))))
+    for options in ({"average_attn_weights": False}, {"need_weights": False}):
+        dropped, same = ours.train()(x, x, x, **options)
+        assert same is None or torch.equal(same, weights)
+        if p == 1.0:
+            torch.testing.assert_close(dropped, ours.out_proj.bias.expand_as(dropped))
+            continue
+        off = (dropped.mean(0) - output[0]) / (dropped.std(0) / 3000**0.5)
+        assert dropped.std(0).min() > 0 and off.abs().max() < 5
+    assert not torch.equal(dropout(weights, p), weights)  # what PyTorch returns
+
+
+def both_without_dropout(ours: nn.MultiheadAttention, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    theirs = nn.MultiheadAttention(E, H, batch_first=True, dtype=torch.float64)
+    theirs.load_state_dict(ours.state_dict())
+    return theirs(x, x, x, average_attn_weights=False)
+
+
+def given(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The mask, and whether it is causal, of each call of the attention function from now on."""
+    calls = []
+    attend = module_file.scaled_dot_product_attention
+
+    def watched(query: Any, key: Any, value: Any, mask: Any, dropout_p: Any, is_causal: Any, **options: Any) -> Any:
+        calls.append((None if mask is None else (tuple(mask.shape), mask.dtype), is_causal))
+        return attend(query, key, value, mask, dropout_p, is_causal, **options)
+
+    monkeypatch.setattr(module_file, "scaled_dot_product_attention", watched)
+    return calls
+
+
+def test_padding_and_a_causal_hint_need_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = given(monkeypatch)
+    ours, theirs = both()
+    inputs, padding = inputs_of("self", False), mask_of("bool", (B, S))
+    causal = torch.ones(S, S, dtype=torch.bool).triu(1)
+    for options in ({}, {"attn_mask": causal, "is_causal": True}):
+        asked = {"key_padding_mask": padding, "need_weights": False, **options}
+        assert_same(results(ours, inputs, **asked), results(theirs, inputs, **asked))
+    results(ours, inputs, attn_mask=causal, is_causal=True, need_weights=False)
+    assert calls == [(((B, 1, 1, S), torch.bool), False), (((B, 1, 1, S), torch.bool), True), (None, True)]
+
+
+@pytest.mark.parametrize("added", [{"add_bias_kv": True}, {"add_zero_attn": True}, {}], ids=str)
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_the_causal_hint_counts_only_where_it_can_be_right(need_weights: bool, added: dict[str, bool]) -> None:
+    ours, theirs = both(**added)
+    inputs, mask = inputs_of("self", False), mask_of("bool", (S, S))  # not the causal one
+    causal = torch.ones(S, S, dtype=torch.bool).triu(1)
+    hinted, _ = ours(*inputs, attn_mask=mask, is_causal=True, need_weights=need_weights)
+    by_mask, _ = theirs(*inputs, attn_mask=causal if not added and not need_weights else mask)
+    assert_same({"output": hinted}, {"output": by_mask})
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=["output", "mean weights", "weights"])
+@pytest.mark.parametrize("added", [{}, {"add_bias_kv": True, "add_zero_attn": True}], ids=["", "added keys"])
+def test_a_window_is_a_mask(added: dict[str, bool], weights: dict[str, bool]) -> None:
+    ours, theirs = both(window=(2, 1), **added)
+    distance = torch.arange(S) - torch.arange(L)[:, None]
+    outside, padding = (distance > 1) | (distance < -2), mask_of("bool", (B, S))
+    for mask, inputs in ((None, inputs_of("cross", False)), (mask_of("float", (L, S)), inputs_of("cross", False))):
+        both_masks = outside if mask is None else torch.where(outside, -math.inf, mask)
+        padding[:, :2] = False  # a key for each query
+        asked = {"key_padding_mask": padding if mask is None else None, **weights}
+        found = ours(*inputs, attn_mask=mask, **asked), theirs(*inputs, attn_mask=both_masks, **asked)
+        for a, b in zip(*found):
+            assert b is None or not b.isnan().any()
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_a_soft_cap_is_in_the_scores() -> None:
+    ours, theirs = both(softcap=0.8, batch_first=True)
+    x = inputs_of("self", True)[0]
+    _, weights = ours(x, x, x, average_attn_weights=False)
+    _, plain = theirs(x, x, x, average_attn_weights=False)
+    q, k, _ = nn.functional.linear(x, ours.in_proj_weight, ours.in_proj_bias).chunk(3, -1)
+    q, k = (y.unflatten(-1, (H, E // H)).transpose(1, 2) for y in (q, k))
+    scores = q @ k.mT / (E // H) ** 0.5
+    torch.testing.assert_close(torch.softmax(scores, -1), plain)
+    torch.testing.assert_close(weights, torch.softmax(0.8 * torch.tanh(scores / 0.8), -1))
+    assert not torch.allclose(weights, plain, rtol=0.01)
+
+
+# A module like any other
+
+
+def test_the_constructor_is_pytorchs() -> None:
+    kinds = kernels.nn.MultiheadAttention, nn.MultiheadAttention
+    ours, theirs = (
+        [(x.name, x.default, x.kind) for x in inspect.signature(kind).parameters.values()] for kind in kinds
+    )
+    assert ours[:-2] == theirs and [x[:2] for x in ours[-2:]] == [("window", None), ("softcap", None)]
+    for options in ({}, {"kdim": 11}, {"bias": False, "add_bias_kv": True}):
+        states = []
+        for kind in kinds:
+            torch.manual_seed(4)
+            states.append(kind(E, H, **options).state_dict())
+        assert [*states[0]] == [*states[1]] and all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"kdim": 11, "vdim": 13}], ids=str)
+def test_an_instance_of_pytorchs_becomes_ours_and_goes_back(options: dict[str, int]) -> None:
+    ours, theirs = both(**options)
+    inputs = inputs_of("kdim, vdim" if options else "self", False)
+    expected, same_size = results(theirs, inputs), not options
+    assert theirs._qkv_same_embed_dim is same_size
+    theirs.__class__ = kernels.nn.MultiheadAttention
+    assert not theirs._qkv_same_embed_dim
+    for module in (theirs, copy.deepcopy(theirs), pickle.loads(pickle.dumps(theirs))):
+        assert type(module) is kernels.nn.MultiheadAttention
+        assert_same(results(module, inputs), results(ours, inputs))
+        module.__class__ = nn.MultiheadAttention
+        assert module._qkv_same_embed_dim is same_size
+        assert_same(results(module, inputs), expected, 0.0)
+    ours.__class__ = nn.MultiheadAttention
+    assert ours._qkv_same_embed_dim is same_size
+    assert_same(results(ours, inputs), expected, 0.0)
+
+
+def test_what_was_asked_for_is_kept_by_copies() -> None:
+    ours, _ = both(window=(2, 0), softcap=3.0)
+    for module in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert (module.window, module.softcap) == ((2, 0), 3.0)
+        assert_same(results(module, inputs := inputs_of("self", False)), results(ours, inputs), 0.0)
+
+
+def test_parameters_can_be_drawn_again() -> None:
+    for options in ({}, {"kdim": 11}, {"bias": False}):
+        ours, theirs = both(**options)
+        for module in (ours, theirs):
+            torch.manual_seed(5)
+            module._reset_parameters()
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()) if a.ndim == 1)
+        assert torch.equal([*ours.parameters()][0], [*theirs.parameters()][0])
+
+
+@pytest.mark.usefixtures("as_on_a_cpu")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_encoder_at_inference_goes_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not past it, as PyTorch's fast path does."""
+    layer = nn.TransformerEncoderLayer(E, H + 1, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(B, S, E), torch.arange(S) >= torch.tensor([[S], [4]])
+    expected = encoder(x, src_key_padding_mask=padding)  # with gradients, hence without the fast path
+    calls = given(monkeypatch)
+    for one in encoder.layers:
+        one.self_attn.__class__ = kernels.nn.MultiheadAttention
+    with torch.no_grad():
+        with pytest.raises(TypeError, match="use_nested_tensor"):
+            encoder(x, src_key_padding_mask=padding)
+        encoder.use_nested_tensor = False
+        torch.testing.assert_close(encoder(x, src_key_padding_mask=padding), expected)
+        causal = nn.Transformer.generate_square_subsequent_mask(S)
+        encoder(x, mask=causal, is_causal=True)
+    assert calls == [(((B, 1, 1, S), torch.float32), False)] * 2 + [(None, True)] * 2
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_autocast(need_weights: bool, device: str) -> None:
+    pytest.importorskip("triton")
+    ours, theirs = (x.float().to(device) for x in both(add_bias_kv=True))
+    x, padding = torch.randn(S, B, E, device=device), mask_of("bool", (B, S)).to(device)
+    call = x, x, x, padding, need_weights, mask_of("bool", (S, S)).to(device)
+    exact, _ = theirs(*call)
+    with torch.autocast(device, torch.bfloat16):
+        found, pytorch = ours(*call), theirs(*call)
+    assert found[0].dtype == pytorch[0].dtype == torch.bfloat16
+    Comparison("output", found[0], pytorch[0], exact.double(), FORWARD).judge()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("as_on_a_cpu")
+@pytest.mark.parametrize(
+    "options, need_weights, lengths",
+    [
+        pytest.param({}, False, (S,), id="self"),
+        pytest.param({"add_bias_kv": True, "kdim": 11, "window": (2, 1)}, True, (S,), id="all of it"),
+        pytest.param({}, True, (S, S + 4), id="lengths that are symbols", marks=pytest.mark.long),
+    ],
+)
+def test_it_compiles_to_one_graph(need_weights: bool, options: dict[str, Any], lengths: tuple[int, ...]) -> None:
+    torch._dynamo.reset()
+    ours, _ = both(batch_first=True, **options)
+    compiled = torch.compile(ours.forward, fullgraph=True, backend="aot_eager", dynamic=len(lengths) > 1)
+    compiled.named_parameters = ours.named_parameters
+    for n in lengths:
+        query, key = (torch.randn(B, n, width, dtype=torch.float64, requires_grad=True) for width in (E, 11))
+        inputs = [query, key if "kdim" in options else query, query]
+        asked = {"key_padding_mask": mask_of("bool", (B, n)), "attn_mask": mask_of("bool", (n, n))}
+        asked["need_weights"] = need_weights
+        assert_same(results(compiled, inputs, **asked), results(ours, inputs, **asked))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("as_on_a_cpu")
+def test_an_encoder_layer_compiles_to_one_graph() -> None:
+    layer = nn.TransformerEncoderLayer(E, H, 16, batch_first=True).eval()
+    layer.self_attn.__class__ = kernels.nn.MultiheadAttention
+    x, padding = torch.randn(B, S, E), mask_of("bool", (B, S))
+    with torch.no_grad():
+        found = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(found, layer(x, src_key_padding_mask=padding))
+
+
+# What is refused
+
+SELF = (torch.randn(S, B, E),) * 3
+REFUSED: dict[str, tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = {
+    "no tensor": (TypeError, "value must be a tensor, found list", (*SELF[:2], [1.0]), {}),
+    "dimensions": (ValueError, "three dimensions each, or two", (torch.randn(1, S, B, E),) * 3, {}),
+    "a batch and none": (ValueError, "three dimensions each, or two", (SELF[0], SELF[0][:, 0], SELF[0]), {}),
+    "width": (
+        ValueError,
+        r"embed_dim, kdim and vdim, \(12, 12, 12\); found query",
+        (torch.randn(S, B, E + 1),) * 3,
+        {},
+    ),
+    "lengths": (ValueError, "key and value the same length", (SELF[0], SELF[0], SELF[0][1:]), {}),
+    "batches": (ValueError, "the same batch.*batch_first=False; found", (SELF[0], *[torch.randn(S, B + 1, E)] * 2), {}),
+    "hint alone": (ValueError, "hint about attn_mask", SELF, {"is_causal": True}),
+    "integer mask": (TypeError, "attn_mask must be bool", SELF, {"attn_mask": torch.ones(S, S, dtype=torch.uint8)}),
+    "wide mask": (TypeError, "found torch.float64", SELF, {"key_padding_mask": torch.zeros(B, S).double()}),
+    "mask elsewhere": (ValueError, "device cpu, found meta", SELF, {"attn_mask": torch.zeros(S, S, device="meta")}),
+    "mask shape": (
+        ValueError,
+        r"attn_mask must have the shape \(L, S\) .*, here \(7, 7\), found \(7, 1\)",
+        SELF,
+        {"attn_mask": torch.zeros(S, 1)},
+    ),
+    "padding shape": (
+        ValueError,
+        r"key_padding_mask must have the shape \(batch, S\).*, here \(2, 7\), found \(7, 2\)",
+        SELF,
+        {"key_padding_mask": torch.zeros(S, B)},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_nested_tensors_are_refused(layout: torch.layout) -> None:
+    x = torch.nested.nested_tensor([torch.randn(3, E), torch.randn(4, E)], layout=layout)
+    with pytest.raises(TypeError, match="query must be a padded tensor, found a nested one.*use_nested_tensor"):
+        kernels.nn.MultiheadAttention(E, H, batch_first=True)(x, x, x)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_wrong_gets_one_line(name: str) -> None:
+    kind, words, inputs, options = REFUSED[name]
+    with pytest.raises(kind, match=words) as error:
+        kernels.nn.MultiheadAttention(E, H)(*inputs, **options)
+    assert "\n" not in str(error.value) and type(error.value) is kind
+
+
+@pytest.mark.parametrize("options, words", [({"window": 3}, "window must be"), ({"softcap": -1.0}, "softcap must be")])
+def test_wrong_options_are_refused_when_it_is_made(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        kernels.nn.MultiheadAttention(E, H, **options)

@@ -11,7 +11,7 @@ from torch.nn.functional import linear, pad
 
 from kernels.attention.api import scaled_dot_product_attention
 from kernels.attention.call import Call
-from kernels.attention.checks import check_options
+from kernels.attention.checks import _shapes, check_options
 from kernels.attention.formula import allowed_pairs
 from kernels.backend import autocasts, check_tensor_types
 
@@ -192,57 +192,60 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     ) -> None:
         """Raise TypeError or ValueError in one line, with the rule, what was found and the remedy."""
         tensors = {"query": query, "key": key, "value": value}
-        masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
         check_tensor_types(tensors)
-        check_tensor_types(masks, or_none=True)
+        check_tensor_types({"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}, or_none=True)
         for name, x in tensors.items():
             if x.is_nested:
                 raise TypeError(
                     f"{name} must be a padded tensor, found a nested one; pad it, and pass key_padding_mask (a "
                     f"torch.nn.TransformerEncoder makes no nested tensors once its use_nested_tensor is False)"
                 )
-        found = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
         if query.ndim not in (2, 3) or not query.ndim == key.ndim == value.ndim:
+            found = _shapes(query, key, value)
             raise ValueError(f"query, key and value must have three dimensions each, or two without a batch; {found}")
-        widths = self.embed_dim, self.kdim, self.vdim
-        if (query.shape[-1], key.shape[-1], value.shape[-1]) != widths:
+        if query.shape[-1] != self.embed_dim or key.shape[-1] != self.kdim or value.shape[-1] != self.vdim:
+            widths, found = (self.embed_dim, self.kdim, self.vdim), _shapes(query, key, value)
             raise ValueError(
-                f"the last dimensions of query, key and value must be embed_dim, kdim and vdim, {widths}; found {found}"
+                f"the last dimensions of query, key and value must be embed_dim, kdim and vdim, {widths}; {found}"
             )
-        if key.shape[:-1] != value.shape[:-1]:
-            raise ValueError(f"key and value must have the same length and batch; found {found}")
-        of_rows = 0 if query.ndim == 2 or not self.batch_first else 1
-        batch = query.shape[1 - of_rows] if query.ndim == 3 else 1
-        if query.ndim == 3 and key.shape[1 - of_rows] != batch:
+        is_batch = query.ndim == 3
+        of_rows = 1 if is_batch and self.batch_first else 0
+        n_queries, n_keys = query.shape[of_rows], key.shape[of_rows]
+        batches = [x.shape[1 - of_rows] if is_batch else 1 for x in (query, key, value)]
+        if n_keys != value.shape[of_rows] or batches[0] != batches[1] or batches[0] != batches[2]:
             order = "(batch, length, width)" if self.batch_first else "(length, batch, width)"
             raise ValueError(
-                f"query and key must have the same batch; found {found}, as batch_first={self.batch_first} takes "
-                f"{order}"
+                f"query, key and value must have the same batch, and key and value the same length, as {order} with "
+                f"batch_first={self.batch_first}; {_shapes(query, key, value)}"
             )
         if is_causal and attn_mask is None:
             raise ValueError(
                 "is_causal=True is a hint about attn_mask, and there is none; pass the causal mask, as "
                 "torch.nn.Transformer.generate_square_subsequent_mask makes it"
             )
-        n_queries, n_keys = query.shape[of_rows], key.shape[of_rows]
-        shapes: dict[str, list[tuple[int, ...]]] = {
-            "key_padding_mask": [(batch, n_keys) if query.ndim == 3 else (n_keys,)],
-            "attn_mask": [(n_queries, n_keys), (batch * self.num_heads, n_queries, n_keys)],
-        }
-        for name, mask in masks.items():
-            if mask is None:
-                continue
-            fits = mask.dtype in (torch.bool, torch.float32, query.dtype)
-            if not fits and not (mask.is_floating_point() and autocasts(query.device)):
-                raise TypeError(
-                    f"{name} must be bool (True = may not attend), float32 or of the query's dtype {query.dtype}, "
-                    f"found {mask.dtype}; convert it with .bool() or .to(query.dtype)"
-                )
-            if mask.device != query.device:
-                raise ValueError(f"{name} must be on the query's device {query.device}, found {mask.device}; use .to()")
-            if tuple(mask.shape) not in shapes[name]:
-                expected = " or ".join(map(str, shapes[name]))
-                raise ValueError(f"{name} must have the shape {expected}, found {tuple(mask.shape)}")
+        if attn_mask is not None:
+            wanted, rows = "(L, S) or (batch * heads, L, S)", (n_queries, n_keys)
+            by_head = (batches[0] * self.num_heads, *rows)
+            _check_mask("attn_mask", attn_mask, query, by_head if attn_mask.ndim == 3 else rows, wanted)
+        if key_padding_mask is not None:
+            wanted = "(batch, S), or (S,) without a batch"
+            shape = (batches[0], n_keys) if is_batch else (n_keys,)
+            _check_mask("key_padding_mask", key_padding_mask, query, shape, wanted)
+
+
+def _check_mask(name: str, mask: torch.Tensor, query: torch.Tensor, shape: tuple[int, ...], wanted: str) -> None:
+    """Raise TypeError or ValueError for a mask that is not bool or float, or not of a shape; wanted: in words."""
+    fits = mask.dtype in (torch.bool, torch.float32, query.dtype)
+    if not fits and not (mask.is_floating_point() and autocasts(query.device)):
+        raise TypeError(
+            f"{name} must be bool (True = may not attend), float32 or of the query's dtype {query.dtype}, "
+            f"found {mask.dtype}; convert it with .bool() or .to(query.dtype)"
+        )
+    if mask.device != query.device:
+        raise ValueError(f"{name} must be on the query's device {query.device}, found {mask.device}; use .to()")
+    # One by one: compiled, where lengths may be symbols, tuples of them are taken to differ.
+    if mask.ndim != len(shape) or not all(a == b for a, b in zip(mask.shape, shape)):
+        raise ValueError(f"{name} must have the shape {wanted}, here {tuple(shape)}, found {tuple(mask.shape)}")
 
 
 def _merged(masks: list[torch.Tensor]) -> torch.Tensor | None:
