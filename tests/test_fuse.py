@@ -347,7 +347,9 @@ def pair(form: str, dtype: torch.dtype, with_scale: bool = True) -> tuple[Any, A
 OVER_ROWS = [form.__name__ for form in CLASSES if form.__name__ != "Channels"]
 
 
-@pytest.mark.parametrize("weight_dtype, dtype", [(F32, F32), (BF16, BF16), (F32, BF16), (BF16, F32)])
+@pytest.mark.parametrize(
+    "weight_dtype, dtype", [(F32, F32), (BF16, BF16), (F32, BF16), (BF16, F32)], ids=lambda dtype: str(dtype)[6:]
+)
 @pytest.mark.parametrize("form", [*OVER_ROWS, "Switched off"])
 def test_each_form_and_its_gradients(form: str, weight_dtype: torch.dtype, dtype: torch.dtype, device: str) -> None:
     pytest.importorskip("triton", reason="needs triton")
