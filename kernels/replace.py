@@ -11,15 +11,36 @@ import torch
 from torch.nn.utils import parametrize
 
 from kernels import nn
-from kernels.backend import shown
+from kernels.backend import shown, why_not_triton
 from kernels.subclasses import PLAIN, is_dtensor
 
 __all__ = ["Replaced", "Report", "Skipped", "fuse", "unfuse"]
 
+
+class LayerNorm(nn.LayerNorm):
+    """What `fuse` makes of `torch.nn.LayerNorm`: ours where the Triton kernels run, else PyTorch's, as before."""
+
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None, **options: Any) -> Any:
+        """As `kernels.nn.LayerNorm`."""
+        if residual is None and why_not_triton(input.device, input.dtype):
+            return torch.nn.LayerNorm.forward(self, input)
+        return super().forward(input, residual, **options)
+
+
+class RMSNorm(nn.RMSNorm):
+    """What `fuse` makes of `torch.nn.RMSNorm`, likewise."""
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, **options: Any) -> Any:
+        """As `kernels.nn.RMSNorm`."""
+        if residual is None and why_not_triton(x.device, x.dtype):
+            return torch.nn.RMSNorm.forward(self, x)
+        return super().forward(x, residual, **options)
+
+
 # By PyTorch's class: ours, and how its results differ, as `Replaced.numerics` says.
 OURS: dict[type, tuple[type, str]] = {
-    torch.nn.LayerNorm: (nn.LayerNorm, "bitwise"),
-    torch.nn.RMSNorm: (nn.RMSNorm, "bitwise"),
+    torch.nn.LayerNorm: (LayerNorm, "bitwise"),
+    torch.nn.RMSNorm: (RMSNorm, "bitwise"),
     torch.nn.MultiheadAttention: (nn.MultiheadAttention, "within rounding"),
 }
 BEFORE = "_before_fuse"  # the attribute that holds what `unfuse` puts back
@@ -32,10 +53,9 @@ class Replaced(NamedTuple):
 
     name: as in `model.named_modules()`. old, new: its class. numerics: its outputs beside the old class's:
 
-    - "bitwise": the same bits on a CPU, of a layer norm in float32 (in 16 bits, and for rows far from 0, ours is more
-      exact). On a GPU rounded at the same places, the sums taken in another order;
-    - "one rounding less", "two roundings less": in 16 bits on a GPU, where the old class rounds before the weight, ours
-      once in the end. On a CPU the same bits;
+    - "bitwise": the same bits on a CPU. On a GPU rounded at the same places, the sums taken in another order;
+    - "one rounding less", "two roundings less": the same bits on a CPU. On a GPU, in 16 bits, the old class rounds
+      before the weight, ours once in the end;
     - "within rounding": sums in another order everywhere.
     """
 
@@ -163,7 +183,7 @@ def _ours_for(kind: type, module: torch.nn.Module) -> tuple[type, str] | str | N
     """Our class for a class and its numerics, or why there is none; None for what is neither norm nor attention."""
     if kind in OURS:
         return OURS[kind]
-    if issubclass(kind, tuple(ours for ours, _ in OURS.values())):
+    if issubclass(kind, (nn.LayerNorm, nn.RMSNorm, nn.MultiheadAttention)):
         return None
     if kind.__module__.startswith("transformers.") and "Norm" in kind.__name__:
         from kernels.integrations import transformers_norms

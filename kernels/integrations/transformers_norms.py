@@ -16,12 +16,10 @@ from typing import Any
 
 import torch
 
-from kernels.backend import choose
+from kernels.backend import why_not_triton
 from kernels.layer_norm.api import layer_norm, rms_norm
 
 __all__ = ["class_for"]
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # theirs compute float64 in float32
 
 
 class Form(torch.nn.Module):
@@ -45,9 +43,9 @@ class Form(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> Any:
         """By our kernels where they run, else as before."""
-        if x.dtype in DTYPES and choose("auto", x.device, x.dtype).backend == "triton" and self.covers(x):
-            return self.fused(x).to(x.dtype)
-        return super().forward(x)
+        if why_not_triton(x.device, x.dtype) or not self.covers(x):
+            return super().forward(x)
+        return self.fused(x).to(x.dtype)
 
 
 def eps_of(norm: Any) -> float:
