@@ -7,6 +7,8 @@ import inspect
 import itertools
 import math
 import pickle
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -70,7 +72,7 @@ def results(module: nn.Module, inputs: list[torch.Tensor], **options: Any) -> di
     leaves |= {name: x for name, x in zip(("query", "key", "value"), inputs)}
     leaves |= {name: x for name, x in options.items() if isinstance(x, torch.Tensor) and x.requires_grad}
     generator = torch.Generator().manual_seed(3)
-    upstream = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in found.values()]
+    upstream = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in found.values()]
     grads = torch.autograd.grad(list(found.values()), list(leaves.values()), upstream, allow_unused=True)
     return found | {f"gradient of {name}": x for name, x in zip(leaves, grads) if x is not None}
 
@@ -116,54 +118,81 @@ def test_the_cases_are_all_there() -> None:
     assert len(list(cases("cross"))) * len(KINDS) * 2**3 == 2880
 
 
-def changed(module: nn.Module, name: str, change: Callable[[Any], Any]) -> Callable[..., Any]:
-    """The module, of one argument of which it gets something else."""
+Fault = Callable[[nn.MultiheadAttention], Callable[..., Any]]  # what it makes of a module
 
-    def call(*inputs: torch.Tensor, **options: Any) -> Any:
-        return module(*inputs, **{**options, name: change(options[name])})
 
-    call.named_parameters = module.named_parameters
-    return call
+def around(change: Callable[..., Any]) -> Fault:
+    """A fault outside of the module: `change(module, inputs, options)` is what a call returns."""
+
+    def faulty(module: nn.MultiheadAttention) -> Callable[..., Any]:
+        def call(*inputs: torch.Tensor, **options: Any) -> Any:
+            return change(module, inputs, options)
+
+        call.named_parameters = module.named_parameters
+        return call
+
+    return faulty
+
+
+def given(name: str, change: Callable[[Any], Any]) -> Fault:
+    """A fault: one argument becomes another before the module sees it."""
+    return around(lambda module, inputs, options: module(*inputs, **{**options, name: change(options[name])}))
+
+
+def made(change: Callable[[nn.MultiheadAttention], Any]) -> Fault:
+    """A fault: something is amiss in the module itself."""
+
+    def faulty(module: nn.MultiheadAttention) -> nn.MultiheadAttention:
+        module = copy.deepcopy(module)
+        change(module)
+        return module
+
+    return faulty
+
+
+def summed(module: nn.MultiheadAttention, inputs: Any, options: Any) -> Any:
+    output, weights = module(*inputs, **options)
+    return output, weights if weights is None or weights.ndim == 4 else weights * H
 
 
 def flipped(mask: torch.Tensor | None) -> torch.Tensor | None:
     return ~mask if mask is not None and mask.dtype == torch.bool else mask
 
 
-def by_head_first(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """A mask of three dimensions as (H, B) instead of (B, H)."""
+def heads_first(mask: torch.Tensor | None) -> torch.Tensor | None:
     if mask is None or mask.ndim == 2:
         return mask
     return mask.unflatten(0, (B, H)).transpose(0, 1).flatten(0, 1)
 
 
-WRONG: dict[str, Callable[[nn.Module], Any]] = {
-    "mask ignored": lambda module: changed(module, "attn_mask", lambda _: None),
-    "padding ignored": lambda module: changed(module, "key_padding_mask", lambda _: None),
-    "True may attend": lambda module: changed(module, "attn_mask", flipped),
-    "padding True may attend": lambda module: changed(module, "key_padding_mask", flipped),
-    "heads before batch in masks": lambda module: changed(module, "attn_mask", by_head_first),
-    "float mask without gradient": lambda module: changed(
-        module, "attn_mask", lambda x: x if x is None else x.detach()
-    ),
-    "no bias": lambda module: setattr(module.in_proj_bias, "data", torch.zeros(3 * E).double()) or module,
-    "no added rows": lambda module: setattr(module, "bias_k", None) or setattr(module, "bias_v", None) or module,
-    "heads that are one": lambda module: setattr(module, "num_heads", 1) or setattr(module, "head_dim", E) or module,
+WRONG: dict[str, Fault] = {
+    "mask ignored": given("attn_mask", lambda _: None),
+    "padding ignored": given("key_padding_mask", lambda _: None),
+    "mask, True may attend": given("attn_mask", flipped),
+    "padding, True may attend": given("key_padding_mask", flipped),
+    "mask by heads first": given("attn_mask", heads_first),
+    "mask without gradient": given("attn_mask", lambda mask: mask if mask is None else mask.detach()),
+    "no bias": made(lambda module: module.in_proj_bias.data.zero_()),
+    "no added rows": made(lambda module: (setattr(module, "bias_k", None), setattr(module, "bias_v", None))),
+    "wrong scale": made(lambda module: module.in_proj_weight.data[:E].mul_(1.001)),
+    "weights summed over heads": around(summed),
 }
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
-@pytest.mark.parametrize("fault", WRONG)
-def test_a_wrong_module_is_rejected(fault: str) -> None:
-    """By the same cases and the same check, as no number and not as an error of Python."""
-    rejected = 0
+@pytest.mark.parametrize("fault", [None, *WRONG])
+def test_a_wrong_module_is_rejected(fault: str | None) -> None:
+    """By the same cases and the same check."""
+    rejected = []
     for ours, theirs, inputs, options in cases("cross", add_bias_kv=True):
-        ours = WRONG[fault](copy.deepcopy(ours))
+        module = WRONG[fault](ours) if fault else ours
+        found, expected = results(module, inputs, **options), results(theirs, inputs, **options)
         try:
-            assert_same(results(ours, inputs, **options), results(theirs, inputs, **options))
-        except (AssertionError, ValueError):
-            rejected += 1
-    assert rejected > 5
+            assert_same({name: found.get(name, x * 0) for name, x in expected.items()}, expected)
+        except AssertionError as error:
+            rejected.append(str(error))
+            break
+    assert len(rejected) == (fault is not None)
 
 
 def test_one_sequence_without_a_batch() -> None:
@@ -180,20 +209,17 @@ def test_one_sequence_without_a_batch() -> None:
 def test_other_dtypes_are_as_exact_as_pytorch(weights: dict[str, bool], dtype: torch.dtype, device: str) -> None:
     """On the Triton kernels: interpreted here, on a GPU where there is one."""
     pytest.importorskip("triton")
-    exact, _ = both(batch_first=True)
-    inputs = [x.detach().to(dtype).to(device).requires_grad_() for x in inputs_of("key is value", True)]
-    exact = exact.to(dtype).to(device)
-    padding, mask = mask_of("bool", (B, S)).to(device), mask_of("bool", (L, S)).to(device)
-    exact, ours, theirs = copy.deepcopy(exact).double(), exact, nn.MultiheadAttention(E, H, batch_first=True)
-    theirs = theirs.to(device=device, dtype=dtype)
-    theirs.load_state_dict(ours.state_dict())
-    inputs[2] = inputs[1]
-    wide = [inputs[0].detach().double().requires_grad_(), *[inputs[1].detach().double().requires_grad_()] * 2]
-    options = {"key_padding_mask": padding, "attn_mask": mask, **weights}
-    found, pytorch, right = (results(x, y, **options) for x, y in ((ours, inputs), (theirs, inputs), (exact, wide)))
-    assert found.keys() == pytorch.keys() == right.keys()
+    modules = [x.to(device, dtype) for x in both(batch_first=True)]
+    query, key = (torch.randn(B, n, E).to(device, dtype).requires_grad_() for n in (L, S))
+    inputs = [[query, key, key], [query, key, key]]
+    modules.append(copy.deepcopy(modules[1]).double())
+    query, key = (x.detach().double().requires_grad_() for x in (query, key))
+    inputs.append([query, key, key])
+    options = {"key_padding_mask": mask_of("bool", (B, S)).to(device), "attn_mask": mask_of("bool", (L, S)).to(device)}
+    found, pytorch, exact = (results(*each, **options, **weights) for each in zip(modules, inputs))
+    assert found.keys() == pytorch.keys() == exact.keys()
     for name, x in found.items():
-        Comparison(name, x, pytorch[name], right[name], GRADIENT if "gradient" in name else FORWARD).judge()
+        Comparison(name, x, pytorch[name], exact[name], GRADIENT if "gradient" in name else FORWARD).judge()
 
 
 # Where it means to differ from PyTorch
@@ -223,6 +249,19 @@ def test_a_query_without_keys_gives_the_bias(which: str, weights: dict[str, bool
         torch.testing.assert_close(by_row[~nowhere].sum(-1), torch.ones_like(by_row[~nowhere].sum(-1)))
 
 
+@pytest.mark.parametrize("batch, n_queries, n_keys", [(0, L, S), (B, 0, S), (B, L, 0)])
+def test_nothing_to_attend_with_or_to(batch: int, n_queries: int, n_keys: int) -> None:
+    ours, _ = both()
+    query, key = (torch.randn(n, batch, E, dtype=torch.float64, requires_grad=True) for n in (n_queries, n_keys))
+    padding, mask = torch.zeros(batch, n_keys, dtype=torch.bool), torch.zeros(n_queries, n_keys, dtype=torch.bool)
+    for options in ({}, {"key_padding_mask": padding}, {"key_padding_mask": padding, "attn_mask": mask}):
+        for weights in WEIGHTS:
+            found = results(ours, [query, key, key], **options, **weights)
+            assert found["output"].shape == (n_queries, batch, E) and all(x.isfinite().all() for x in found.values())
+            if n_keys == 0:
+                torch.testing.assert_close(found["output"], ours.out_proj.bias.expand(n_queries, batch, E))
+
+
 @pytest.mark.parametrize("p", [0.25, 1.0])
 def test_weights_are_those_before_dropout_and_only_training_drops(p: float) -> None:
     ours, _ = both(batch_first=True, dropout=p)
@@ -247,21 +286,23 @@ def both_without_dropout(ours: nn.MultiheadAttention, x: torch.Tensor) -> tuple[
     return theirs(x, x, x, average_attn_weights=False)
 
 
-def given(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The mask, and whether it is causal, of each call of the attention function from now on."""
     calls = []
     attend = module_file.scaled_dot_product_attention
 
-    def watched(query: Any, key: Any, value: Any, mask: Any, dropout_p: Any, is_causal: Any, **options: Any) -> Any:
+    def attend_watched(
+        query: Any, key: Any, value: Any, mask: Any, dropout_p: Any, is_causal: Any, **options: Any
+    ) -> Any:
         calls.append((None if mask is None else (tuple(mask.shape), mask.dtype), is_causal))
         return attend(query, key, value, mask, dropout_p, is_causal, **options)
 
-    monkeypatch.setattr(module_file, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(module_file, "scaled_dot_product_attention", attend_watched)
     return calls
 
 
 def test_padding_and_a_causal_hint_need_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = given(monkeypatch)
+    calls = watched(monkeypatch)
     ours, theirs = both()
     inputs, padding = inputs_of("self", False), mask_of("bool", (B, S))
     causal = torch.ones(S, S, dtype=torch.bool).triu(1)
@@ -288,13 +329,13 @@ def test_the_causal_hint_counts_only_where_it_can_be_right(need_weights: bool, a
 def test_a_window_is_a_mask(added: dict[str, bool], weights: dict[str, bool]) -> None:
     ours, theirs = both(window=(2, 1), **added)
     distance = torch.arange(S) - torch.arange(L)[:, None]
-    outside, padding = (distance > 1) | (distance < -2), mask_of("bool", (B, S))
-    for mask, inputs in ((None, inputs_of("cross", False)), (mask_of("float", (L, S)), inputs_of("cross", False))):
-        both_masks = outside if mask is None else torch.where(outside, -math.inf, mask)
-        padding[:, :2] = False  # a key for each query
-        asked = {"key_padding_mask": padding if mask is None else None, **weights}
-        found = ours(*inputs, attn_mask=mask, **asked), theirs(*inputs, attn_mask=both_masks, **asked)
-        for a, b in zip(*found):
+    outside = (distance > 1) | (distance < -2)
+    mask = mask_of("float", (L, S)).detach().fill_diagonal_(0.0)  # a key for each query
+    inputs, padding = inputs_of("cross", False), torch.arange(S).expand(B, S) >= L
+    for ours_given, theirs_given in ((None, outside), (mask, mask.masked_fill(outside, -math.inf)), (outside, outside)):
+        own_padding = None if ours_given is mask else padding
+        found = ours(*inputs, own_padding, attn_mask=ours_given, **weights)
+        for a, b in zip(found, theirs(*inputs, own_padding, attn_mask=theirs_given, **weights)):
             assert b is None or not b.isnan().any()
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
@@ -373,7 +414,7 @@ def test_an_encoder_at_inference_goes_through_it(monkeypatch: pytest.MonkeyPatch
     encoder = nn.TransformerEncoder(layer, 2).eval()
     x, padding = torch.randn(B, S, E), torch.arange(S) >= torch.tensor([[S], [4]])
     expected = encoder(x, src_key_padding_mask=padding)  # with gradients, hence without the fast path
-    calls = given(monkeypatch)
+    calls = watched(monkeypatch)
     for one in encoder.layers:
         one.self_attn.__class__ = kernels.nn.MultiheadAttention
     with torch.no_grad():
@@ -487,3 +528,27 @@ def test_what_is_wrong_gets_one_line(name: str) -> None:
 def test_wrong_options_are_refused_when_it_is_made(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         kernels.nn.MultiheadAttention(E, H, **options)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("as_on_a_cpu")
+@pytest.mark.parametrize("masks", [{}, {"key_padding_mask": torch.arange(64).expand(16, 64) > 50}], ids=["", "padding"])
+def test_weights_cost_a_training_step_little(masks: dict[str, torch.Tensor]) -> None:
+    """Steps by turns on one thread, their median: at most 1.2 times PyTorch's, in one of three tries."""
+    kinds = kernels.nn.MultiheadAttention, nn.MultiheadAttention
+    modules = [kind(256, 8, dropout=0.1, batch_first=True) for kind in kinds]
+    x = torch.randn(16, 64, 256, requires_grad=True)
+
+    def seconds(module: nn.Module) -> float:
+        start = time.perf_counter()
+        output, _ = module(x, x, x, **masks)
+        output.sum().backward()
+        return time.perf_counter() - start
+
+    ratios = []
+    for _ in range(3):
+        ours, theirs = zip(*([seconds(module) for module in modules] for _ in range(21)))
+        ratios.append(statistics.median(ours) / statistics.median(theirs))
+        if ratios[-1] <= 1.2:
+            return
+    pytest.fail(f"it takes {', '.join(f'{ratio:.2f}' for ratio in ratios)} of PyTorch's time")

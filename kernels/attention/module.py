@@ -133,11 +133,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
 
         is_causal, window = is_causal and not need_weights and not n_added, self.window
-        masks = []  # (B or 1, H or 1, L or 1, S), in the sense of torch.nn
+        masks = []  # broadcastable to (B, H, L, S), in the sense of torch.nn
         if attn_mask is not None and not is_causal:
             masks.append(attn_mask[None, None] if attn_mask.ndim == 2 else attn_mask.unflatten(0, q.shape[:2]))
         if key_padding_mask is not None:
-            masks.append(key_padding_mask.view(-1, 1, 1, n_keys))
+            masks.append(key_padding_mask[..., None, None, :])
         if n_added and window is not None:
             allowed = allowed_pairs(Call(left=window[0], right=window[1]), n_queries, n_keys, q.device)
             masks += [] if allowed is None else [~allowed]
