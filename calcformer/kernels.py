@@ -13,5 +13,8 @@ from kernels.layer_norm.api import add_layer_norm as add_layer_norm
 from kernels.layer_norm.api import add_rms_norm as add_rms_norm
 from kernels.layer_norm.api import layer_norm as layer_norm
 from kernels.layer_norm.api import rms_norm as rms_norm
+from kernels.replace import Report as Report
+from kernels.replace import fuse as fuse
+from kernels.replace import unfuse as unfuse
 
 __version__ = "0.1.0"
