@@ -133,8 +133,7 @@ def fuse(model: torch.nn.Module, *, attention: bool = True, norms: bool = True, 
             report.skipped.append(Skipped(name, type(module), found))
         elif found is not None:
             report.replaced.append(Replaced(name, kind, *found))
-            if not before:
-                _change(module, __class__=found[0])
+            _change(module, __class__=found[0])
     if strict and not report.replaced:
         raise ValueError(
             f"strict=True wants a module that can be replaced, found none in {type(model).__name__}"
