@@ -295,3 +295,10 @@ def test_operations_pass_opcheck(device: str) -> None:
     assert row_max.shape == (0,)
     backward = (torch.ones_like(output), None, None, None, None, *arguments, [True] * 5)
     torch.library.opcheck(torch.ops.kernels.attention_backward, backward)
+
+
+def test_heads_of_two_rows_share_a_program_with_few_others() -> None:
+    """Of eight times eight Triton 3.6 makes wrong code: `spoils_a_pair` in bench/compile_check.py."""
+    found = {n: tiles.choose_short_tile("backward", n, 16, 2) for n in (1, 2, 3)}
+    assert [(tile.heads, tile.pack) for tile in found.values()] == [(8, 16), (4, 8), (8, 5)]
+    assert tiles.choose_short_tile("forward", 2, 16, 2).heads == 8
