@@ -217,6 +217,7 @@ def attention(
         )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     options: dict[str, Any] = {"softcap": softcap, "sinks": None if s_aux is None else s_aux.flatten()}
+    scaling = None if scaling == query.shape[-1] ** -0.5 else scaling  # the default takes a shorter way
     options |= {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
     complete = attention_mask is not None and attention_mask.ndim == 4
     if not complete:
