@@ -51,7 +51,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 WAYS = "ours", "sdpa", "eager"
 
 
-def make(name: str, way: str) -> torch.nn.Module:
+def make(name: str, way: str) -> Any:
     """A model, the same for each way; ValueError or ImportError where transformers has none."""
     model_class, config_class, options = MODELS[name]
     torch.manual_seed(0)
@@ -61,7 +61,7 @@ def make(name: str, way: str) -> torch.nn.Module:
     return getattr(transformers, model_class)(config)
 
 
-def training_step(model: torch.nn.Module) -> Callable[[], object]:
+def training_step(model: Any) -> Callable[[], object]:
     """Loss and gradients of a padded batch."""
     torch.manual_seed(1)
     ids, mask = torch.randint(2, WORDS, (BATCH, TOKENS)), torch.ones(BATCH, TOKENS, dtype=torch.int64)
@@ -75,7 +75,7 @@ def training_step(model: torch.nn.Module) -> Callable[[], object]:
     return step
 
 
-def generation(model: torch.nn.Module) -> Callable[[], object]:
+def generation(model: Any) -> Callable[[], object]:
     """New words after a prompt, greedily, with the cache."""
     torch.manual_seed(2)
     ids = torch.randint(2, WORDS, (1, TOKENS))
@@ -83,7 +83,7 @@ def generation(model: torch.nn.Module) -> Callable[[], object]:
     return lambda: model.generate(ids, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
 
 
-WORK: dict[str, Callable[[torch.nn.Module], Callable[[], object]]] = {
+WORK: dict[str, Callable[[Any], Callable[[], object]]] = {
     "training step": training_step,
     f"generation of {NEW}": generation,
 }

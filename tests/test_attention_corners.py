@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -530,3 +531,42 @@ def test_tensors_without_strides_are_refused(place: str, path: str) -> None:
 def test_windows_that_cannot_be(window: Any, path: str) -> None:
     with pytest.raises(ValueError, match=r"^window must be \(left, right\).* from 0 to 9223372036854775807, or None"):
         attention(Q, Q, Q, window=window)
+
+
+@pytest.mark.parametrize("n_queries", [1, 6])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attn_mask": "bool"},
+        {"attn_mask": "float"},
+        {"is_causal": True, "causal_alignment": "bottom_right"},
+        {"softcap": 3.0, "attn_mask": "bool"},
+        {"sinks": torch.tensor([0.5, -1.0]), "window": (2, 0), "causal_alignment": "bottom_right"},
+        {},
+    ],
+    ids=lambda options: " ".join(options) or "plain",
+)
+def test_nan_and_inf_do_without_gradients_what_they_do_with_them(options: dict[str, Any], n_queries: int) -> None:
+    """On a CPU they are looked for in the output where no gradient is wanted, in the inputs elsewhere."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((2, 2, n_queries, 8), (2, 1, 7, 8), (2, 1, 7, 8))
+    drawn = [torch.randn(shape, generator=generator) for shape in shapes]
+    mask = torch.rand(n_queries, 7, generator=generator) < 0.5
+    mask[:, 3] = False
+    if "attn_mask" in options:
+        masks = {"bool": mask, "float": torch.zeros(mask.shape).masked_fill(~mask, -math.inf)}
+        options = {**options, "attn_mask": masks[options["attn_mask"]]}
+    attend = functools.partial(kernels.scaled_dot_product_attention, enable_gqa=True, backend="torch", **options)
+    outcomes = set()
+    for tensor, place in itertools.product(range(3), (0, 3, 6)):
+        for bad in math.nan, math.inf, -math.inf:
+            inputs = [x.clone() for x in drawn]
+            inputs[tensor][1, 0, min(place, inputs[tensor].shape[2] - 1), 2] = bad
+            attend = functools.partial(
+                kernels.scaled_dot_product_attention, enable_gqa=True, backend="torch", **options
+            )
+            with_gradients = attend(*(x.clone().requires_grad_() for x in inputs)).detach()
+            without = attend(*inputs)
+            torch.testing.assert_close(without, with_gradients, equal_nan=True)
+            outcomes.add(bool(without.isfinite().all()))
+    assert outcomes >= ({True, False} if "attn_mask" in options else {False})

@@ -258,8 +258,8 @@ def scaled_dot_product_attention(
     if plain and attn_mask is None and scale is None and is_causal is False and type(dropout_p) is float:
         # What the rest would decide in three times the time of a small call.
         is_right = type(enable_gqa) is bool and type(backend) is str and backend in ("auto", "torch")
-        if dropout_p == 0.0 and is_right and is_simple(query, key, value):
-            return fused_attention(query, key, value, None, 0.0, False, None, False)
+        if dropout_p == 0.0 and is_right and is_simple(query, key, value, enable_gqa):
+            return fused_attention(query, key, value, None, 0.0, False, None, query.shape != key.shape)
     is_causal, enable_gqa = as_flag("is_causal", is_causal), as_flag("enable_gqa", enable_gqa)
     check(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
     backend = choose_backend(query, value, backend).backend

@@ -50,21 +50,30 @@ def fused_attention(
     return Fused.apply(query, key, value, attn_mask, is_causal, scale)
 
 
-def is_simple(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether `fused_attention` is right, and the best, for a call without any option: few numbers on a CPU."""
+def is_simple(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> bool:
+    """Whether `fused_attention` is right, and the best, for a call without any option on a CPU.
+
+    Few numbers, or one query a head, as when text is generated.
+    """
     if not type(query) is type(key) is type(value) is torch.Tensor or torch.compiler.is_compiling():
         return False
     if {query.layout, key.layout, value.layout} != STRIDED:
         return False
-    shape, dtype = query.shape, query.dtype
+    shape, dtype, others = query.shape, query.dtype, key.shape
+    if others == shape:
+        is_small = query.numel() < SIMPLE
+    else:
+        is_small = len(shape) == len(others) == 4 and shape[2] == 1 and shape[0] == others[0] and shape[3] == others[3]
+        is_small = is_small and (shape[1] == others[1] or (enable_gqa and 0 < others[1] and shape[1] % others[1] == 0))
     return (
-        query.is_cpu
+        is_small
+        and query.is_cpu
         and key.is_cpu
         and value.is_cpu
         and not backend.INTERPRETED
-        and key.shape == shape
-        and value.shape == shape
-        and 1 <= query.numel() < SIMPLE
+        and value.shape == others
+        and query.numel() >= 1
+        and others.numel() >= 1
         and key.dtype == dtype
         and value.dtype == dtype
         and dtype.is_floating_point

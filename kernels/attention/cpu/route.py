@@ -16,7 +16,14 @@ import torch
 from kernels.attention.call import Call
 from kernels.attention.cpu.fused import fused_attention
 from kernels.attention.cpu.short import is_short, short_attention
-from kernels.attention.formula import alibi, all_finite, allowed_pairs, composed_attention, without_idle_sides
+from kernels.attention.formula import (
+    alibi,
+    all_finite,
+    allowed_pairs,
+    composed_attention,
+    shown_by_output,
+    without_idle_sides,
+)
 from kernels.attention.layout import for_query_heads, ordered_as, overlaps
 from kernels.autograd import transformed
 from kernels.backend import as_autocast, autocasts, wants_gradient, without_autocast
@@ -64,12 +71,14 @@ def attention(
     if overlaps(query):  # PyTorch's kernel gives its output the strides of the query
         query = query.contiguous()
     sees_all = attn_mask is None and not is_causal
-    if sees_all or all_finite(key, value):
+    by_output = not sees_all and shown_by_output(query, key, value, attn_mask, dropout_p=dropout_p)
+    if sees_all or all_finite(*((key,) if by_output else (key, value))):
         if is_short(query, key, value, attn_mask, dropout_p):
             output = short_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
         else:
             output = fused_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        return ordered_as(query, output)
+        if not by_output or all_finite(output):
+            return ordered_as(query, output)
     # Take keys with a NaN or Inf out, then give NaN to each query that may see one of them.
     bad = ~(torch.isfinite(key).all(-1) & torch.isfinite(value).all(-1))
     key, value = (x.masked_fill(bad.unsqueeze(-1), 0) for x in (key, value))
