@@ -28,7 +28,7 @@ BENCHMARK = Benchmark(
     warms_up=True,
     tables=[
         Table(
-            "A training step of the S1 model, examples a second by batch",
+            "A training step of calcformer's model, as it trains: by a CUDA graph, examples a second by batch",
             r"S1 training step B(\d+) fp32 on GPU",
             "examples_per_second",
         )

@@ -16,9 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
 
-from kernels.integrations.transformers import register
+from kernels.integrations.transformers import register  # first, since it says which transformers it needs
+
+import transformers  # isort: skip
 
 BATCH, TOKENS, NEW, WORDS = 4, 256, 64, 1_000
 WIDTHS = {"hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 4, "vocab_size": WORDS}
@@ -110,8 +111,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch (1)")
     options = parser.parse_args(argv)
     unknown = [name for name in options.names if name not in MODELS]
-    if unknown or options.rounds < 1 or options.threads < 1:
-        parser.error(f"names are of {', '.join(MODELS)}, numbers 1 or more; found {' '.join(unknown) or argv}")
+    if unknown:
+        parser.error(f"names are of {', '.join(MODELS)}, found {', '.join(unknown)}")
+    if options.rounds < 1 or options.threads < 1:
+        parser.error(f"--rounds and --threads must be 1 or more, found {options.rounds} and {options.threads}")
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     print(

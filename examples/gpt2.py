@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 
 import torch
-import transformers
 
-from kernels.integrations.transformers import register
+from kernels.integrations.transformers import register  # first, since it says which transformers it needs
+
+import transformers  # isort: skip
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, and then it sleeps until the evening."
 

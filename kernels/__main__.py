@@ -6,6 +6,8 @@ import argparse
 import json
 import sys
 
+import torch
+
 try:
     from kernels import selfcheck
     from kernels.backend import INTERPRETED
@@ -42,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         say(f"  {'WRONG' if check.what_failed else 'right'} {error}  {check.name}, by {check.kernel}")
         if check.what_failed:
             say(f"               {check.what_failed}")
-    say("\nMilliseconds of forward and backward, ours, PyTorch's")
+    say(f"\nMilliseconds of forward and backward, ours, PyTorch's ({torch.get_num_threads()} threads, an idle machine)")
     if INTERPRETED:
         say("  not measured: Triton's interpreter says nothing about time")
     times = []

@@ -46,6 +46,7 @@ OURS: dict[type, tuple[type, str]] = {
 BEFORE = "_before_fuse"  # the attribute that holds what `unfuse` puts back
 HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
 ALONE = "Norms stay apart from the residual connections before them, which kernels.add_layer_norm would join."
+FUNCTIONS = "Attention of transformers' models is a function: kernels.integrations.transformers.register."
 
 
 class Replaced(NamedTuple):
@@ -145,6 +146,8 @@ def fuse(model: torch.nn.Module, *, attention: bool = True, norms: bool = True, 
         report.notes.append(f"PyTorch's fast path at inference is off in {n_layers} encoders and layers of encoders.")
     if any(not issubclass(x.old, torch.nn.MultiheadAttention) for x in report.replaced):
         report.notes.append(ALONE)
+    if type(model).__module__.startswith("transformers."):
+        report.notes.append(FUNCTIONS)
     return report
 
 

@@ -487,6 +487,7 @@ REFUSED: dict[str, tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]]
         (torch.randn(S, B, E + 1),) * 3,
         {},
     ),
+    "dtype": (TypeError, "dtype of the weights, torch.float32, found torch.float64", (SELF[0].double(),) * 3, {}),
     "lengths": (ValueError, "key and value the same length", (SELF[0], SELF[0], SELF[0][1:]), {}),
     "batches": (ValueError, "the same batch.*batch_first=False; found", (SELF[0], *[torch.randn(S, B + 1, E)] * 2), {}),
     "hint alone": (ValueError, "hint about attn_mask", SELF, {"is_causal": True}),
@@ -524,10 +525,26 @@ def test_what_is_wrong_gets_one_line(name: str) -> None:
     assert "\n" not in str(error.value) and type(error.value) is kind
 
 
-@pytest.mark.parametrize("options, words", [({"window": 3}, "window must be"), ({"softcap": -1.0}, "softcap must be")])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"window": 3}, "window must be"),
+        ({"softcap": -1.0}, "softcap must be"),
+        ({"dropout": 2}, "dropout is a probability from 0 to 1, found 2"),
+        ({"num_heads": 5}, "embed_dim must be a multiple of num_heads, found 12 and 5"),
+        ({"embed_dim": "12"}, "embed_dim must be a whole number from 1 on, found '12'"),
+        ({"num_heads": 0}, "num_heads must be a whole number from 1 on, found 0"),
+    ],
+    ids=str,
+)
 def test_wrong_options_are_refused_when_it_is_made(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        kernels.nn.MultiheadAttention(E, H, **options)
+        kernels.nn.MultiheadAttention(**{"embed_dim": E, "num_heads": H, **options})
+
+
+def test_what_torchs_module_lacks_is_printed() -> None:
+    made = kernels.nn.MultiheadAttention(E, H, window=(3, 0), softcap=5.0)
+    assert "window=(3, 0), softcap=5.0" in repr(made) and "window" not in repr(kernels.nn.MultiheadAttention(E, H))
 
 
 @pytest.mark.long

@@ -11,9 +11,9 @@ from torch.nn.functional import linear, pad
 
 from kernels.attention.api import scaled_dot_product_attention
 from kernels.attention.call import Call
-from kernels.attention.checks import _shapes, check_options
+from kernels.attention.checks import NUMBERS, _is_integer, _shapes, check_options
 from kernels.attention.formula import allowed_pairs
-from kernels.backend import autocasts, check_tensor_types
+from kernels.backend import as_number, autocasts, check_tensor_types, shown
 
 __all__ = ["MultiheadAttention"]
 
@@ -59,6 +59,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         softcap: float | None = None,
     ) -> None:
         check_options(torch.empty(0, device="cpu"), torch.Size(), 0, window=window, softcap=softcap)
+        for name, x in (("embed_dim", embed_dim), ("num_heads", num_heads)):
+            if not _is_integer(as_number(x)) or x < 1:
+                raise ValueError(f"{name} must be a whole number from 1 on, found {shown(x)}")
+        if embed_dim % num_heads:
+            raise ValueError(
+                f"embed_dim must be a multiple of num_heads, found {embed_dim} and {num_heads}; change one of them"
+            )
+        if not isinstance(as_number(dropout), NUMBERS) or not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout is a probability from 0 to 1, found {shown(dropout)}")
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
@@ -181,6 +190,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             x = torch.cat((x, row.expand(x.shape[0], 1, -1)), 1)
         return pad(x, (0, 0, 0, 1)) if self.add_zero_attn else x
 
+    def extra_repr(self) -> str:
+        """What printing shows of the options that PyTorch's class lacks."""
+        asked = {"window": self.window, "softcap": self.softcap}
+        return ", ".join(f"{name}={x}" for name, x in asked.items() if x is not None)
+
     def _check(
         self,
         query: torch.Tensor,
@@ -207,6 +221,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             widths, found = (self.embed_dim, self.kdim, self.vdim), _shapes(query, key, value)
             raise ValueError(
                 f"the last dimensions of query, key and value must be embed_dim, kdim and vdim, {widths}; {found}"
+            )
+        weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
+        dtypes = query.dtype, key.dtype, value.dtype
+        if {*dtypes} != {weight.dtype} and weight.is_floating_point() and not autocasts(query.device):
+            raise TypeError(
+                f"query, key and value must have the dtype of the weights, {weight.dtype}, found "
+                f"{', '.join(map(str, dtypes))}; convert them with .to()"
             )
         is_batch = query.ndim == 3
         of_rows = 1 if is_batch and self.batch_first else 0

@@ -247,7 +247,8 @@ def _rule(
         if causal and isinstance(own, int) and 0 < own < n_keys:
             raise ValueError(
                 f"{type(module).__name__} does not pass sliding_window to attention and its config has one of {own}, "
-                f"shorter than the {n_keys} keys: the mask may have left it out; take attn_implementation='sdpa'"
+                f"shorter than the {n_keys} keys: the mask may have left it out; take attn_implementation='sdpa' or "
+                "'eager'"
             )
         sliding_window = None
     is_local = sliding_window is not None and sliding_window < n_keys
@@ -256,7 +257,7 @@ def _rule(
             raise ValueError(
                 "a layer that is not causal needs a mask (B, 1, L, S) for its sliding_window, "
                 f"{type(module).__name__} has one of {sliding_window} for {n_keys} keys and none in the mask; take "
-                "attn_implementation='sdpa'"
+                "attn_implementation='sdpa' or 'eager'"
             )
         return {}
     window = {"window": (sliding_window - 1, None)} if is_local else {}  # its own key is one of those it sees
