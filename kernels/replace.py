@@ -134,7 +134,8 @@ def fuse(model: torch.nn.Module, *, attention: bool = True, norms: bool = True, 
             report.skipped.append(Skipped(name, type(module), found))
         elif found is not None:
             report.replaced.append(Replaced(name, kind, *found))
-            _change(module, __class__=found[0])
+            if not before:  # else it is ours, or what has been made of ours since
+                _change(module, __class__=found[0])
     if strict and not report.replaced:
         raise ValueError(
             f"strict=True wants a module that can be replaced, found none in {type(model).__name__}"
@@ -156,8 +157,17 @@ def unfuse(model: torch.nn.Module) -> None:
 
     Raises:
         TypeError: `model` is no module.
+        ValueError: the class of a module was changed after `fuse`, as by a parametrisation.
     """
     _check(model)
+    for name, module in model.named_modules():
+        before = module.__dict__.get(BEFORE, {}).get("__class__")
+        found = _ours_for(before, module) if before else None
+        if isinstance(found, tuple) and type(module) is not found[0]:
+            raise ValueError(
+                f"{name or 'the model'} must have the class that fuse gave it, {found[0].__name__}, found "
+                f"{type(module).__name__}; undo that change first"
+            )
     for module in model.modules():
         for name, value in module.__dict__.pop(BEFORE, {}).items():
             setattr(module, name, value)

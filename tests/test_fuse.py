@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import kernels
 from kernels.integrations import transformers_norms
@@ -127,6 +128,24 @@ def test_unfuse_restores_every_bit() -> None:
         assert torch.equal(model["other"](x, src_key_padding_mask=padding), output)
     kernels.unfuse(model)
     assert everything(model) == before
+
+
+def test_what_is_changed_after_fuse_is_left_until_that_is_undone() -> None:
+    class Double(torch.nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return 2 * weight
+
+    model, x = torch.nn.Sequential(torch.nn.LayerNorm(8)), torch.randn(2, 8)
+    kernels.fuse(model)
+    parametrize.register_parametrization(model[0], "weight", Double())
+    doubled = model(x)
+    assert len(kernels.fuse(model).replaced) == 1 and torch.equal(model(x), doubled)
+    with pytest.raises(ValueError, match="^0 must have the class that fuse gave it, LayerNorm, found Parametrized"):
+        kernels.unfuse(model)
+    assert torch.equal(model(x), doubled)
+    parametrize.remove_parametrizations(model[0], "weight")
+    kernels.unfuse(model)
+    assert type(model[0]) is torch.nn.LayerNorm and torch.equal(model(x), doubled)
 
 
 def test_fuse_is_idempotent_and_says_the_same_again() -> None:
