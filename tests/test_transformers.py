@@ -23,7 +23,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from transformers.masking_utils import AttentionMaskInterface  # noqa: E402
 from transformers.modeling_utils import AttentionInterface  # noqa: E402
 
-from kernels import scaled_dot_product_attention  # noqa: E402
+from kernels import fuse, scaled_dot_product_attention, unfuse  # noqa: E402
 from kernels.integrations import transformers as integration  # noqa: E402
 from kernels.integrations.transformers import register  # noqa: E402
 
@@ -525,6 +525,10 @@ def test_a_trained_model_finds_the_same_sentences(as_on_a_cpu: None) -> None:
     embeddings = []
     for attention in ("calcformer", "eager"):
         use(model, attention)
+        if attention == "calcformer":
+            assert len(fuse(model, strict=True).replaced) == 13  # a norm of the words, two a layer
+        else:
+            unfuse(model)
         with torch.no_grad():
             found, keep = model(**text).last_hidden_state, text["attention_mask"].unsqueeze(-1)
         embeddings.append(torch.nn.functional.normalize((found * keep).sum(1) / keep.sum(1), dim=-1))
