@@ -3,6 +3,7 @@
 Both packages are installed into one folder, where only `__init__.py` is in both. So this works whichever was last.
 """
 
+from calcformer import __version__ as __version__
 from kernels import nn as nn
 from kernels import reference as reference
 from kernels.attention.api import AttentionResult as AttentionResult
@@ -16,5 +17,3 @@ from kernels.layer_norm.api import rms_norm as rms_norm
 from kernels.replace import Report as Report
 from kernels.replace import fuse as fuse
 from kernels.replace import unfuse as unfuse
-
-__version__ = "0.1.0"

@@ -54,9 +54,7 @@ def _follow_torchrun() -> None:
         raise SystemExit(1) from None  # rank 0 says it, or is gone
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(
-        0
-    )  # at once: threads of PyTorch's groups have ended a process that was winding up, which is then a failure
+    os._exit(0)  # at once: threads of PyTorch's groups have ended a process that was winding up, which then failed
 
 
 @contextmanager

@@ -54,8 +54,7 @@ HALF = KEYS // 2  # keys of a consumer: the rows of a warp group's matrix instru
 COLUMNS = gl.constexpr(64)  # of dQ that are added to memory at a time
 SLOTS = {64: 2, 128: 3}  # tiles of Q, and of dO, in shared memory, by head size: at 64 a third made nothing faster
 KV_FULL, KV_READY = gl.constexpr(0), gl.constexpr(1)  # barriers, and where the others begin
-Q_FULL, GRAD_FULL, Q_EMPTY = gl.constexpr(2), gl.constexpr(5), gl.constexpr(8)
-BARRIERS = gl.constexpr(11)
+Q_FULL, GRAD_FULL, Q_EMPTY, BARRIERS = (gl.constexpr(2 + i * max(SLOTS.values())) for i in range(4))
 REGISTERS = gl.constexpr(240)
 
 

@@ -56,8 +56,7 @@ ROWS = gl.constexpr(64)  # queries of a consumer: the rows of a warp group's mat
 REGISTERS = {2: 232, 3: 160}
 SLOTS = {64: 3, 128: 3, 256: 2}  # tiles of K, and of V, in shared memory, by head size: as many as it has room for
 Q_FULL, Q_EMPTY, V_RAW = gl.constexpr(0), gl.constexpr(3), gl.constexpr(6)  # barriers, and where the others begin
-K_FULL, K_EMPTY, V_FULL, V_EMPTY = gl.constexpr(7), gl.constexpr(10), gl.constexpr(13), gl.constexpr(16)
-BARRIERS = gl.constexpr(19)
+K_FULL, K_EMPTY, V_FULL, V_EMPTY, BARRIERS = (gl.constexpr(7 + i * max(SLOTS.values())) for i in range(5))
 
 
 @gluon.jit

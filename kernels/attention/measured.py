@@ -7,12 +7,13 @@ from __future__ import annotations
 
 # The Gluon kernels for Hopper chips that were right and faster than the kernel for any shape, by direction and head
 # size: ("forward", 128): "bench/results/....jsonl".
+H200 = "bench/results/h200-2026-11-27-bccf14f1003d-second.jsonl"
 HOPPER: dict[tuple[str, int], str] = {
-    ("forward", 64): "bench/results/h200-2026-11-27-bccf14f1003d-second.jsonl",
-    ("forward", 128): "bench/results/h200-2026-11-27-bccf14f1003d-second.jsonl",
-    ("forward", 256): "bench/results/h200-2026-11-27-bccf14f1003d-second.jsonl",
-    ("backward", 64): "bench/results/h200-2026-11-27-bccf14f1003d-second.jsonl",
-    ("backward", 128): "bench/results/h200-2026-11-27-bccf14f1003d-second.jsonl",
+    ("forward", 64): H200,
+    ("forward", 128): H200,
+    ("forward", 256): H200,
+    ("backward", 64): H200,
+    ("backward", 128): H200,
 }
 
 # Tiles that were faster than those of tiles.py, by kernel, chip, block of the head size and what is asked (ASKED):
