@@ -570,3 +570,18 @@ def test_nan_and_inf_do_without_gradients_what_they_do_with_them(options: dict[s
             torch.testing.assert_close(without, with_gradients, equal_nan=True)
             outcomes.add(bool(without.isfinite().all()))
     assert outcomes >= ({True, False} if "attn_mask" in options else {False})
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"sinks": torch.zeros(1)}], ids=str)
+def test_an_infinite_key_that_is_seen_shows_though_it_weighs_nothing(options: dict[str, Any]) -> None:
+    """Its score is -inf and the output finite, so that nothing but the key tells."""
+    query, key, value = torch.ones(1, 1, 1, 8), torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8)
+    key[0, 0, 1, 2] = -math.inf
+    mask = torch.tensor([[True, True, True, False, True]])
+    assert torch.nn.functional.scaled_dot_product_attention(query, key, value, mask).isfinite().all()
+    found = kernels.scaled_dot_product_attention(query, key, value, mask, backend="torch", **options)
+    assert found.isnan().all()
+    hidden = kernels.scaled_dot_product_attention(
+        query, key, value, mask & ~mask.new_tensor([0, 1, 0, 0, 0]), **options
+    )
+    assert hidden.isfinite().all()
