@@ -1,9 +1,9 @@
 """Models of Hugging Face transformers on a CPU: a training step and generation, ours beside "sdpa" and "eager".
 
-    python -m bench.models [NAME ...] [--rounds 9] [--threads 1]
+    python -m bench.models [NAME ...] [--rounds 21] [--threads 1]
 
-Small random models of the real classes. The ways take turns, one after the other, round by round; what is told is the
-median, and the ratio of medians. Needs transformers.
+Small random models of the real classes. The ways take turns, round by round, each first in turn; what is told is the
+median of the times, and of the ratios within a round. Needs transformers.
 """
 
 from __future__ import annotations
@@ -90,16 +90,18 @@ WORK: dict[str, Callable[[Any], Callable[[], object]]] = {
 }
 
 
-def take_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call."""
+def take_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call in each round."""
     found: dict[str, list[float]] = {way: [] for way in calls}
+    order = list(calls)
     for turn in range(rounds + 1):  # the first does not count
-        for way, call in calls.items():
+        for way in order:
             started = time.perf_counter()
-            call()
+            calls[way]()
             if turn:
                 found[way].append(time.perf_counter() - started)
-    return {way: statistics.median(seconds) for way, seconds in found.items()}
+        order = order[1:] + order[:1]
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m bench.models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODELS)} (all)")
-    parser.add_argument("--rounds", type=int, default=9, help="times that each is measured (9)")
+    parser.add_argument("--rounds", type=int, default=21, help="times that each is measured (21)")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch (1)")
     options = parser.parse_args(argv)
     unknown = [name for name in options.names if name not in MODELS]
@@ -134,9 +136,12 @@ def main(argv: list[str] | None = None) -> int:
                     if way == "ours":
                         raise
                     calls.pop(way, None)
-            median = take_turns(calls, options.rounds)
-            times = [f"{median[way] * 1e3:.1f}" if way in median else "–" for way in WAYS]
-            ratios = [f"{median[way] / median['ours']:.2f}" if way in median else "–" for way in WAYS[1:]]
+            found = take_turns(calls, options.rounds)
+            times = [f"{statistics.median(found[way]) * 1e3:.1f}" if way in found else "–" for way in WAYS]
+            ratios = [
+                f"{statistics.median(a / b for a, b in zip(found[way], found['ours'])):.2f}" if way in found else "–"
+                for way in WAYS[1:]
+            ]
             print(f"| {name}, {work} | {' | '.join([*times, *ratios])} |", flush=True)
     return 0
 

@@ -18,7 +18,9 @@ def in_forward_mode() -> bool:
 
 def transformed() -> bool:
     """Whether a transform of torch.func or forward mode is at work, outside of compiled code."""
-    return in_forward_mode() or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def differentiable(function: type[torch.autograd.Function], *args: Any) -> Any:

@@ -346,6 +346,28 @@ def test_care_changes_nothing_where_all_is_finite(name: str, monkeypatch: pytest
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def test_a_score_that_overflows_and_may_not_be_seen_is_not() -> None:
+    """Of finite numbers, so that the inputs do not show it."""
+    call = make_call((1, 1, 1, 3, 4, 2, 2), Call(attn_mask=torch.tensor([[[[True, True, False, True]]]])))
+    call.query[..., 0], call.key[..., 2, 0] = 1e200, 1e200
+    hidden = call._replace(key=call.key.index_fill(2, torch.tensor([2]), 0.0))
+    upstream = upstream_of(hidden)
+    assert (call.query[0, 0] @ call.key[0, 0].mT)[:, 2].isposinf().all()
+    for a, b in zip(outcome(call, upstream), outcome(hidden, upstream)):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_default_dtype_is_not_that_of_the_result() -> None:
+    call = make_call((1, 2, 2, 3, 4, 2, 2), Call(softcap=2.0), right=0)
+    given = [x.float() for x in (call.query, call.key, call.value)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        output, lse, weights = composed_attention(*given, call.asked)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert lse is not None and output.dtype == lse.dtype == weights.dtype == torch.float32
+
+
 def refuse(what: str) -> Callable[..., None]:
     return lambda *_, **__: pytest.fail(what)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -392,6 +393,30 @@ def test_a_window_that_no_keyword_names_is_refused() -> None:
     integration.attention(Layer(sliding_window=5), x, x, x, None, sliding_window=None)  # a layer without one
     with pytest.raises(ValueError, match="a layer that is not causal needs a mask"):
         integration.attention(Layer(), x, x, x, None, is_causal=False, sliding_window=5)
+
+
+def test_a_window_that_a_mask_left_out_is_refused_for_one_query_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new word's only query sees all keys of a plain causal layer, so that nothing is asked until a window is met."""
+    monkeypatch.setattr(integration, "left_out", set())
+    layer, x = Layer(sliding_window=5), heads(4)
+    rule = {"batch_size": 2, "q_length": 1, "kv_length": 11, "q_offset": 10, "allow_is_causal_skip": True}
+    assert integration.mask(**rule, config=layer.config) is None
+    integration.attention(layer, x[:, :, -1:], x, x, None)
+    assert integration.mask(**rule, config=layer.config, local_size=5) is None
+    with pytest.raises(ValueError, match="does not pass sliding_window .* has one of 5, shorter than the 11 keys"):
+        integration.attention(layer, x[:, :, -1:], x, x, None)
+    integration.attention(layer, x[:, :, -1:], x, x, None, sliding_window=None)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_position_bias_that_is_masked_out_is_not_seen(bad: float, as_on_a_cpu: None) -> None:
+    x, mask = heads(4), torch.ones(2, 1, 1, 11, dtype=torch.bool)
+    mask[..., 3] = False
+    bias = torch.randn(1, 4, 11, 11)
+    right, _ = integration.attention(Layer(), x, x, x, mask, position_bias=bias)
+    bias[..., 3] = bad
+    found, _ = integration.attention(Layer(), x, x, x, mask, position_bias=bias)
+    torch.testing.assert_close(found, right)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from kernels.attention.call import FAR, NO_TENSORS, TENSORS, Call
 from kernels.attention.checks import as_flag, check, check_options, leads_of
 from kernels.attention.cpu import route
-from kernels.attention.cpu.fused import fused_attention, is_simple
+from kernels.attention.cpu.simple import simple_attention
 from kernels.attention.formula import alibi, composed_attention
 from kernels.attention.ops import Attention
 from kernels.attention.plan import needs_statistics
@@ -211,6 +211,25 @@ def scaled_dot_product_attention(
     section 3, and Miller 2023, "Attention Is Off By One".
     """
     tensors = query, key, value, attn_mask, alibi_slopes, sinks, key_lengths
+    has_others = torch.overrides.has_torch_function(tensors)
+    is_plain = not (need_weights or return_lse) and window is alibi_slopes is key_lengths is None
+    if is_plain and deterministic is None and not has_others:
+        found = simple_attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            causal_alignment,
+            softcap,
+            sinks,
+            backend,
+        )
+        if found is not None:
+            return found
     options: Options = {
         "causal_alignment": causal_alignment,
         "window": window,
@@ -220,7 +239,7 @@ def scaled_dot_product_attention(
         "key_lengths": key_lengths,
         "deterministic": deterministic,
     }
-    if torch.overrides.has_torch_function(tensors):
+    if has_others:
         return overridden(
             scaled_dot_product_attention,
             tensors,
@@ -237,7 +256,12 @@ def scaled_dot_product_attention(
             return_lse=return_lse,
             backend=backend,
         )
-    if not type(query) is type(key) is type(value) is torch.Tensor or query.is_nested:
+    if (
+        not type(query) is type(key) is type(value) is torch.Tensor
+        or query.is_nested
+        or key.is_nested
+        or value.is_nested
+    ):
         check_tensor_types({"query": query, "key": key, "value": value})
         if holds_others(query, key, value):
             return _on_what_they_hold(
@@ -255,11 +279,6 @@ def scaled_dot_product_attention(
                 backend=backend,
             )
     plain = not (need_weights or return_lse) and _are_defaults(options)
-    if plain and attn_mask is None and scale is None and is_causal is False and type(dropout_p) is float:
-        # What the rest would decide in three times the time of a small call.
-        is_right = type(enable_gqa) is bool and type(backend) is str and backend in ("auto", "torch")
-        if dropout_p == 0.0 and is_right and is_simple(query, key, value, enable_gqa):
-            return fused_attention(query, key, value, None, 0.0, False, None, query.shape != key.shape)
     is_causal, enable_gqa = as_flag("is_causal", is_causal), as_flag("enable_gqa", enable_gqa)
     check(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
     backend = choose_backend(query, value, backend).backend
@@ -273,17 +292,19 @@ def scaled_dot_product_attention(
         query, key, value = as_autocast(query, key, value)
     lead, q, k, v, call = prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **options)
     if backend == "torch" or in_forward_mode():
-        found: tuple[Any, ...] = route.extended_attention(q, k, v, call, need_lse=return_lse, need_weights=need_weights)
+        results: tuple[Any, ...] = route.extended_attention(
+            q, k, v, call, need_lse=return_lse, need_weights=need_weights
+        )
     else:
         output, lse = triton_attention(q, k, v, call, return_lse)
-        found = output, lse, None
+        results = output, lse, None
         if need_weights:
             _, _, weights = composed_attention(q, k, v, call._replace(dropout_p=0.0), need_lse=False)
-            found = output, lse, weights
+            results = output, lse, weights
     if len(lead) == 2:
-        result = AttentionResult(*found)
+        result = AttentionResult(*results)
     else:
-        result = AttentionResult(*(x if x is None else x.reshape(*lead, *x.shape[2:]) for x in found))  # type: ignore
+        result = AttentionResult(*(x if x is None else x.reshape(*lead, *x.shape[2:]) for x in results))  # type: ignore
     return result if need_weights or return_lse else result.output
 
 

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from kernels.attention.api import Options, choose_backend, prepare
+from kernels.attention.call import Call
 from kernels.attention.checks import check
 from kernels.attention.cpu import route
+from kernels.attention.cpu.simple import shares_many
 from kernels.attention.plan import needs_statistics, plan
 from kernels.backend import check_tensor_types, wants_gradient
 from kernels.subclasses import holds_others
@@ -69,6 +71,9 @@ def explain(
         chosen = plan(q, k, v, call, "forward", needs_statistics(call, return_lse, learned))
         return Explanation(NAMES[chosen.kernel], {NAMES[name]: reason for name, reason in chosen.why_not.items()})
     reason = route.why_not_fused(q, k, v, call, return_lse, need_weights)
+    if not reason and not wants_gradient(q, k, v, call.attn_mask) and shares_many(q, k, v):
+        if q.is_contiguous() and call._replace(attn_mask=None, scale=1.0, right=None, bottom_right=False) == Call():
+            reason = "it would read the keys and values that heads share anew for each head"
     triton = NAMES["general"]
     if reason:
         return Explanation(FORMULA, {triton: choice.reason, FUSED: reason})

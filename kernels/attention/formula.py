@@ -60,19 +60,18 @@ def composed_attention(
     heads, n_queries, n_keys = *query.shape[1:3], key.shape[2]
     with without_autocast(query.device):
         q, k, v = (x.to(dtype) if is_narrow else x for x in (query, key, value))
-        by_output = not with_care and shown_by_output(query, key, value, *call.tensors, dropout_p=call.dropout_p)
-        with_care = with_care or not all_finite(*((query, key) if by_output else (query, key, value)))
+        with_care = with_care or not all_finite(query, key)
         if with_care:
             (q, bad_query), (k, bad_key), (v, bad_value) = (_finite_rows(x) for x in (q, k, v))
-        scores = _product(call.scale * q, k.mT)
+        scores = _product(call.scale / (call.softcap or 1.0) * q, k.mT)
         if call.softcap:
-            scores = call.softcap * torch.tanh(scores / call.softcap)
+            scores = call.softcap * torch.tanh(scores)
         if call.alibi_slopes is not None:
             scores = scores + alibi(call, n_queries, n_keys, dtype)
         if call.attn_mask is not None and call.attn_mask.dtype != torch.bool:
             scores = scores + call.attn_mask.to(dtype)
         allowed = allowed_pairs(call, n_queries, n_keys, query.device)
-        weights, lse = _softmax(scores, allowed, call.sinks, need_lse)
+        weights, lse = _softmax(scores, allowed, call.sinks, need_lse, with_care)
         output = _product(_drop(weights, call.dropout_p, kept), v)
         if with_care:
             seen = True if allowed is None else allowed
@@ -82,7 +81,7 @@ def composed_attention(
             output = torch.where(bad_output, math.nan, output)
             lse = lse if lse is None else torch.where(bad_scores.squeeze(-1), math.nan, lse)
             weights = torch.where(bad_scores & seen, math.nan, weights)
-        elif by_output and not all_finite(output):
+        elif not all_finite(output):  # zero times NaN is NaN: a value is not, or a score that may not be seen
             return composed_attention(query, key, value, call, kept, need_lse=need_lse, with_care=True)
     if is_narrow:
         output, weights = output.to(query.dtype), weights.to(query.dtype)
@@ -205,9 +204,12 @@ def all_finite(*tensors: torch.Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     try:
-        return all(x.is_cpu and math.isfinite(x.detach().sum().item()) for x in tensors)
+        for x in tensors:
+            if not (x.is_cpu and math.isfinite((x.detach() if x.requires_grad else x).sum().item())):
+                return False
     except RuntimeError:  # no value to look at
         return False
+    return True
 
 
 def shown_by_output(*tensors: torch.Tensor | None, dropout_p: float) -> bool:
@@ -234,16 +236,16 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     heads, own = a.shape[1], b.shape[1]
     if heads == own:
         return a @ b
-    if a.shape[2] == 1 and not torch.compiler.is_compiling():  # heads as rows: half the time of einsum
-        return (a.reshape(a.shape[0], own, heads // max(own, 1), a.shape[3]) @ b).reshape(
-            a.shape[0], heads, 1, b.shape[3]
-        )
-    # The heads of a group share their matrix without a copy of it.
-    return torch.einsum("bhgmk,bhkn->bhgmn", a.unflatten(1, (own, heads // max(own, 1))), b).flatten(1, 2)
+    group = heads // max(own, 1)
+    if torch.compiler.is_compiling():  # where rows of all heads would be lengths that torch.export cannot prove
+        return torch.einsum("bhgmk,bhkn->bhgmn", a.unflatten(1, (own, group)), b).flatten(1, 2)
+    rows = a.reshape(a.shape[0], own, group * a.shape[2], a.shape[3])
+    # Not a view of the product: what is a view made without gradients cannot be changed in place with them.
+    return torch.ops.aten._unsafe_view.default(rows @ b, (a.shape[0], heads, a.shape[2], b.shape[3]))
 
 
 def _softmax(
-    scores: torch.Tensor, allowed: torch.Tensor | None, sinks: torch.Tensor | None, need_lse: bool
+    scores: torch.Tensor, allowed: torch.Tensor | None, sinks: torch.Tensor | None, need_lse: bool, with_care: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weights (B, Hq, L, S) and, where needed, lse (B, Hq, L) of the scores that are allowed.
 
@@ -251,6 +253,8 @@ def _softmax(
     constant, which is put in their place both before and after.
     """
     n_keys = scores.shape[-1]
+    if allowed is not None and not with_care and (all_finite(sinks) if sinks is not None else _all_see(allowed)):
+        scores, allowed = scores + torch.where(allowed, scores.new_zeros(()), -math.inf), None  # a third of the time
     if allowed is not None:
         scores = torch.where(allowed, scores, -math.inf)
     if sinks is not None:
@@ -269,6 +273,14 @@ def _softmax(
     top = top.masked_fill(top == -math.inf, 0.0)
     lse = top + torch.log(torch.exp(scores - top.unsqueeze(-1)).sum(-1))
     return weights, _constant_at_minus_infinity(lse)
+
+
+def _all_see(allowed: torch.Tensor) -> bool:
+    """Whether each query is known to see a key."""
+    try:
+        return bool(allowed.any(-1).all())
+    except RuntimeError:  # no value to look at
+        return False
 
 
 def _constant_at_minus_infinity(x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernels import backend
 from kernels.attention.call import Call
 from kernels.attention.formula import composed_gradients
 from kernels.autograd import transformed
@@ -23,8 +22,6 @@ FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 LARGEST_ROUNDING = 2.0**-15  # of a weight, relative to it
 FLASH = 1  # of torch.nn.attention.SDPBackend, as the choice is numbered
-SIMPLE = 1024  # numbers in a tensor below which the way to a kernel costs more than the kernel
-STRIDED = {torch.strided}
 
 
 def fused_attention(
@@ -48,41 +45,6 @@ def fused_attention(
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     return Fused.apply(query, key, value, attn_mask, is_causal, scale)
-
-
-def is_simple(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> bool:
-    """Whether `fused_attention` is right, and the best, for a call without any option on a CPU.
-
-    Few numbers, or one query a head, as when text is generated.
-    """
-    if not type(query) is type(key) is type(value) is torch.Tensor or torch.compiler.is_compiling():
-        return False
-    if {query.layout, key.layout, value.layout} != STRIDED:
-        return False
-    shape, dtype, others = query.shape, query.dtype, key.shape
-    if others == shape:
-        is_small = query.numel() < SIMPLE
-    else:
-        is_small = len(shape) == len(others) == 4 and shape[2] == 1 and shape[0] == others[0] and shape[3] == others[3]
-        is_small = is_small and (shape[1] == others[1] or (enable_gqa and 0 < others[1] and shape[1] % others[1] == 0))
-    return (
-        is_small
-        and query.is_cpu
-        and key.is_cpu
-        and value.is_cpu
-        and not backend.INTERPRETED
-        and value.shape == others
-        and query.numel() >= 1
-        and others.numel() >= 1
-        and key.dtype == dtype
-        and value.dtype == dtype
-        and dtype.is_floating_point
-        and dtype.itemsize > 1
-        and len(shape) > 1
-        and query.is_contiguous()
-        and not torch.is_autocast_enabled("cpu")
-        and not transformed()
-    )
 
 
 def _is_fused_with_gradients(

@@ -1,0 +1,173 @@
+"""Small calls of attention on a CPU, whose way to a kernel would take longer than the kernel: one query a head, as when
+text is generated, and few numbers. What other calls are asked on their way, one by one, these are asked at once.
+
+One query a head with a soft cap or sinks goes by the formula, here written for it; its few scores and its output show
+what is NaN or infinite. So do heads that share many keys, which the formula reads once for all of them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.autograd import forward_ad
+from torch.nn.functional import scaled_dot_product_attention
+
+from kernels import backend as backends
+from kernels.attention.checks import ALIGNMENTS, LARGEST_SCALE
+from kernels.attention.cpu.fused import fused_attention
+from kernels.backend import HALF, wants_gradient
+from kernels.subclasses import PLAIN
+
+FEW = 1024  # numbers in a tensor
+MANY = 1 << 18  # products of a number of a query and one of a key, measured on one thread and on two
+WHOLE = (torch.float32, torch.float64)
+FLOATS = (*WHOLE, *HALF)
+
+
+def simple_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    causal_alignment: str,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    backend: str,
+) -> torch.Tensor | None:
+    """The output of `kernels.scaled_dot_product_attention` for a simple call; None for any other, right or wrong.
+
+    Arguments as there, unchecked, where all others have their defaults; no tensor has a `__torch_function__`. What
+    PyTorch refuses is not asked about: it goes the general way too, which says what is wrong with it.
+    """
+    if (
+        not type(query) is type(key) is type(value) is torch.Tensor  # those of torch.export are not
+        or torch.compiler.is_dynamo_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._is_any_autocast_enabled()
+    ):
+        return None
+    try:
+        shape, others = query.shape, key.shape
+        is_plain = attn_mask is softcap is sinks is None
+        is_small = is_plain and shape == others and len(shape) > 1 and query.numel() < FEW
+        has_one_query = len(shape) == len(others) == 4 and shape[2] == 1
+        if (
+            not (is_small or has_one_query)
+            or value.shape != others
+            or 0 in shape
+            or 0 in others
+            or not (query.is_cpu and query.dtype in FLOATS and query.is_contiguous())
+            or not (type(dropout_p) is float and dropout_p == 0.0)
+            or not type(is_causal) is type(enable_gqa) is bool
+            or not type(causal_alignment) is type(backend) is str
+            or causal_alignment not in ALIGNMENTS
+            or (is_causal and not (has_one_query and causal_alignment == "bottom_right"))
+            or not (backend == "torch" or (backend == "auto" and not backends.INTERPRETED))
+            or not (scale is None or (type(scale) is float and 0.0 < scale < LARGEST_SCALE))
+        ):
+            return None
+        if has_one_query:
+            return _one_query(query, key, value, attn_mask, scale, enable_gqa, softcap, sinks)
+        return fused_attention(query, key, value, None, 0.0, False, scale, False)
+    except RuntimeError:
+        return None
+
+
+def _one_query(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    scale: float | None,
+    enable_gqa: bool,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """The output for query (B, Hq, 1, E), key and value (B, Hkv, S, E) where all keys may be seen but for the mask."""
+    (batch, heads, _, size), (_, own, n_keys, _) = query.shape, key.shape
+    is_shared, has_extras = heads != own, not softcap is sinks is None
+    if key.shape[0] != batch or key.shape[3] != size or (is_shared and not (enable_gqa and heads % own == 0)):
+        return None
+    if attn_mask is not None and not _fits(attn_mask, (torch.bool, query.dtype), (batch, heads, 1, n_keys)):
+        return None
+    if wants_gradient(query, key, value, attn_mask, sinks):
+        if has_extras or attn_mask is not None:
+            return None
+        return fused_attention(query, key, value, None, 0.0, False, scale, is_shared)
+    if not has_extras and not shares_many(query, key, value):
+        if attn_mask is not None and not _is_finite(key):  # first, which brings the keys where the kernel finds them
+            return None
+        output = scaled_dot_product_attention(query, key, value, attn_mask, scale=scale, enable_gqa=is_shared)
+        return output if attn_mask is None or _is_finite(output) else None
+    if (
+        not (query.dtype in WHOLE and key.dtype == value.dtype == query.dtype)
+        or not (_is_flat(key) and _is_flat(value))
+        or not (softcap is None or (type(softcap) is float and 0.0 < softcap < LARGEST_SCALE))
+        or not (sinks is None or _fits(sinks, (query.dtype,), (heads,)))
+    ):
+        return None
+    return _by_formula(query, key, value, attn_mask, size**-0.5 if scale is None else scale, softcap, sinks)
+
+
+def shares_many(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether heads of one query each share so many keys and values that the formula is faster than PyTorch's kernel,
+    which reads them anew for each head.
+    """
+    heads, own = query.shape[1], key.shape[1]
+    if heads == own or query.shape[0] * heads * key.shape[2] * key.shape[3] < MANY or query.shape[2] != 1:
+        return False
+    return query.dtype in WHOLE and _is_flat(key) and _is_flat(value)
+
+
+def _is_flat(x: torch.Tensor) -> bool:
+    """Whether x (B, H, S, E) is (B * H, S, E) too without a copy, of rows that BLAS reads as they are."""
+    batch, head, row, column = x.stride()
+    return column == 1 and row >= x.shape[3] and (batch == x.shape[1] * head or x.shape[0] == 1)
+
+
+def _fits(x: torch.Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> bool:
+    """Whether x is a plain tensor of one of the dtypes that has as many dimensions as `shape` and expands to it."""
+    if type(x) not in PLAIN or not x.is_cpu or x.layout is not torch.strided or x.dtype not in dtypes:
+        return False
+    own = x.shape
+    return own == shape or (len(own) == len(shape) and all(a == b or a == 1 for a, b in zip(own, shape)))
+
+
+def _by_formula(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """`composed_attention` without gradients; None where a number is NaN or infinite, or a query sees no key."""
+    (batch, heads, _, size), (_, own, n_keys, _) = query.shape, key.shape
+    rows = batch * own, heads // own  # heads that share keys are the rows of one product
+    q, k, v = query.view(*rows, size), key.view(rows[0], n_keys, size), value.view(rows[0], n_keys, size)
+    scores = torch.baddbmm(q.new_empty((1, 1, 1)), q, k.mT, beta=0, alpha=scale / (softcap or 1.0))
+    if not _is_finite(scores):
+        return None
+    if softcap is not None:
+        scores.tanh_().mul_(softcap)
+    scores = scores.view(batch, heads, 1, n_keys)
+    if attn_mask is not None:
+        scores = scores.masked_fill_(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores.add_(attn_mask)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.view(1, heads, 1, 1).expand(batch, heads, 1, 1)), -1)
+    weights = scores.softmax(-1).view(*rows, -1)[..., :n_keys]
+    output = query.new_empty(query.shape)  # no view of the product: what autograd takes for one has no in-place methods
+    torch.bmm(weights, v, out=output.view(q.shape))
+    return output if _is_finite(output) else None
+
+
+def _is_finite(x: torch.Tensor) -> bool:
+    """`all_finite` of a tensor with numbers and without a gradient."""
+    return math.isfinite(x.sum().item())

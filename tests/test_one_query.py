@@ -1,0 +1,129 @@
+"""One query a head on a CPU, as when text is generated: the short way, held to the general one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import kernels
+from kernels.attention import api
+from kernels.attention.cpu import simple
+from tests.tolerances import FORWARD, assert_as_exact_as_torch
+
+MANY_KEYS = 2100  # heads that share so many take the formula
+SIZES = {"heads": (2, 4, 4, 7, 8), "shared": (2, 6, 2, 7, 8), "many shared": (2, 8, 2, MANY_KEYS, 8)}
+MASKS: dict[str, Callable[[int, int, int], torch.Tensor]] = {
+    "padding": lambda b, h, s: torch.arange(s) >= torch.arange(b).view(b, 1, 1, 1),
+    "float": lambda b, h, s: torch.randn(b, h, 1, s).masked_fill(torch.rand(b, h, 1, s) < 0.3, -math.inf),
+    "bias": lambda b, h, s: torch.randn(1, h, 1, s),
+    "one head": lambda b, h, s: torch.rand(b, 1, 1, s) < 0.5,
+    "nothing": lambda b, h, s: torch.zeros(b, 1, 1, s, dtype=torch.bool),
+}
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "contiguous": lambda x: x,
+    "static cache": lambda x: torch.cat((x, torch.full_like(x, math.nan)), 2)[:, :, : x.shape[2]],
+    "heads last": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+}
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"scale": 0.3},
+    {"softcap": 2.0},
+    {"sinks": True},
+    {"softcap": 2.0, "sinks": True, "scale": 0.3},
+    {"is_causal": True, "causal_alignment": "bottom_right"},
+]
+
+
+def tensors(sizes: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    batch, heads, own, n_keys, size = SIZES[sizes]
+    shapes = (batch, heads, 1, size), (batch, own, n_keys, size), (batch, own, n_keys, size)
+    return tuple(torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes)
+
+
+def attend(*inputs: torch.Tensor, **options: Any) -> torch.Tensor:
+    return kernels.scaled_dot_product_attention(*inputs, enable_gqa=True, backend="torch", **options)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options) or "plain")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mask", [None, *MASKS])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_the_short_way_gives_what_the_general_one_gives(
+    sizes: str, mask: str | None, layout: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both as exact as the formula in float32 beside float64; the short way is taken by all but rows without keys."""
+    torch.manual_seed(0)
+    query, key, value = tensors(sizes)
+    key, value = LAYOUTS[layout](key), LAYOUTS[layout](value)
+    batch, heads, _, n_keys, _ = SIZES[sizes]
+    options = {**options, "attn_mask": None if mask is None else MASKS[mask](batch, heads, n_keys)}
+    if "sinks" in options:
+        options["sinks"] = torch.nn.Parameter(torch.randn(heads))
+    taken: list[Any] = []
+    short_way = simple.simple_attention
+    with torch.no_grad():
+        monkeypatch.setattr(api, "simple_attention", lambda *args: taken.append(short_way(*args)) or taken[-1])
+        found = attend(query, key, value, **options)
+        monkeypatch.setattr(api, "simple_attention", lambda *_: None)
+        expected = attend(query, key, value, **options)
+        wide = {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in options.items()}
+        exact = attend(query.double(), key.double(), value.double(), **wide)
+    assert_as_exact_as_torch(found, expected, exact, FORWARD)
+    assert found.is_contiguous()
+    has_extras, is_flat = "softcap" in options or "sinks" in options, layout != "heads last"
+    by_formula = has_extras or (sizes == "many shared" and is_flat)
+    sees_nothing = mask == "nothing" and "sinks" not in options
+    assert len(taken) == 1
+    assert (taken[0] is None) == (by_formula and (sees_nothing or not is_flat))
+    found += torch.nn.Parameter(torch.zeros(()))  # in place, with a gradient: no view made without one
+
+
+WRONG: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]] = {
+    "dtype of the key": lambda q, k, v: attend(q, k.double(), v),
+    "dtype of the value": lambda q, k, v: attend(q, k, v.double(), softcap=2.0),
+    "whole numbers": lambda q, k, v: attend(q.int(), k.int(), v.int()),
+    "complex numbers": lambda q, k, v: attend(q.cfloat(), k.cfloat(), v.cfloat()),
+    "device of the key": lambda q, k, v: attend(q, k.to("meta"), v),
+    "device of the mask": lambda q, k, v: attend(q, k, v, attn_mask=torch.ones(1, 1, 1, 7, device="meta"), softcap=2.0),
+    "device of the sinks": lambda q, k, v: attend(q, k, v, sinks=torch.zeros(6, device="meta")),
+    "sparse key": lambda q, k, v: attend(q, k.to_sparse(), v),
+    "sparse mask": lambda q, k, v: attend(q, k, v, attn_mask=torch.ones(1, 1, 1, 7).to_sparse()),
+    "nested key": lambda q, k, v: attend(q, torch.nested.nested_tensor([k[0]]), v),
+    "lengths": lambda q, k, v: attend(q, k, v[:, :, :5]),
+    "heads": lambda q, k, v: attend(q[:, :5], k, v),
+    "size of the heads": lambda q, k, v: attend(q, k[..., :4], v[..., :4]),
+    "mask of another batch": lambda q, k, v: attend(q[:1], k[:1], v[:1], attn_mask=torch.ones(2, 1, 1, 7)),
+    "mask of more queries": lambda q, k, v: attend(q, k, v, attn_mask=torch.ones(1, 1, 2, 7, dtype=torch.bool)),
+    "mask of whole numbers": lambda q, k, v: attend(q, k, v, attn_mask=torch.ones(1, 1, 1, 7, dtype=torch.int64)),
+    "number of sinks": lambda q, k, v: attend(q, k, v, sinks=torch.zeros(2)),
+    "sinks of whole numbers": lambda q, k, v: attend(q, k, v, sinks=torch.zeros(6, dtype=torch.int64)),
+    "soft cap": lambda q, k, v: attend(q, k, v, softcap=-2.0),
+    "scale": lambda q, k, v: attend(q, k, v, scale=math.inf),
+    "alignment": lambda q, k, v: attend(q, k, v, causal_alignment="middle"),
+    "backend": lambda q, k, v: kernels.scaled_dot_product_attention(q, k, v, enable_gqa=True, backend="fast"),
+    "heads without leave": lambda q, k, v: kernels.scaled_dot_product_attention(q, k, v),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_is_refused_in_one_line(wrong: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as error:
+        WRONG[wrong](*tensors("shared"))
+    assert " found " in str(error.value) and "\n" not in str(error.value)
+
+
+def test_explain_knows_of_keys_that_many_heads_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    many, options = tensors("many shared"), {"enable_gqa": True, "backend": "torch"}
+    told = kernels.explain(*many, **options)
+    assert told.kernel.startswith("the formula") and "anew for each head" in str(told)
+    for name in "scaled_dot_product_attention", "fused_attention":
+        monkeypatch.setattr(simple, name, lambda *_, **__: pytest.fail("PyTorch's kernel runs"))
+    attend(*many)
+    others = many[0].clone().requires_grad_(), *many[1:]
+    for inputs, given in ((tensors("shared"), {}), (others, {}), (many, {"key_lengths": torch.tensor([3, 2])})):
+        assert kernels.explain(*inputs, **options, **given).kernel.startswith("PyTorch's")
