@@ -11,6 +11,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from kernels import nn
+from kernels.attention.checks import as_flag
 from kernels.backend import shown, why_not_triton
 from kernels.subclasses import PLAIN, is_dtensor
 
@@ -116,10 +117,12 @@ def fuse(model: torch.nn.Module, *, attention: bool = True, norms: bool = True, 
         What was replaced, what was not and why; of a model that is fused already, the same again.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, or one of the others is not True or False.
         ValueError: with `strict`, nothing was replaced.
     """
     _check(model)
+    attention, norms = as_flag("attention", attention), as_flag("norms", norms)
+    strict = as_flag("strict", strict)
     report = Report()
     for name, module in model.named_modules():
         is_attention = isinstance(module, torch.nn.MultiheadAttention)

@@ -357,6 +357,16 @@ def test_a_score_that_overflows_and_may_not_be_seen_is_not() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_a_value_whose_gradient_overflows_and_may_not_be_seen_is_not() -> None:
+    """A gradient of a weight is inf, and times the weight, which is zero, NaN."""
+    call = make_call((1, 1, 1, 3, 4, 2, 2), Call(attn_mask=torch.tensor([[[[True, True, False, True]]]])))
+    hidden = call._replace(value=call.value.index_fill(2, torch.tensor([2]), 0.0))
+    call.value[..., 2, :] = torch.finfo(torch.float64).max
+    upstream = [x.abs() + 4.0 for x in upstream_of(hidden)]
+    for a, b in zip(outcome(call, upstream), outcome(hidden, upstream)):
+        torch.testing.assert_close(a, b)
+
+
 def test_the_default_dtype_is_not_that_of_the_result() -> None:
     call = make_call((1, 2, 2, 3, 4, 2, 2), Call(softcap=2.0), right=0)
     given = [x.float() for x in (call.query, call.key, call.value)]

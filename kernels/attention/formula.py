@@ -71,7 +71,9 @@ def composed_attention(
         if call.attn_mask is not None and call.attn_mask.dtype != torch.bool:
             scores = scores + call.attn_mask.to(dtype)
         allowed = allowed_pairs(call, n_queries, n_keys, query.device)
-        weights, lse = _softmax(scores, allowed, call.sinks, need_lse, with_care)
+        if allowed is not None and not with_care and _may_add(allowed, v, call.sinks, wants_gradient(q, k, v, scores)):
+            scores, allowed = scores + torch.where(allowed, scores.new_zeros(()), -math.inf), None
+        weights, lse = _softmax(scores, allowed, call.sinks, need_lse)
         output = _product(_drop(weights, call.dropout_p, kept), v)
         if with_care:
             seen = True if allowed is None else allowed
@@ -245,7 +247,7 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _softmax(
-    scores: torch.Tensor, allowed: torch.Tensor | None, sinks: torch.Tensor | None, need_lse: bool, with_care: bool
+    scores: torch.Tensor, allowed: torch.Tensor | None, sinks: torch.Tensor | None, need_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weights (B, Hq, L, S) and, where needed, lse (B, Hq, L) of the scores that are allowed.
 
@@ -253,8 +255,6 @@ def _softmax(
     constant, which is put in their place both before and after.
     """
     n_keys = scores.shape[-1]
-    if allowed is not None and not with_care and (all_finite(sinks) if sinks is not None else _all_see(allowed)):
-        scores, allowed = scores + torch.where(allowed, scores.new_zeros(()), -math.inf), None  # a third of the time
     if allowed is not None:
         scores = torch.where(allowed, scores, -math.inf)
     if sinks is not None:
@@ -275,12 +275,17 @@ def _softmax(
     return weights, _constant_at_minus_infinity(lse)
 
 
-def _all_see(allowed: torch.Tensor) -> bool:
-    """Whether each query is known to see a key."""
+def _may_add(allowed: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None, has_gradient: bool) -> bool:
+    """Whether -inf may be added to scores that are not allowed, at a fifth of the time of leaving them out.
+
+    Then each query must see a key or a sink, since a row of -inf is NaN. And no value may be so large that its product
+    with a gradient overflows: times a weight of zero that is NaN.
+    """
     try:
-        return bool(allowed.any(-1).all())
+        sees = all_finite(sinks) if sinks is not None else bool(allowed.any(-1).all())
     except RuntimeError:  # no value to look at
         return False
+    return sees and (not has_gradient or all_finite(value.detach().square()))
 
 
 def _constant_at_minus_infinity(x: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,9 @@ def register(name: str = "calcformer") -> str:
     Raises:
         ValueError: transformers treats the name specially, or something else is registered by it.
     """
-    if not isinstance(name, str) or not name or any(part in name for part in TAKEN):
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name must be a text, found {shown(name)}; take 'calcformer'")
+    if any(part in name for part in TAKEN):
         raise ValueError(
             f"name must be a text without {', '.join(map(repr, TAKEN))}, to which transformers gives a meaning of its "
             f"own, found {shown(name)}; take 'calcformer'"

@@ -96,7 +96,7 @@ def _one_query(
         return None
     if attn_mask is not None and not _fits(attn_mask, (torch.bool, query.dtype), (batch, heads, 1, n_keys)):
         return None
-    if wants_gradient(query, key, value, attn_mask, sinks):
+    if torch.is_grad_enabled() and wants_gradient(query, key, value, attn_mask, sinks):
         if has_extras or attn_mask is not None:
             return None
         return fused_attention(query, key, value, None, 0.0, False, scale, is_shared)
@@ -157,14 +157,18 @@ def _by_formula(
         return None
     if softcap is not None:
         scores.tanh_().mul_(softcap)
-    scores = scores.view(batch, heads, 1, n_keys)
     if attn_mask is not None:
-        scores = scores.masked_fill_(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores.add_(attn_mask)
+        of_heads = scores.view(batch, heads, 1, n_keys)
+        if attn_mask.dtype == torch.bool:
+            of_heads.masked_fill_(~attn_mask, -math.inf)
+        else:
+            of_heads.add_(attn_mask)
     if sinks is not None:
-        scores = torch.cat((scores, sinks.view(1, heads, 1, 1).expand(batch, heads, 1, 1)), -1)
-    weights = scores.softmax(-1).view(*rows, -1)[..., :n_keys]
-    output = query.new_empty(query.shape)  # no view of the product: what autograd takes for one has no in-place methods
-    torch.bmm(weights, v, out=output.view(q.shape))
+        of_rows = sinks.view(own, rows[1], 1)
+        scores = torch.cat((scores, of_rows if batch == 1 else of_rows.repeat(batch, 1, 1)), -1)
+    weights = scores.softmax(-1)
+    output = torch.bmm(weights if sinks is None else weights[..., :n_keys], v)
+    output.resize_(query.shape)  # not a view of the product, which could not be changed in place with a gradient
     return output if _is_finite(output) else None
 
 
