@@ -72,7 +72,7 @@ def explain(
         return Explanation(NAMES[chosen.kernel], {NAMES[name]: reason for name, reason in chosen.why_not.items()})
     reason = route.why_not_fused(q, k, v, call, return_lse, need_weights)
     if not reason and not wants_gradient(q, k, v, call.attn_mask) and shares_many(q, k, v):
-        if q.is_contiguous() and call._replace(attn_mask=None, scale=1.0, right=None, bottom_right=False) == Call():
+        if call._replace(attn_mask=None, scale=1.0, right=None, bottom_right=False) == Call():
             reason = "it would read the keys and values that heads share anew for each head"
     triton = NAMES["general"]
     if reason:

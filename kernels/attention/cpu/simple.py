@@ -62,7 +62,7 @@ def simple_attention(
             or value.shape != others
             or 0 in shape
             or 0 in others
-            or not (query.is_cpu and query.dtype in FLOATS and query.is_contiguous())
+            or not (query.is_cpu and query.dtype in FLOATS and (has_one_query or query.is_contiguous()))
             or not (type(dropout_p) is float and dropout_p == 0.0)
             or not type(is_causal) is type(enable_gqa) is bool
             or not type(causal_alignment) is type(backend) is str
@@ -73,7 +73,7 @@ def simple_attention(
         ):
             return None
         if has_one_query:
-            return _one_query(query, key, value, attn_mask, scale, enable_gqa, softcap, sinks)
+            return _one_query(query.contiguous(), key, value, attn_mask, scale, enable_gqa, softcap, sinks)
         return fused_attention(query, key, value, None, 0.0, False, scale, False)
     except RuntimeError:
         return None
