@@ -367,6 +367,23 @@ def test_a_value_whose_gradient_overflows_and_may_not_be_seen_is_not() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_what_dropout_draws_does_not_depend_on_what_may_not_be_seen() -> None:
+    call = make_call((2, 1, 1, 2, 3, 4, 4), Call(key_lengths=torch.tensor([3, 2]), dropout_p=0.5, softcap=2.0))
+    found = []
+    for hidden in 0.0, math.nan:
+        call.value[1, :, 2] = hidden
+        torch.manual_seed(1)
+        found.append((composed_attention(*call)[0], torch.rand(())))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("cap", [1e-300, 1e-3])
+def test_a_small_soft_cap_does_not_overflow(cap: float) -> None:
+    call = make_call(SIZES, Call(softcap=cap))
+    call.key[:] *= 1e306
+    assert composed_attention(*call)[0].isfinite().all()
+
+
 def test_the_default_dtype_is_not_that_of_the_result() -> None:
     call = make_call((1, 2, 2, 3, 4, 2, 2), Call(softcap=2.0), right=0)
     given = [x.float() for x in (call.query, call.key, call.value)]

@@ -105,6 +105,9 @@ WRONG: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]] = {
     "soft cap": lambda q, k, v: attend(q, k, v, softcap=-2.0),
     "scale": lambda q, k, v: attend(q, k, v, scale=math.inf),
     "alignment": lambda q, k, v: attend(q, k, v, causal_alignment="middle"),
+    "sinks that are no tensor": lambda q, k, v: attend(q, k, v, sinks=[0.0] * 6),
+    "complex key": lambda q, k, v: attend(q, k.cfloat(), v, attn_mask=torch.ones(1, 1, 1, 7, dtype=torch.bool)),
+    "no heads": lambda q, k, v: attend(*[torch.randn(1, 8)] * 3),
     "backend": lambda q, k, v: kernels.scaled_dot_product_attention(q, k, v, enable_gqa=True, backend="fast"),
     "heads without leave": lambda q, k, v: kernels.scaled_dot_product_attention(q, k, v),
 }
@@ -118,13 +121,51 @@ def test_what_is_wrong_is_refused_in_one_line(wrong: str) -> None:
     assert " found " in str(error.value) and "\n" not in str(error.value)
 
 
-def test_explain_knows_of_keys_that_many_heads_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    many, options = tensors("many shared"), {"enable_gqa": True, "backend": "torch"}
-    told = kernels.explain(*many, **options)
-    assert told.kernel.startswith("the formula") and "anew for each head" in str(told)
-    for name in "scaled_dot_product_attention", "fused_attention":
-        monkeypatch.setattr(simple, name, lambda *_, **__: pytest.fail("PyTorch's kernel runs"))
-    attend(*many)
-    others = many[0].clone().requires_grad_(), *many[1:]
-    for inputs, given in ((tensors("shared"), {}), (others, {}), (many, {"key_lengths": torch.tensor([3, 2])})):
-        assert kernels.explain(*inputs, **options, **given).kernel.startswith("PyTorch's")
+SHORT: list[dict[str, Any]] = [
+    {},
+    {"scale": 0.3},
+    {"is_causal": True, "causal_alignment": "bottom_right"},
+    {"attn_mask": torch.ones(1, 1, 1, MANY_KEYS, dtype=torch.bool)},
+]
+LONG: list[dict[str, Any]] = [
+    {"is_causal": True},
+    {"scale": -1.0},
+    {"scale": 1},
+    {"dropout_p": 0},
+    {"deterministic": False},
+    {"window": (None, 3)},
+    {"is_causal": 1, "causal_alignment": "bottom_right"},
+    {"attn_mask": torch.ones(1, MANY_KEYS, dtype=torch.bool)},
+    {"key_lengths": torch.tensor([3, 2])},
+]
+
+
+@pytest.mark.parametrize("case", range(len(SHORT + LONG)))
+@pytest.mark.parametrize("state", ["", "gradient", "autocast", "values of another width"])
+def test_explain_knows_of_keys_that_many_heads_share(state: str, case: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    (query, key, value), options = tensors("many shared"), (SHORT + LONG)[case]
+    if state == "values of another width":
+        value = value[..., :5]
+    query.requires_grad_(state == "gradient")
+    ran: list[Any] = []
+    by_formula = simple._by_formula
+    monkeypatch.setattr(simple, "_by_formula", lambda *args: ran.append(args) or by_formula(*args))
+    with torch.autocast("cpu", enabled=state == "autocast"):
+        told = kernels.explain(query, key, value, enable_gqa=True, backend="torch", **options)
+        attend(query, key, value, **options)
+    assert ("anew for each head" in str(told)) == told.kernel.startswith("the formula") == bool(ran)
+    assert bool(ran) == (state == "" and case < len(SHORT))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore:.torch.jit")
+@pytest.mark.parametrize("options", OPTIONS[:4], ids=lambda options: " ".join(options) or "plain")
+@pytest.mark.parametrize("n_queries", [1, 3])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_trace_holds_for_other_numbers(sizes: str, n_queries: int, options: dict[str, Any]) -> None:
+    query, key, value = tensors(sizes)
+    query = query.expand(-1, -1, n_queries, -1).contiguous()
+    heads = query.shape[1]
+    given = {**options, "sinks": torch.randn(heads)} if "sinks" in options else options
+    traced = torch.jit.trace(lambda *x: attend(*x, **given), (query, key, value), check_trace=False)
+    others = query * 3, key.flip(2), value + 1
+    torch.testing.assert_close(traced(*others), attend(*others, **given))

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from kernels.attention.api import Options, choose_backend, prepare
-from kernels.attention.call import Call
 from kernels.attention.checks import check
 from kernels.attention.cpu import route
-from kernels.attention.cpu.simple import shares_many
+from kernels.attention.cpu.simple import way_of
 from kernels.attention.plan import needs_statistics, plan
 from kernels.backend import check_tensor_types, wants_gradient
 from kernels.subclasses import holds_others
@@ -26,6 +25,7 @@ NAMES = {
     "general": "the Triton kernel for any shape",
 }
 FUSED = "PyTorch's scaled_dot_product_attention"
+BEYOND_SIMPLE = ("window", "alibi_slopes", "key_lengths", "deterministic")  # options that `way_of` does not know
 FORMULA = "the formula in plain PyTorch, which stores the L x S weights"
 
 
@@ -71,8 +71,10 @@ def explain(
         chosen = plan(q, k, v, call, "forward", needs_statistics(call, return_lse, learned))
         return Explanation(NAMES[chosen.kernel], {NAMES[name]: reason for name, reason in chosen.why_not.items()})
     reason = route.why_not_fused(q, k, v, call, return_lse, need_weights)
-    if not reason and not wants_gradient(q, k, v, call.attn_mask) and shares_many(q, k, v):
-        if call._replace(attn_mask=None, scale=1.0, right=None, bottom_right=False) == Call():
+    is_plain = not (need_weights or return_lse) and all(options.get(name) is None for name in BEYOND_SIMPLE)
+    if not reason and is_plain:
+        asked = options.get("causal_alignment", "top_left"), options.get("softcap"), options.get("sinks")
+        if way_of(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *asked, backend) == "formula":
             reason = "it would read the keys and values that heads share anew for each head"
     triton = NAMES["general"]
     if reason:

@@ -60,18 +60,22 @@ def composed_attention(
     heads, n_queries, n_keys = *query.shape[1:3], key.shape[2]
     with without_autocast(query.device):
         q, k, v = (x.to(dtype) if is_narrow else x for x in (query, key, value))
-        with_care = with_care or not all_finite(query, key)
+        # Dropout is drawn once, whatever the numbers are: then nothing is left to be seen in the output.
+        is_drawn = call.dropout_p > 0.0 and kept is None
+        with_care = with_care or not all_finite(*((query, key, value) if is_drawn else (query, key)))
         if with_care:
             (q, bad_query), (k, bad_key), (v, bad_value) = (_finite_rows(x) for x in (q, k, v))
-        scores = _product(call.scale / (call.softcap or 1.0) * q, k.mT)
+        cap = call.softcap or 1.0
+        scores = _product(call.scale / max(cap, 1.0) * q, k.mT)
         if call.softcap:
-            scores = call.softcap * torch.tanh(scores)
+            scores = cap * torch.tanh(scores if cap >= 1.0 else scores / cap)
         if call.alibi_slopes is not None:
             scores = scores + alibi(call, n_queries, n_keys, dtype)
         if call.attn_mask is not None and call.attn_mask.dtype != torch.bool:
             scores = scores + call.attn_mask.to(dtype)
         allowed = allowed_pairs(call, n_queries, n_keys, query.device)
-        if allowed is not None and not with_care and _may_add(allowed, v, call.sinks, wants_gradient(q, k, v, scores)):
+        is_known = not (with_care or is_drawn)
+        if allowed is not None and is_known and _may_add(allowed, v, call.sinks, wants_gradient(v, scores)):
             scores, allowed = scores + torch.where(allowed, scores.new_zeros(()), -math.inf), None
         weights, lse = _softmax(scores, allowed, call.sinks, need_lse)
         output = _product(_drop(weights, call.dropout_p, kept), v)
@@ -83,7 +87,9 @@ def composed_attention(
             output = torch.where(bad_output, math.nan, output)
             lse = lse if lse is None else torch.where(bad_scores.squeeze(-1), math.nan, lse)
             weights = torch.where(bad_scores & seen, math.nan, weights)
-        elif not all_finite(output):  # zero times NaN is NaN: a value is not, or a score that may not be seen
+        elif not is_drawn and not all_finite(
+            output
+        ):  # zero times NaN is NaN: a value is not, or a score that may not be seen
             return composed_attention(query, key, value, call, kept, need_lse=need_lse, with_care=True)
     if is_narrow:
         output, weights = output.to(query.dtype), weights.to(query.dtype)
@@ -278,14 +284,14 @@ def _softmax(
 def _may_add(allowed: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None, has_gradient: bool) -> bool:
     """Whether -inf may be added to scores that are not allowed, at a fifth of the time of leaving them out.
 
-    Then each query must see a key or a sink, since a row of -inf is NaN. And no value may be so large that its product
-    with a gradient overflows: times a weight of zero that is NaN.
+    Then each query must see a key or a sink, since a row of -inf is NaN. And no value may be so large, above 2^20, that
+    its product with a gradient might overflow: times a weight of zero that is NaN.
     """
     try:
         sees = all_finite(sinks) if sinks is not None else bool(allowed.any(-1).all())
     except RuntimeError:  # no value to look at
         return False
-    return sees and (not has_gradient or all_finite(value.detach().square()))
+    return sees and (not has_gradient or all_finite((value.detach() * 2.0**44).square()))
 
 
 def _constant_at_minus_infinity(x: torch.Tensor) -> torch.Tensor:

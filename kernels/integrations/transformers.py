@@ -151,7 +151,7 @@ def mask(
         is_window = is_window and getattr(config, "attention_chunk_size", None) is None
         is_plain = local_size is None and mask_function is causal_mask_function
         if (is_plain or is_window) and q_offset + q_length == kv_offset + kv_length:
-            if is_window:
+            if is_window and not torch.compiler.is_compiling():  # a graph would be guarded on what is left out
                 left_out.add(local_size)
             return padding
     return sdpa_mask(
@@ -263,8 +263,9 @@ def _rule(
     module: torch.nn.Module, is_causal: bool | None, sliding_window: Any, n_queries: int, n_keys: int, packed: bool
 ) -> dict[str, Any]:
     """The rule of a layer whose mask leaves it to the layer, as options of attention: no more of it than is needed."""
-    if n_queries == 1 and not packed and (sliding_window is None or (sliding_window is UNSAID and not left_out)):
-        return {}  # the last query may attend to all
+    if n_queries == 1 and not (packed or torch.compiler.is_compiling()):
+        if sliding_window is None or (sliding_window is UNSAID and not left_out):
+            return {}  # the last query may attend to all
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if sliding_window is UNSAID:
         own = getattr(getattr(module, "config", None), "sliding_window", None)

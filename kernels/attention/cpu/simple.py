@@ -44,85 +44,98 @@ def simple_attention(
     Arguments as there, unchecked, where all others have their defaults; no tensor has a `__torch_function__`. What
     PyTorch refuses is not asked about: it goes the general way too, which says what is wrong with it.
     """
-    if (
-        not type(query) is type(key) is type(value) is torch.Tensor  # those of torch.export are not
-        or torch.compiler.is_dynamo_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._is_any_autocast_enabled()
-    ):
-        return None
     try:
-        shape, others = query.shape, key.shape
-        is_plain = attn_mask is softcap is sinks is None
-        is_small = is_plain and shape == others and len(shape) > 1 and query.numel() < FEW
-        has_one_query = len(shape) == len(others) == 4 and shape[2] == 1
-        if (
-            not (is_small or has_one_query)
-            or value.shape != others
-            or 0 in shape
-            or 0 in others
-            or not (query.is_cpu and query.dtype in FLOATS and (has_one_query or query.is_contiguous()))
-            or not (type(dropout_p) is float and dropout_p == 0.0)
-            or not type(is_causal) is type(enable_gqa) is bool
-            or not type(causal_alignment) is type(backend) is str
-            or causal_alignment not in ALIGNMENTS
-            or (is_causal and not (has_one_query and causal_alignment == "bottom_right"))
-            or not (backend == "torch" or (backend == "auto" and not backends.INTERPRETED))
-            or not (scale is None or (type(scale) is float and 0.0 < scale < LARGEST_SCALE))
-        ):
+        way = way_of(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            causal_alignment,
+            softcap,
+            sinks,
+            backend,
+        )
+        if way == "":
             return None
-        if has_one_query:
-            return _one_query(query.contiguous(), key, value, attn_mask, scale, enable_gqa, softcap, sinks)
-        return fused_attention(query, key, value, None, 0.0, False, scale, False)
-    except RuntimeError:
+        query = query.contiguous()
+        if way == "formula":
+            return _by_formula(query, key, value, attn_mask, scale, softcap, sinks)
+        if attn_mask is None:
+            return fused_attention(query, key, value, None, 0.0, False, scale, enable_gqa)
+        if not _is_finite(key):  # before the kernel, which then finds the keys near by
+            return None
+        output = scaled_dot_product_attention(query, key, value, attn_mask, scale=scale, enable_gqa=enable_gqa)
+        return output if _is_finite(output) else None
+    except (RuntimeError, TypeError):
         return None
 
 
-def _one_query(
+def way_of(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
+    causal_alignment: str,
     softcap: float | None,
     sinks: torch.Tensor | None,
-) -> torch.Tensor | None:
-    """The output for query (B, Hq, 1, E), key and value (B, Hkv, S, E) where all keys may be seen but for the mask."""
-    (batch, heads, _, size), (_, own, n_keys, _) = query.shape, key.shape
-    is_shared, has_extras = heads != own, not softcap is sinks is None
-    if key.shape[0] != batch or key.shape[3] != size or (is_shared and not (enable_gqa and heads % own == 0)):
-        return None
-    if attn_mask is not None and not _fits(attn_mask, (torch.bool, query.dtype), (batch, heads, 1, n_keys)):
-        return None
-    if torch.is_grad_enabled() and wants_gradient(query, key, value, attn_mask, sinks):
-        if has_extras or attn_mask is not None:
-            return None
-        return fused_attention(query, key, value, None, 0.0, False, scale, is_shared)
-    if not has_extras and not shares_many(query, key, value):
-        if attn_mask is not None and not _is_finite(key):  # first, which brings the keys where the kernel finds them
-            return None
-        output = scaled_dot_product_attention(query, key, value, attn_mask, scale=scale, enable_gqa=is_shared)
-        return output if attn_mask is None or _is_finite(output) else None
+    backend: str,
+) -> str:
+    """How `simple_attention` runs a call: by PyTorch's "kernel", by the "formula", or "", not at all."""
     if (
-        not (query.dtype in WHOLE and key.dtype == value.dtype == query.dtype)
-        or not (_is_flat(key) and _is_flat(value))
-        or not (softcap is None or (type(softcap) is float and 0.0 < softcap < LARGEST_SCALE))
-        or not (sinks is None or _fits(sinks, (query.dtype,), (heads,)))
+        not type(query) is type(key) is type(value) is torch.Tensor  # those of torch.export are not
+        or torch.compiler.is_dynamo_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._is_any_autocast_enabled()
+        or query.is_nested
+        or key.is_nested
     ):
-        return None
-    return _by_formula(query, key, value, attn_mask, size**-0.5 if scale is None else scale, softcap, sinks)
-
-
-def shares_many(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether heads of one query each share so many keys and values that the formula is faster than PyTorch's kernel,
-    which reads them anew for each head.
-    """
-    heads, own = query.shape[1], key.shape[1]
-    if heads == own or query.shape[0] * heads * key.shape[2] * key.shape[3] < MANY or query.shape[2] != 1:
-        return False
-    return query.dtype in WHOLE and _is_flat(key) and _is_flat(value)
+        return ""
+    shape, others, dtype = query.shape, key.shape, query.dtype
+    has_one_query = len(shape) == len(others) == 4 and shape[2] == 1
+    if (
+        not (has_one_query or (shape == others and len(shape) > 1 + enable_gqa and query.is_contiguous()))
+        or value.shape != others
+        or 0 in shape
+        or 0 in others
+        or not (query.is_cpu and dtype in FLOATS)
+        or not (type(dropout_p) is float and dropout_p == 0.0)
+        or not type(is_causal) is type(enable_gqa) is bool
+        or not type(causal_alignment) is type(backend) is str
+        or causal_alignment not in ALIGNMENTS
+        or (is_causal and not (has_one_query and causal_alignment == "bottom_right"))
+        or not (backend == "torch" or (backend == "auto" and not backends.INTERPRETED))
+        or not (scale is None or (type(scale) is float and 0.0 < scale < LARGEST_SCALE))
+    ):
+        return ""
+    is_plain = attn_mask is softcap is sinks is None
+    if not has_one_query:
+        return "kernel" if is_plain and query.numel() < FEW else ""
+    (batch, heads, _, size), (_, own, n_keys, _) = shape, others
+    if others[0] != batch or others[3] != size or (heads != own and not (enable_gqa and heads % own == 0)):
+        return ""
+    if is_plain and (heads == own or batch * heads * n_keys * size < MANY):
+        return "kernel"
+    if attn_mask is not None and not _fits(attn_mask, (torch.bool, dtype), (batch, heads, 1, n_keys)):
+        return ""
+    if sinks is not None and not _fits(sinks, (dtype,), (heads,)):
+        return ""
+    if torch.is_grad_enabled() and wants_gradient(query, key, value, attn_mask, sinks):
+        return "kernel" if is_plain else ""
+    is_whole = dtype in WHOLE and key.dtype == value.dtype == dtype and _is_flat(key) and _is_flat(value)
+    if softcap is sinks is None:
+        return "formula" if is_whole and heads != own and batch * heads * n_keys * size >= MANY else "kernel"
+    is_capped = softcap is None or (type(softcap) is float and 0.0 < softcap < LARGEST_SCALE)
+    return "formula" if is_whole and is_capped else ""
 
 
 def _is_flat(x: torch.Tensor) -> bool:
@@ -144,12 +157,13 @@ def _by_formula(
     key: torch.Tensor,
     value: torch.Tensor,
     attn_mask: torch.Tensor | None,
-    scale: float,
+    scale: float | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor | None:
     """`composed_attention` without gradients; None where a number is NaN or infinite, or a query sees no key."""
     (batch, heads, _, size), (_, own, n_keys, _) = query.shape, key.shape
+    scale = size**-0.5 if scale is None else scale
     rows = batch * own, heads // own  # heads that share keys are the rows of one product
     q, k, v = query.view(*rows, size), key.view(rows[0], n_keys, size), value.view(rows[0], n_keys, size)
     scores = torch.baddbmm(q.new_empty((1, 1, 1)), q, k.mT, beta=0, alpha=scale / (softcap or 1.0))
