@@ -97,6 +97,11 @@ for kernel, n in (("short", 7), ("general", 40)):
             for a, b in zip(ours, expected):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(results(backend="torch")[0], expected[0])
+one = leaves[0][:, :, :1].detach()
+keys = leaves[1].detach()
+with torch.no_grad():
+    a, b = (kernels.scaled_dot_product_attention(one, keys, keys, backend="torch", **x) for x in ({}, {"recency": 0.3}))
+assert not torch.allclose(a, b)
 offsets = torch.tensor([0, 3, 8])
 nested = torch.nested.nested_tensor_from_jagged(torch.randn(2, 8, 8), offsets, jagged_dim=2)
 kernels.scaled_dot_product_attention(nested, nested, nested)

@@ -211,25 +211,6 @@ def scaled_dot_product_attention(
     section 3, and Miller 2023, "Attention Is Off By One".
     """
     tensors = query, key, value, attn_mask, alibi_slopes, sinks, key_lengths
-    has_others = torch.overrides.has_torch_function(tensors)
-    is_plain = not (need_weights or return_lse) and window is alibi_slopes is key_lengths is None
-    if is_plain and deterministic is None and not has_others:
-        found = simple_attention(
-            query,
-            key,
-            value,
-            attn_mask,
-            dropout_p,
-            is_causal,
-            scale,
-            enable_gqa,
-            causal_alignment,
-            softcap,
-            sinks,
-            backend,
-        )
-        if found is not None:
-            return found
     options: Options = {
         "causal_alignment": causal_alignment,
         "window": window,
@@ -239,7 +220,7 @@ def scaled_dot_product_attention(
         "key_lengths": key_lengths,
         "deterministic": deterministic,
     }
-    if has_others:
+    if torch.overrides.has_torch_function(tensors):
         return overridden(
             scaled_dot_product_attention,
             tensors,
@@ -256,6 +237,12 @@ def scaled_dot_product_attention(
             return_lse=return_lse,
             backend=backend,
         )
+    if not (need_weights or return_lse):
+        found = simple_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, options, backend
+        )
+        if found is not None:
+            return found
     if (
         not type(query) is type(key) is type(value) is torch.Tensor
         or query.is_nested

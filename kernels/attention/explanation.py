@@ -25,7 +25,6 @@ NAMES = {
     "general": "the Triton kernel for any shape",
 }
 FUSED = "PyTorch's scaled_dot_product_attention"
-BEYOND_SIMPLE = ("window", "alibi_slopes", "key_lengths", "deterministic")  # options that `way_of` does not know
 FORMULA = "the formula in plain PyTorch, which stores the L x S weights"
 
 
@@ -71,10 +70,9 @@ def explain(
         chosen = plan(q, k, v, call, "forward", needs_statistics(call, return_lse, learned))
         return Explanation(NAMES[chosen.kernel], {NAMES[name]: reason for name, reason in chosen.why_not.items()})
     reason = route.why_not_fused(q, k, v, call, return_lse, need_weights)
-    is_plain = not (need_weights or return_lse) and all(options.get(name) is None for name in BEYOND_SIMPLE)
-    if not reason and is_plain:
-        asked = options.get("causal_alignment", "top_left"), options.get("softcap"), options.get("sinks")
-        if way_of(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *asked, backend) == "formula":
+    if not reason:
+        way = way_of(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, options, backend)
+        if way == "formula":
             reason = "it would read the keys and values that heads share anew for each head"
     triton = NAMES["general"]
     if reason:

@@ -8,6 +8,8 @@ what is NaN or infinite. So do heads that share many keys, which the formula rea
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -23,6 +25,7 @@ FEW = 1024  # numbers in a tensor
 MANY = 1 << 18  # products of a number of a query and one of a key, measured on one thread and on two
 WHOLE = (torch.float32, torch.float64)
 FLOATS = (*WHOLE, *HALF)
+KNOWN = ("causal_alignment", "softcap", "sinks")  # options that a simple call may have
 
 
 def simple_attention(
@@ -34,36 +37,21 @@ def simple_attention(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
-    causal_alignment: str,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    options: Mapping[str, Any],
     backend: str,
 ) -> torch.Tensor | None:
     """The output of `kernels.scaled_dot_product_attention` for a simple call; None for any other, right or wrong.
 
-    Arguments as there, unchecked, where all others have their defaults; no tensor has a `__torch_function__`. What
-    PyTorch refuses is not asked about: it goes the general way too, which says what is wrong with it.
+    Arguments as there, unchecked, without weights and log-sum-exp; no tensor has a `__torch_function__`. What PyTorch
+    refuses is not asked about: it goes the general way too, which says what is wrong with it.
     """
     try:
-        way = way_of(
-            query,
-            key,
-            value,
-            attn_mask,
-            dropout_p,
-            is_causal,
-            scale,
-            enable_gqa,
-            causal_alignment,
-            softcap,
-            sinks,
-            backend,
-        )
+        way = way_of(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, options, backend)
         if way == "":
             return None
         query = query.contiguous()
         if way == "formula":
-            return _by_formula(query, key, value, attn_mask, scale, softcap, sinks)
+            return _by_formula(query, key, value, attn_mask, scale, options.get("softcap"), options.get("sinks"))
         if attn_mask is None:
             return fused_attention(query, key, value, None, 0.0, False, scale, enable_gqa)
         if not _is_finite(key):  # before the kernel, which then finds the keys near by
@@ -83,9 +71,7 @@ def way_of(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
-    causal_alignment: str,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    options: Mapping[str, Any],
     backend: str,
 ) -> str:
     """How `simple_attention` runs a call: by PyTorch's "kernel", by the "formula", or "", not at all."""
@@ -100,6 +86,13 @@ def way_of(
         or key.is_nested
     ):
         return ""
+    for name, x in options.items():
+        if x is not None and name not in KNOWN:
+            return ""
+    causal_alignment = options.get("causal_alignment", "top_left")
+    softcap, sinks = options.get("softcap"), options.get("sinks")
+    if not (type(is_causal) is type(enable_gqa) is bool and type(causal_alignment) is type(backend) is str):
+        return ""
     shape, others, dtype = query.shape, key.shape, query.dtype
     has_one_query = len(shape) == len(others) == 4 and shape[2] == 1
     if (
@@ -109,8 +102,6 @@ def way_of(
         or 0 in others
         or not (query.is_cpu and dtype in FLOATS)
         or not (type(dropout_p) is float and dropout_p == 0.0)
-        or not type(is_causal) is type(enable_gqa) is bool
-        or not type(causal_alignment) is type(backend) is str
         or causal_alignment not in ALIGNMENTS
         or (is_causal and not (has_one_query and causal_alignment == "bottom_right"))
         or not (backend == "torch" or (backend == "auto" and not backends.INTERPRETED))
