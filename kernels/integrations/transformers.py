@@ -227,36 +227,44 @@ def attention(
             f"{type(module).__name__} passes attention {', '.join(sorted(unknown))}, which may change its scores and "
             "is not known here; take attn_implementation='sdpa' or 'eager' for this model"
         )
+    gqa, sinks = key.shape[1] != query.shape[1], s_aux if s_aux is None or s_aux.ndim == 1 else s_aux.flatten()
     rule: dict[str, Any] = {}
     if attention_mask is None or attention_mask.ndim != 4:
         rule = _rule(module, is_causal, sliding_window, query.shape[2], key.shape[2], cu_seq_lens_q is not None)
-    options: dict[str, Any] = {
-        "dropout_p": dropout,
-        "scale": scaling,
-        "enable_gqa": key.shape[1] != query.shape[1],
-        "softcap": softcap,
-        "sinks": s_aux if s_aux is None or s_aux.ndim == 1 else s_aux.flatten(),
-        **rule,
-    }
     if cu_seq_lens_q is not None:
         if attention_mask is None and position_bias is None and not output_attentions and query.shape[0] == 1:
             starts_k = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
             longest_q: Any = cu_seq_lens_q.diff().max() if max_length_q is None else max_length_q
             longest_k: Any = starts_k.diff().max() if max_length_k is None else max_length_k
             q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, E)
-            return varlen_attention(q, k, v, cu_seq_lens_q, starts_k, longest_q, longest_k, **options)[None], None
+            rule |= {"dropout_p": dropout, "scale": scaling, "enable_gqa": gqa, "softcap": softcap, "sinks": sinks}
+            return varlen_attention(q, k, v, cu_seq_lens_q, starts_k, longest_q, longest_k, **rule)[None], None
         attention_mask = _with_packed(attention_mask, cu_seq_lens_q, cu_seq_lens_k, query, key)
     attn_mask = attention_mask
     if not attention_mask is position_bias is None:
         attn_mask = _one_mask(attention_mask, position_bias, query, key)
+    is_causal = rule.pop("is_causal", False)
+    output = scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout,
+        is_causal,
+        scaling,
+        gqa,
+        softcap=softcap,
+        sinks=sinks,
+        need_weights=bool(output_attentions),
+        **rule,
+    )
+    weights = None
     if output_attentions:
-        result = scaled_dot_product_attention(query, key, value, attn_mask, need_weights=True, **options)
-        return result.output.transpose(1, 2).contiguous(), result.weights
-    output = scaled_dot_product_attention(query, key, value, attn_mask, **options)
+        output, _, weights = output
     batch, heads, n_queries, size = output.shape
     if n_queries == 1:
-        return output.reshape(batch, 1, heads, size), None  # in half the time
-    return output.transpose(1, 2).contiguous(), None
+        return output.reshape(batch, 1, heads, size), weights  # in half the time
+    return output.transpose(1, 2).contiguous(), weights
 
 
 def _rule(
