@@ -572,12 +572,15 @@ def test_nan_and_inf_do_without_gradients_what_they_do_with_them(options: dict[s
     assert outcomes >= ({True, False} if "attn_mask" in options else {False})
 
 
+@pytest.mark.parametrize("shape", [(1, 5), (1, 1, 1, 5)], ids=str)
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"sinks": torch.zeros(1)}], ids=str)
-def test_an_infinite_key_that_is_seen_shows_though_it_weighs_nothing(options: dict[str, Any]) -> None:
+def test_an_infinite_key_that_is_seen_shows_though_it_weighs_nothing(
+    options: dict[str, Any], shape: tuple[int, ...]
+) -> None:
     """Its score is -inf and the output finite, so that nothing but the key tells."""
     query, key, value = torch.ones(1, 1, 1, 8), torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8)
     key[0, 0, 1, 2] = -math.inf
-    mask = torch.tensor([[True, True, True, False, True]])
+    mask = torch.tensor([True, True, True, False, True]).view(shape)
     assert torch.nn.functional.scaled_dot_product_attention(query, key, value, mask).isfinite().all()
     found = kernels.scaled_dot_product_attention(query, key, value, mask, backend="torch", **options)
     assert found.isnan().all()
