@@ -87,9 +87,8 @@ def composed_attention(
             output = torch.where(bad_output, math.nan, output)
             lse = lse if lse is None else torch.where(bad_scores.squeeze(-1), math.nan, lse)
             weights = torch.where(bad_scores & seen, math.nan, weights)
-        elif not is_drawn and not all_finite(
-            output
-        ):  # zero times NaN is NaN: a value is not, or a score that may not be seen
+        elif is_known and not all_finite(output):
+            # Zero times NaN is NaN: a value is not finite, or a score that may not be seen.
             return composed_attention(query, key, value, call, kept, need_lse=need_lse, with_care=True)
     if is_narrow:
         output, weights = output.to(query.dtype), weights.to(query.dtype)
@@ -218,16 +217,6 @@ def all_finite(*tensors: torch.Tensor) -> bool:
     except RuntimeError:  # no value to look at
         return False
     return True
-
-
-def shown_by_output(*tensors: torch.Tensor | None, dropout_p: float) -> bool:
-    """Whether a NaN or Inf in a value need not be looked for, since the output of these tensors shows it.
-
-    Zero times NaN is NaN. (Of an infinite query or key the weights may be numbers.) A gradient would show it too late.
-    """
-    query = tensors[0]
-    is_known = query is not None and query.is_cpu and not torch.compiler.is_compiling()
-    return is_known and not dropout_p and not wants_gradient(*tensors)
 
 
 def _finite_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -271,12 +271,11 @@ def _rule(
     module: torch.nn.Module, is_causal: bool | None, sliding_window: Any, n_queries: int, n_keys: int, packed: bool
 ) -> dict[str, Any]:
     """The rule of a layer whose mask leaves it to the layer, as options of attention: no more of it than is needed."""
-    if n_queries == 1 and not (packed or torch.compiler.is_compiling()):
-        if sliding_window is None or (sliding_window is UNSAID and not left_out):
-            return {}  # the last query may attend to all
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if sliding_window is UNSAID:
-        own = getattr(getattr(module, "config", None), "sliding_window", None)
+        own = None
+        if n_queries > 1 or packed or torch.compiler.is_compiling() or left_out:  # else it is the last, and sees all
+            own = getattr(getattr(module, "config", None), "sliding_window", None)
         if causal and isinstance(own, int) and 0 < own < n_keys:
             raise ValueError(
                 f"{type(module).__name__} does not pass sliding_window to attention and its config has one of {own}, "
@@ -285,6 +284,8 @@ def _rule(
             )
         sliding_window = None
     is_local = sliding_window is not None and sliding_window < n_keys
+    if n_queries == 1 and not is_local:
+        return {}  # the last query may attend to all
     if not causal:
         if is_local:
             raise ValueError(
@@ -296,8 +297,6 @@ def _rule(
     window = {"window": (sliding_window - 1, None)} if is_local else {}  # its own key is one of those it sees
     if n_queries == n_keys and not packed:
         return {"is_causal": True, **window}
-    if n_queries == 1 and not is_local:
-        return {}  # the last query may attend to all
     return {"is_causal": True, "causal_alignment": "bottom_right", **window}
 
 

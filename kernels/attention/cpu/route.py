@@ -1,5 +1,5 @@
-"""Attention through PyTorch's own kernels, with this package's rules where PyTorch's differ: the way of every call on a
-CPU, and on a GPU of one with backend="torch" or that Triton cannot run.
+"""Attention through PyTorch's own kernels, with this package's rules where PyTorch's differ: the way of a call on a
+CPU that is not a simple one (`simple.py`), and on a GPU of one with backend="torch" or that Triton cannot run.
 
 PyTorch lets NaN and Inf of keys that a query may not see into its result (zero times NaN is NaN), and refuses
 `attn_mask` together with `is_causal`. Here neither happens. Rules that PyTorch does not have become a mask for its
@@ -16,14 +16,7 @@ import torch
 from kernels.attention.call import Call
 from kernels.attention.cpu.fused import fused_attention
 from kernels.attention.cpu.short import is_short, short_attention
-from kernels.attention.formula import (
-    alibi,
-    all_finite,
-    allowed_pairs,
-    composed_attention,
-    shown_by_output,
-    without_idle_sides,
-)
+from kernels.attention.formula import alibi, all_finite, allowed_pairs, composed_attention, without_idle_sides
 from kernels.attention.layout import for_query_heads, ordered_as, overlaps
 from kernels.autograd import transformed
 from kernels.backend import as_autocast, autocasts, wants_gradient, without_autocast
@@ -71,7 +64,9 @@ def attention(
     if overlaps(query):  # PyTorch's kernel gives its output the strides of the query
         query = query.contiguous()
     sees_all = attn_mask is None and not is_causal
-    by_output = not sees_all and shown_by_output(query, key, value, attn_mask, dropout_p=dropout_p)
+    # The output shows a NaN or Inf in a value, times a weight of zero too, but for a gradient too late. (Of an infinite
+    # key the weights may be numbers.)
+    by_output = not (sees_all or dropout_p or wants_gradient(query, key, value, attn_mask))
     if sees_all or all_finite(*((key,) if by_output else (key, value))):
         if is_short(query, key, value, attn_mask, dropout_p):
             output = short_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)

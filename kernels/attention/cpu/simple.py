@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernels import backend as backends
-from kernels.attention.checks import ALIGNMENTS, LARGEST_SCALE
+from kernels.attention.checks import ALIGNMENTS, LARGEST_SCALE, _broadcast_to
 from kernels.attention.cpu.fused import fused_attention
 from kernels.backend import HALF, wants_gradient
 from kernels.subclasses import PLAIN
@@ -114,7 +114,8 @@ def way_of(
     (batch, heads, _, size), (_, own, n_keys, _) = shape, others
     if others[0] != batch or others[3] != size or (heads != own and not (enable_gqa and heads % own == 0)):
         return ""
-    if is_plain and (heads == own or batch * heads * n_keys * size < MANY):
+    shares_many = heads != own and batch * heads * n_keys * size >= MANY
+    if is_plain and not shares_many:
         return "kernel"
     if attn_mask is not None and not _fits(attn_mask, (torch.bool, dtype), (batch, heads, 1, n_keys)):
         return ""
@@ -124,7 +125,7 @@ def way_of(
         return "kernel" if is_plain else ""
     is_whole = dtype in WHOLE and key.dtype == value.dtype == dtype and _is_flat(key) and _is_flat(value)
     if softcap is sinks is None:
-        return "formula" if is_whole and heads != own and batch * heads * n_keys * size >= MANY else "kernel"
+        return "formula" if is_whole and shares_many else "kernel"
     is_capped = softcap is None or (type(softcap) is float and 0.0 < softcap < LARGEST_SCALE)
     return "formula" if is_whole and is_capped else ""
 
@@ -139,8 +140,7 @@ def _fits(x: torch.Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ..
     """Whether x is a plain tensor of one of the dtypes that has as many dimensions as `shape` and expands to it."""
     if type(x) not in PLAIN or not x.is_cpu or x.layout is not torch.strided or x.dtype not in dtypes:
         return False
-    own = x.shape
-    return own == shape or (len(own) == len(shape) and all(a == b or a == 1 for a, b in zip(own, shape)))
+    return x.shape == shape or (x.ndim == len(shape) and _broadcast_to(x.shape, shape))
 
 
 def _by_formula(
