@@ -424,6 +424,7 @@ class Kernel:
 
     def __init__(self, function: Callable[..., Any], chip: Chip) -> None:
         self.function, self.chip = function, chip
+        self.arg_names = list(inspect.signature(function).parameters)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         return self.function(*args, **options)

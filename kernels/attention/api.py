@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 
+from kernels import backend as backends
+from kernels.again import is_plain, remember
 from kernels.attention.call import FAR, NO_TENSORS, TENSORS, Call
 from kernels.attention.checks import as_flag, check, check_options, leads_of
 from kernels.attention.cpu import route
@@ -237,12 +240,20 @@ def scaled_dot_product_attention(
             return_lse=return_lse,
             backend=backend,
         )
+    asked = None
     if not (need_weights or return_lse):
         found = simple_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, options, backend
         )
         if found is not None:
             return found
+        asked = _what_is_looked_at(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, options, backend
+        )
+        known = CHECKED.get(asked)
+        if known is not None and not backends.why_not_triton(query.device, query.dtype):
+            call = known if attn_mask is None else known._replace(attn_mask=attn_mask)
+            return triton_attention(query, key, value, call, False)[0]
     if (
         not type(query) is type(key) is type(value) is torch.Tensor
         or query.is_nested
@@ -283,6 +294,8 @@ def scaled_dot_product_attention(
             q, k, v, call, need_lse=return_lse, need_weights=need_weights
         )
     else:
+        if asked is not None and q is query and k is key and v is value:
+            remember(CHECKED, asked, call._replace(attn_mask=None))
         output, lse = triton_attention(q, k, v, call, return_lse)
         results = output, lse, None
         if need_weights:
@@ -293,6 +306,42 @@ def scaled_dot_product_attention(
     else:
         result = AttentionResult(*(x if x is None else x.reshape(*lead, *x.shape[2:]) for x in results))  # type: ignore
     return result if need_weights or return_lse else result.output
+
+
+CHECKED: dict[Hashable, Call] = {}  # what plain calls ask that were found right and go to the Triton kernels
+
+
+def _what_is_looked_at(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    options: Options,
+    backend: str,
+) -> Hashable:
+    """All that checks and `prepare` look at in a plain call on (B, H, L, E); None for other calls, right or wrong."""
+    if query is None or key is None or value is None or not is_plain(query, key, value, attn_mask):
+        return None
+    if torch._C._is_any_autocast_enabled() or not (
+        type(dropout_p) is float
+        and type(is_causal) is type(enable_gqa) is bool
+        and (scale is None or type(scale) is float)
+        and type(backend) is str
+        and _are_defaults(options)
+    ):
+        return None
+    mask = None
+    if attn_mask is not None:
+        if attn_mask.ndim != 4:
+            return None
+        mask = attn_mask.shape, attn_mask.dtype, attn_mask.device
+    tensors = [(x.shape, x.dtype, x.device) for x in (query, key, value)]
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    return (*tensors, mask, dropout_p, is_causal, scale, enable_gqa, backend, is_deterministic)
 
 
 def _are_defaults(options: Options) -> bool:

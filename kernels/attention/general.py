@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.again import run_kernel
 from kernels.attention.arguments import (
     dot_precision,
     for_kernel,
@@ -197,7 +198,9 @@ def launch_forward(
         return
     section = chunks * heads_in_turn(shape.group, shape.S * (e + ev) * key.itemsize, call, query.device)
     with launch_on(query.device):
-        forward_kernel[grid](
+        run_kernel(
+            forward_kernel,
+            grid,
             strided(query, call),
             strided(key, call),
             strided(value, call),

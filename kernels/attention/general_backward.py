@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.again import run_kernel
 from kernels.attention.arguments import (
     dot_precision,
     for_kernel,
@@ -414,20 +415,45 @@ def launch_backward(
             tile = plan.tile("query")
             chunks = cdiv(e, sizes["BLOCK_E"])
             section = chunks * heads_in_turn(shape.group, shape.S * width, call, query.device)
-            query_kernel[(cdiv(shape.L, tile.block_q) * chunks * shape.batch * shape.n_heads,)](
-                *inputs, strided(dq, call), asked, shape, section, **options, **tile.options()
+            run_kernel(
+                query_kernel,
+                (cdiv(shape.L, tile.block_q) * chunks * shape.batch * shape.n_heads,),
+                *inputs,
+                strided(dq, call),
+                asked,
+                shape,
+                section,
+                **options,
+                **tile.options(),
             )
         if dk is not None and dv is not None and dk.numel():
             tile = plan.tile("key_value")
             chunks = cdiv(max(e, ev), sizes["BLOCK_E"]) if sizes["LOOP"] else 1
             section = chunks * heads_in_turn(1, shape.group * shape.L * width, call, query.device)
-            key_value_kernel[(cdiv(shape.S, tile.block_k) * chunks * shape.batch * key.shape[1],)](
-                *inputs, strided(dk, call), strided(dv, call), asked, shape, section, **options, **tile.options()
+            run_kernel(
+                key_value_kernel,
+                (cdiv(shape.S, tile.block_k) * chunks * shape.batch * key.shape[1],),
+                *inputs,
+                strided(dk, call),
+                strided(dv, call),
+                asked,
+                shape,
+                section,
+                **options,
+                **tile.options(),
             )
         if dmask is not None and dmask.numel():
             tile = plan.tile("mask")
-            mask_kernel[mask_grid(dmask, shape, tile)](
-                *inputs, strided(dmask, call), asked, shape, **summed_axes(dmask), **options, **tile.options()
+            run_kernel(
+                mask_kernel,
+                mask_grid(dmask, shape, tile),
+                *inputs,
+                strided(dmask, call),
+                asked,
+                shape,
+                **summed_axes(dmask),
+                **options,
+                **tile.options(),
             )
 
 
@@ -454,7 +480,9 @@ def launch_delta(
         block = block_of(ev)
         rows = max(1, min(16, DELTA_ENTRIES // block))
         with launch_on(output.device):
-            delta_kernel[(cdiv(n_rows, rows) * batch * n_heads,)](  # rows fastest, then heads, batch
+            run_kernel(
+                delta_kernel,
+                (cdiv(n_rows, rows) * batch * n_heads,),  # rows fastest, then heads, batch
                 Strided(output, *output.stride()),
                 Strided(grad, *grad.stride()),
                 row_max,

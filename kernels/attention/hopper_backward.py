@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.again import copy_into, run_kernel
 from kernels.attention.arguments import for_kernel, heads_in_turn, shape_of
 from kernels.attention.call import Call
 from kernels.attention.hopper_pieces import (
@@ -476,7 +477,9 @@ def launch_hopper_backward(
     grad = grad if takes_tma(grad) else grad.contiguous()
     section = heads_in_turn(1, 2 * shape.group * shape.L * d * query.itemsize, call, query.device)
     with launch_on(query.device):
-        hopper_backward_kernel[(n_tiles * key.shape[1] * shape.batch,)](
+        run_kernel(
+            hopper_backward_kernel,
+            (n_tiles * key.shape[1] * shape.batch,),
             descriptor(query, ROWS, dtype),
             descriptor(key, KEYS, dtype),
             descriptor(value, KEYS, dtype),
@@ -495,4 +498,4 @@ def launch_hopper_backward(
             DS_LAYOUT=shared_layout(int(KEYS), int(ROWS), dtype),
             **options,
         )
-    dq.copy_(total)
+    copy_into(dq, total)

@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels import launch
+from kernels.again import run_kernel
 from kernels.attention.arguments import for_kernel, heads_in_turn, shape_of
 from kernels.attention.call import Call
 from kernels.attention.hopper_pieces import (
@@ -471,7 +472,9 @@ def launch_hopper_forward(
     section = heads_in_turn(shape.group, 2 * shape.S * d * query.itemsize, call, query.device)
     programs = launch.multiprocessors(query.device)  # they stay; work in turns
     with launch_on(query.device):
-        hopper_forward_kernel[(min(n_tiles * shape.batch * shape.n_heads, programs),)](
+        run_kernel(
+            hopper_forward_kernel,
+            (min(n_tiles * shape.batch * shape.n_heads, programs),),
             descriptor(query, ROWS, dtype),
             descriptor(key, block_k, dtype),
             descriptor(value, block_k, dtype),

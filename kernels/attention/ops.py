@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels.again import Calls, is_plain
 from kernels.attention.call import KINDS, LEARNED, TENSORS, Call
 from kernels.attention.formula import composed_gradients
 from kernels.attention.layout import empty_rows
-from kernels.attention.plan import plan
+from kernels.attention.plan import forces, plan
 from kernels.autograd import in_forward_mode
 from kernels.backend import why_not_triton
 
@@ -81,6 +83,19 @@ def _compact(call: Call) -> Call:
     return call.with_tensors([mask, *(x if x is None else x.contiguous() for x in small)])
 
 
+FORWARDS, BACKWARDS = Calls(), Calls()
+
+
+def _settings(query: torch.Tensor) -> tuple[Hashable, ...]:
+    """What else the launches of a call depend on."""
+    precision = ""
+    if query.dtype == torch.float32:
+        from kernels.attention.arguments import dot_precision
+
+        precision = dot_precision(query.dtype)
+    return precision, forces(), os.environ.get("KERNELS_HOPPER")
+
+
 def _require_triton(query: torch.Tensor) -> None:
     reason = why_not_triton(query.device, query.dtype)
     if reason:
@@ -104,6 +119,15 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`attention_forward`."""
     _require_triton(query)
+    inputs, numbers = (query, key, value, *rest[: len(TENSORS)]), rest[len(TENSORS) :]
+    found = FORWARDS.run(inputs, (numbers, *_settings(query)), lambda: _make_outputs(query, key, value, *rest))
+    return found  # type: ignore[return-value]
+
+
+def _make_outputs(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...] | None]:
+    """`attention_forward` for calls that are new; see `Calls.run`."""
     call, keep_statistics = _compact(Call(*rest[:-1])), rest[-1]
     chosen = plan(query, key, value, call, "forward", "the caller" if keep_statistics else "")
     outputs = new_outputs(query, value, chosen.kernel == "short")
@@ -120,7 +144,7 @@ def _forward(
         from kernels.attention.general import launch_forward
 
         launch_forward(query, key, value, call, chosen.tile("forward"), *outputs)
-    return outputs
+    return outputs, ()
 
 
 def _backward(
@@ -136,7 +160,25 @@ def _backward(
 ) -> tuple[torch.Tensor, ...]:
     """`attention_backward`."""
     _require_triton(query)
+    given = (grad_output, grad_lse, output, row_max, row_sum, query, key, value)
+    inputs, numbers = (*given, *rest[: len(TENSORS)]), (*rest[len(TENSORS) : -1], *rest[-1])
+    return BACKWARDS.run(inputs, (numbers, *_settings(query)), lambda: _make_gradients(*given, *rest))
+
+
+def _make_gradients(
+    grad_output: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    output: torch.Tensor | None,
+    row_max: torch.Tensor | None,
+    row_sum: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *rest: Any,
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...] | None]:
+    """`attention_backward` for calls that are new; see `Calls.run`."""
     call, output_mask = _compact(Call(*rest[:-1])), rest[-1]
+    others: tuple[torch.Tensor, ...] | None = ()
     chosen = plan(query, key, value, call, "backward", "" if row_max is None else "the forward")
     query, call, factor = _positive_scale(query, call)
     if output is None or row_max is None or row_sum is None:
@@ -152,19 +194,22 @@ def _backward(
         is_hopper = chosen.kernel == "hopper"
         total = query.new_empty(query.shape, dtype=torch.float32) if is_hopper else None
         statistics = launch_delta(output, grad_output, row_max, row_sum, grad_lse, total, call)
+        others = statistics.unbind()
         if total is not None:
             from kernels.attention.hopper_backward import launch_hopper_backward
 
-            whole = (grad if grad.numel() else torch.empty_like(x) for grad, x in zip(grads, (query, key, value)))
+            whole = [grad if grad.numel() else torch.empty_like(x) for grad, x in zip(grads, (query, key, value))]
             launch_hopper_backward(grad_output, query, key, value, call, statistics, total, *whole)
+            others = (*others, total, *(x for x, grad in zip(whole, grads) if x is not grad))
         else:
             dq, dk, dv, dmask, dsinks = (grad if grad.numel() else None for grad in grads)
             launch_backward(grad_output, query, key, value, call, chosen, statistics, dq, dk, dv, dmask)
             if dsinks is not None and call.sinks is not None:
                 dsinks.copy_(_gradient_of_sinks(call.sinks, row_max, row_sum, statistics[2]))
+                others = None
     if factor != 1.0 and output_mask[0]:
         grads[0].mul_(factor)
-    return tuple(grads)
+    return tuple(grads), others
 
 
 def _gradient_of_sinks(
@@ -235,9 +280,9 @@ class Attention(torch.autograd.Function):
         whether the statistics must be kept, and whether the log-sum-exp is asked for.
         """
         query, key, value, *tensors, call, keep_statistics, return_lse = args
-        output, row_max, row_sum = torch.ops.kernels.attention_forward.default(
-            query, key, value, *tensors, *call[len(TENSORS) :], keep_statistics
-        )
+        is_direct = is_plain(query, key, value, *tensors)
+        run = _forward if is_direct else torch.ops.kernels.attention_forward.default
+        output, row_max, row_sum = run(query, key, value, *tensors, *call[len(TENSORS) :], keep_statistics)
         # A row with nothing to attend to has maximum -inf and sum 0; the other way round it would be NaN.
         lse = row_max + torch.log(row_sum) if return_lse else None
         return output, lse, row_max, row_sum
@@ -271,9 +316,10 @@ class Attention(torch.autograd.Function):
             inputs = (query, key, value, *(getattr(call, name) for name in LEARNED))
             found = composed_gradients((grad_output, grad_lse), inputs, asked, call)
         else:
-            found = torch.ops.kernels.attention_backward.default(
-                grad_output, grad_lse, *outputs, query, key, value, *call, asked
-            )
+            given = (grad_output, grad_lse, *outputs, query, key, value)
+            is_direct = is_plain(*given, *call.tensors)
+            run = _backward if is_direct else torch.ops.kernels.attention_backward.default
+            found = list(run(*given, *call, asked))
         grads: list[torch.Tensor | None] = list(none)
         for place, grad, need in zip(PLACES, found, asked):
             grads[place] = grad if need else None

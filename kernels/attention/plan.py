@@ -75,6 +75,11 @@ class Forced(NamedTuple):
 _forced = Forced()
 
 
+def forces() -> Forced:
+    """What is forced at the moment."""
+    return _forced
+
+
 @contextlib.contextmanager
 def forced(
     kernel: str | None = None, tile: Tile | ShortTile | None = None, capability: int | None = None

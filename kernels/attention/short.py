@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.again import run_kernel
 from kernels.attention.arguments import dot_precision, for_kernel, shape_of, strided
 from kernels.attention.call import Call
 from kernels.attention.pieces import dot, dropout_factors, keys_in_use, zero_nonfinite
@@ -225,7 +226,9 @@ def launch_short_forward(
 ) -> None:
     """Launch the forward kernel. Arguments as of `launch_forward` in general.py, of a call that is short."""
     with launch_on(query.device):
-        short_forward_kernel[short_grid(query, key, tile)](
+        run_kernel(
+            short_forward_kernel,
+            short_grid(query, key, tile),
             strided(query, call),
             strided(key, call),
             strided(value, call),

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.again import run_kernel
 from kernels.attention.arguments import for_kernel, shape_of, strided
 from kernels.attention.call import Call
 from kernels.attention.layout import is_wide
@@ -123,7 +124,9 @@ def launch_short_backward(
     """
     grad = grad.contiguous() if is_wide(grad) else grad
     with launch_on(query.device):
-        short_backward_kernel[short_grid(query, key, tile)](
+        run_kernel(
+            short_backward_kernel,
+            short_grid(query, key, tile),
             *(strided(x, call) for x in (query, key, value, grad, dq, dk, dv)),
             for_kernel(call),
             shape_of(query, key, call),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal, overload
 
 import torch
 from torch.overrides import has_torch_function_variadic
 
+from kernels import backend as backends
+from kernels.again import is_plain, remember
 from kernels.autograd import in_forward_mode
 from kernels.backend import HALF, as_number, autocasts, check_tensor_types, choose
 from kernels.dropout import add_dropped
@@ -316,6 +318,12 @@ def _norm(
 ) -> Any:
     """Layer norm, or without `centre` RMS norm, of residual + dropout(input), and with `prenorm` that sum."""
     shape = sizes_of(normalized_shape)
+    asked = _what_is_looked_at(
+        input, residual, shape, weight, bias, eps, centre, save_output, backend, dropout_p, prenorm
+    )
+    rules = CHECKED.get(asked)
+    if rules is not None and not backends.why_not_triton(input.device, sum_dtype(input, residual)):
+        return _by_triton(input, residual, weight, bias, rules, prenorm)
     if eps is None and not centre:
         eps = FLOAT64_EPS if getattr(input, "dtype", None) == torch.float64 else FLOAT32_EPS
     check_tensor_types({"input": input} if residual is None else {"input": input, "residual": residual})
@@ -337,11 +345,48 @@ def _norm(
     dtype = torch.float32 if half_to_float else input.dtype
     if choose(backend, input.device, sum_dtype(input, residual)).backend == "torch" or in_forward_mode():
         return _by_pytorch(input, residual, shape, weight, bias, eps, centre, dropout_p, prenorm, dtype)
-    seed = None
-    if dropout_p > 0.0:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=input.device)
     need_sum = prenorm or (torch.is_grad_enabled() and not save_output)
     rules = NormRules(shape, eps, float(dropout_p), centre, save_output, need_sum, dtype)
+    if asked is not None:
+        remember(CHECKED, asked, rules)
+    return _by_triton(input, residual, weight, bias, rules, prenorm)
+
+
+KINDS = frozenset((float, bool, str, type(None)))  # of the numbers of plain calls
+CHECKED: dict[Hashable, NormRules] = {}  # what plain calls ask that were found right and go to the Triton kernels
+
+
+def _what_is_looked_at(
+    input: torch.Tensor,
+    residual: torch.Tensor | None,
+    shape: tuple[int, ...],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *numbers: Any,
+) -> Hashable:
+    """All that checks look at in a plain call of `_norm`; None for other calls, right or wrong."""
+    tensors = (input, residual, weight, bias)
+    if input is None or not is_plain(*tensors) or torch._C._is_any_autocast_enabled():
+        return None
+    kinds = tuple(map(type, numbers))
+    if not KINDS.issuperset(kinds):
+        return None
+    layouts = [None if x is None else (x.shape, x.dtype, x.device) for x in tensors]
+    return (*layouts, shape, numbers, kinds, torch.is_grad_enabled())
+
+
+def _by_triton(
+    input: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    rules: NormRules,
+    prenorm: bool,
+) -> Any:
+    """`_norm` of a right call by the kernels."""
+    seed = None
+    if rules.dropout_p > 0.0:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=input.device)
     output, total, *_ = apply_norm(input, residual, seed, weight, bias, rules)
     return (output, total) if prenorm else output
 

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-import kernels.layer_norm.ops  # noqa: F401 (registers the operations)
+from kernels.again import is_plain
 from kernels.autograd import differentiable, in_forward_mode
+from kernels.layer_norm import ops
 from kernels.layer_norm.eager import plain_gradients
 
 
@@ -45,9 +46,9 @@ class Norm(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         """Output, sum, mean and rstd as the operation gives them; output and sum are differentiable."""
         shape, eps, dropout_p, centre, _, need_sum, dtype = rules
-        return torch.ops.kernels.norm_forward.default(
-            input, residual, seed, weight, bias, shape, eps, dropout_p, centre, need_sum, dtype
-        )
+        is_direct = is_plain(input, residual, seed, weight, bias)
+        run = ops._forward if is_direct else torch.ops.kernels.norm_forward.default
+        return run(input, residual, seed, weight, bias, shape, eps, dropout_p, centre, need_sum, dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -81,7 +82,9 @@ class Norm(torch.autograd.Function):
             )
         # Without dropout input and residual have the same gradient; it is written once where their dtypes agree.
         once = needed[0] and needed[1] and seed is None and ctx.dtypes[0] == ctx.dtypes[1]
-        found = torch.ops.kernels.norm_backward.default(
+        is_direct = is_plain(grad_output, grad_sum, x, seed, weight, bias, mean, rstd)
+        run: Any = ops._backward if is_direct else torch.ops.kernels.norm_backward.default
+        found = run(
             grad_output,
             grad_sum,
             x,

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from kernels import launch
+from kernels.again import run_kernel
 from kernels.launch import cdiv, launch_on, settle
 from kernels.layer_norm.forward import alignment, keep_scale, kept, row_offsets, row_place
 from kernels.layer_norm.tiles import choose_tile, n_programs
@@ -401,8 +402,8 @@ def launch_backward(
     dropout_p: float,
     centre: bool,
     from_output: bool,
-) -> None:
-    """Fill those of the four gradients that are given.
+) -> list[torch.Tensor]:
+    """Fill those of the four gradients that are given; returns the sums of weight's and bias's that programs made.
 
     `grad_rows`, `grad_sum` and `x` are (outer, middle, inner, N) with contiguous columns: the gradient of the output,
     that of the sum or None, and the sum (the input, where there is no residual) or, `from_output`, the output. `mean`
@@ -431,7 +432,9 @@ def launch_backward(
     tensors = (grad_rows, grad_sum, x, seed, weight, bias, mean, rstd, grad_input, grad_residual)
     with launch_on(x.device):
         if not tile.chunked:
-            backward_rows_kernel[(programs,)](  # programs walk the row tiles in turn
+            run_kernel(
+                backward_rows_kernel,
+                (programs,),  # programs walk the row tiles in turn
                 *tensors,
                 *partials,
                 n_rows=n_rows,
@@ -446,7 +449,9 @@ def launch_backward(
                 num_warps=tile.num_warps,
             )
         elif grad_input is not None or grad_residual is not None:
-            backward_chunks_kernel[(n_rows,)](  # one program a row
+            run_kernel(
+                backward_chunks_kernel,
+                (n_rows,),  # one program a row
                 *tensors,
                 n_cols=n_cols,
                 **places,
@@ -457,7 +462,9 @@ def launch_backward(
                 num_warps=tile.num_warps,
             )
         if tile.chunked and needs_sums:
-            backward_columns_kernel[(n_column_blocks * programs,)](  # programs share the rows of each column block
+            run_kernel(
+                backward_columns_kernel,
+                (n_column_blocks * programs,),  # programs share the rows of each column block
                 grad_rows,
                 x,
                 weight,
@@ -476,7 +483,9 @@ def launch_backward(
                 num_warps=num_warps,
             )
         if needs_sums:
-            reduce_partials_kernel[(cdiv(n_cols, reduce.block_n),)](  # one program a block of columns
+            run_kernel(
+                reduce_partials_kernel,
+                (cdiv(n_cols, reduce.block_n),),  # one program a block of columns
                 *partials,
                 grad_weight,
                 grad_bias,
@@ -486,3 +495,4 @@ def launch_backward(
                 BLOCK_N=reduce.block_n,
                 num_warps=reduce.num_warps,
             )
+    return [x for x in partials if x is not None]

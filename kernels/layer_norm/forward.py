@@ -31,6 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.again import run_kernel
 from kernels.launch import cdiv, launch_on, settle
 from kernels.layer_norm.tiles import choose_tile
 
@@ -349,7 +350,7 @@ def launch_forward(
     tensors = (rows, residual, seed, weight, bias, output, total, mean, rstd)
     with launch_on(rows.device):
         if tile.chunked:
-            forward_chunks_kernel[(n_rows,)](*tensors, **shape)  # one program a row
+            run_kernel(forward_chunks_kernel, (n_rows,), *tensors, **shape)  # one program a row
         else:
             grid = (cdiv(n_rows, tile.rows),)  # one program a tile of rows
-            forward_rows_kernel[grid](*tensors, n_rows=n_rows, ROWS=tile.rows, **shape)
+            run_kernel(forward_rows_kernel, grid, *tensors, n_rows=n_rows, ROWS=tile.rows, **shape)

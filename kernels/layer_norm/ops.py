@@ -12,9 +12,11 @@ from collections.abc import Sequence
 
 import torch
 
+from kernels.again import Calls
 from kernels.backend import why_not_triton
 from kernels.launch import LAYOUTS
 
+FORWARDS, BACKWARDS = Calls(), Calls()
 library = torch.library.Library("kernels", "FRAGMENT")
 library.define(
     "norm_forward(Tensor input, Tensor? residual, Tensor? seed, Tensor? weight, Tensor? bias, SymInt[] "
@@ -111,12 +113,32 @@ def _forward(
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Output (dtype, by default the input's), sum, mean (M, 2), 1 / sqrt(variance + eps) (M,), in float32 at least."""
-    output, total, mean, rstd = _new_outputs(input, residual, normalized_shape, centre, need_sum, dtype)
     if input.numel() == 0:
+        output, total, mean, rstd = _new_outputs(input, residual, normalized_shape, centre, need_sum, dtype)
         return output, total, mean.zero_(), rstd.zero_()
     _require_triton(input)
+    inputs = (input, residual, seed, weight, bias)
+    shape, asked = tuple(normalized_shape), (eps, dropout_p, centre, need_sum, dtype)
+    return FORWARDS.run(inputs, (shape, *asked), lambda: (_make_outputs(*inputs, shape, *asked), ()))
 
+
+def _make_outputs(
+    input: torch.Tensor,
+    residual: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    normalized_shape: Sequence[int],
+    eps: float,
+    dropout_p: float,
+    centre: bool,
+    need_sum: bool,
+    dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, ...]:
+    """`norm_forward` for calls that are new."""
     from kernels.layer_norm.forward import launch_forward
+
+    output, total, mean, rstd = _new_outputs(input, residual, normalized_shape, centre, need_sum, dtype)
 
     n_cols = math.prod(normalized_shape)
     seed, weight, bias = (None if x is None else x.contiguous() for x in (seed, weight, bias))
@@ -174,15 +196,40 @@ def _backward(
 
     x: what was normalised, or, `from_output`, what came out.
     """
-    grads = _new_gradients(x, weight, bias, input_dtype, residual_dtype, output_mask)
     if x.numel() == 0:
+        grads = _new_gradients(x, weight, bias, input_dtype, residual_dtype, output_mask)
         return tuple(grad.zero_() for grad in grads)
+    inputs = (grad_output, grad_sum, x, seed, weight, bias, mean, rstd)
+    asked = (input_dtype, residual_dtype, dropout_p, centre, from_output, tuple(output_mask))
+    shape = tuple(normalized_shape)
+    return BACKWARDS.run(inputs, (shape, *asked), lambda: _make_gradients(*inputs, shape, *asked))
+
+
+def _make_gradients(
+    grad_output: torch.Tensor,
+    grad_sum: torch.Tensor | None,
+    x: torch.Tensor,
+    seed: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    normalized_shape: Sequence[int],
+    input_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    dropout_p: float,
+    centre: bool,
+    from_output: bool,
+    output_mask: Sequence[bool],
+) -> tuple[tuple[torch.Tensor, ...], Sequence[torch.Tensor]]:
+    """`norm_backward` for calls that are new, and the sums of its programs."""
     from kernels.layer_norm.backward import launch_backward
 
+    grads = _new_gradients(x, weight, bias, input_dtype, residual_dtype, output_mask)
     n_cols = math.prod(normalized_shape)
     seed, weight, bias = (None if y is None else y.contiguous() for y in (seed, weight, bias))
     dinput, dresidual, dweight, dbias = (grad if need else None for grad, need in zip(grads, output_mask))
-    launch_backward(
+    partials = launch_backward(
         _rows(grad_output, n_cols),
         None if grad_sum is None else _rows(grad_sum, n_cols),
         _rows(x, n_cols),
@@ -199,7 +246,7 @@ def _backward(
         centre,
         from_output,
     )
-    return grads
+    return grads, partials
 
 
 for _key in ("CPU", "CUDA"):

@@ -77,6 +77,7 @@ def way_of(
     """How `simple_attention` runs a call: by PyTorch's "kernel", by the "formula", or "", not at all."""
     if (
         not type(query) is type(key) is type(value) is torch.Tensor  # those of torch.export are not
+        or not query.is_cpu
         or torch.compiler.is_dynamo_compiling()
         or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
@@ -100,7 +101,7 @@ def way_of(
         or value.shape != others
         or 0 in shape
         or 0 in others
-        or not (query.is_cpu and dtype in FLOATS)
+        or dtype not in FLOATS
         or not (type(dropout_p) is float and dropout_p == 0.0)
         or causal_alignment not in ALIGNMENTS
         or (is_causal and not (has_one_query and causal_alignment == "bottom_right"))
