@@ -8,6 +8,7 @@ agree in these, and most calls of a program do. The first of them goes the whole
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -235,6 +236,18 @@ def is_plain(*tensors: Any) -> bool:
     ):
         return False
     for x in tensors:
-        if x is not None and (type(x) not in PLAIN or x.layout is not torch.strided or x.is_nested or x.is_neg()):
+        if x is None:
+            continue
+        if type(x) not in PLAIN or torch._C._dispatch_keys(x).raw_repr() not in _plain_keys(x.device.type):
             return False
     return True
+
+
+@functools.cache
+def _plain_keys(kind: str) -> tuple[int, ...]:
+    """To whom PyTorch's dispatcher brings an operation on plain tensors of a kind of device: who computes it, and who
+    differentiates it. Sparse, nested, batched and negative tensors go to others.
+    """
+    with torch.inference_mode():
+        without_gradients = torch.empty(0, device=kind)
+    return tuple(torch._C._dispatch_keys(x).raw_repr() for x in (torch.empty(0, device=kind), without_gradients))

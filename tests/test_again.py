@@ -232,6 +232,20 @@ def test_a_negative_view(negative: str, replayed: list[str]) -> None:
         torch.testing.assert_close(attend(**{**tensors, negative: view}), expected)
 
 
+def test_what_is_not_plain() -> None:
+    x = torch.randn(2, 3)
+    for plain in x, x.mT, x[0], torch.nn.Parameter(x), x.clone().requires_grad_(), None:
+        assert again.is_plain(x, plain)
+    with torch.inference_mode():
+        assert again.is_plain(x, torch.ones(3))
+    for other in x.to_sparse(), torch._efficientzerotensor(3), torch.complex(x, x).conj().imag:
+        assert not again.is_plain(x, other)
+    batched: list[bool] = []
+    torch._vmap_internals._vmap(lambda y: (batched.append(again.is_plain(y)), y)[1])(x)  # that of is_grads_batched
+    torch.func.vmap(lambda y: (batched.append(again.is_plain(y)), y)[1])(x)
+    assert batched == [False, False]
+
+
 def test_modes_hear_of_the_operation() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
