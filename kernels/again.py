@@ -20,7 +20,7 @@ from kernels.backend import INTERPRETED
 from kernels.launch import LAYOUTS, launch_on
 from kernels.subclasses import PLAIN
 
-__all__ = ["Calls", "copy_into", "is_plain", "remember", "run_kernel"]
+__all__ = ["Calls", "Known", "copy_into", "is_plain", "layouts", "remember", "run_kernel"]
 
 Tensors = Sequence[torch.Tensor | None]
 _noted = threading.local()  # `launches` of the call that is being noted in a thread, where there is one
@@ -105,20 +105,33 @@ class Described(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What a call needs: new tensors, the first ones its results, by shape, strides and dtype; then launches."""
+    """What a call needs: new tensors, the first ones its results; then launches.
 
-    new: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
+    new: shapes, strides and dtypes; None for a tensor like the call's first one, which takes a third of the time.
+    """
+
+    new: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype] | None, ...]
     n_results: int
     launches: tuple[tuple[Any, tuple[int, ...], Parts], ...]
 
     def run(self, inputs: Tensors, device: torch.device) -> tuple[torch.Tensor, ...]:
         """The results of such a call on these tensors."""
-        made = [torch.empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in self.new]
+        made = [
+            torch.empty_like(inputs[0])  # type: ignore[arg-type]
+            if layout is None
+            else torch.empty_strided(layout[0], layout[1], dtype=layout[2], device=device)
+            for layout in self.new
+        ]
         tensors = (*inputs, *made)
         with launch_on(device):
             for kernel, grid, arguments in self.launches:
                 kernel[grid](*arguments.fill(tensors))
         return tuple(made[: self.n_results])
+
+
+def layouts(tensors: Tensors) -> tuple[Hashable, ...]:
+    """How tensors, or None, lie in memory, as far as kernels are compiled for it."""
+    return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors])
 
 
 def remember(known: dict[Hashable, Any], key: Hashable, found: Any) -> None:
@@ -133,6 +146,10 @@ class Calls:
 
     def __init__(self) -> None:
         self.known: dict[Hashable, Known | None] = {}
+
+    def find(self, inputs: Tensors, asked: Hashable) -> Known | None:
+        """What is known of a call, see `run`."""
+        return self.known.get((layouts(inputs), inputs[0].device, asked))  # type: ignore[union-attr]
 
     def run(
         self,
@@ -149,11 +166,7 @@ class Calls:
                 None instead of those where launches alone do not make the results.
         """
         device = inputs[0].device  # type: ignore[union-attr]
-        key = (
-            *[None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in inputs],
-            device,
-            asked,
-        )
+        key = (layouts(inputs), device, asked)
         known = self.known.get(key)
         if known is not None:
             return known.run(inputs, device)
@@ -192,7 +205,12 @@ def _learn(
             noted.append((kernel, grid, Parts(tuple, (*pattern.items, *constants), pattern.spots)))
     except LookupError:
         return None
-    return Known(tuple((x.shape, x.stride(), x.dtype) for x in new), len(results), tuple(noted)) if noted else None
+    if not noted:
+        return None
+    first = torch.empty_like(inputs[0])  # type: ignore[arg-type]
+    like = first.shape, first.stride(), first.dtype
+    made = [(x.shape, x.stride(), x.dtype) for x in new]
+    return Known(tuple(None if x == like else x for x in made), len(results), tuple(noted))
 
 
 def _pattern(items: tuple[Any, ...], places: dict[int, tuple[int, torch.dtype]], make: Callable[..., Any]) -> Parts:

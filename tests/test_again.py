@@ -117,33 +117,58 @@ WHOLE = "negative scale", "no query", "no key", "no rows"  # always go the whole
 HALF = ("sinks",)  # the backward does
 
 
-def run(name: str, seed: int, learns: bool) -> list[torch.Tensor]:
+def run(name: str, seed: int, learns: bool, device: str = "cpu") -> list[torch.Tensor]:
     """Output of a call and, where its tensors learn, all gradients."""
     function, make, options = CALLS[name]
-    tensors = make(seed)
+    tensors = {key: x.to(device) for key, x in make(seed).items()}
     leaves = [x.requires_grad_() for x in tensors.values() if learns and x.is_floating_point() and name != "slopes"]
     torch.manual_seed(seed)  # for dropout
     output = function(**tensors, **options)
     if not leaves:
         return [output]
-    return [output, *torch.autograd.grad(output, leaves, randn(*output.shape, seed=seed + 7))]
+    upstream = randn(*output.shape, dtype=output.dtype, seed=seed + 7).to(device)
+    return [output, *torch.autograd.grad(output, leaves, upstream)]
 
 
 @pytest.mark.parametrize("learns", [False, True], ids=["forward", "and backward"])
 @pytest.mark.parametrize("name", CALLS)
-def test_a_call_made_again_gives_what_a_new_one_gives(name: str, learns: bool, replayed: list[str]) -> None:
+def test_a_call_made_again_gives_what_a_new_one_gives(
+    name: str, learns: bool, replayed: list[str], device: str
+) -> None:
     new = []
     for seed in 1, 2, 3:
         forget()
-        new.append(run(name, seed, learns))
+        new.append(run(name, seed, learns, device))
     assert replayed == []
     forget()
     for seed in 1, 2, 3:
-        found = run(name, seed, learns)
+        found = run(name, seed, learns, device)
         for x, y in zip(found, new[seed - 1]):
             assert torch.equal(x, y) and x.stride() == y.stride() and x.dtype == y.dtype
     calls = 0 if name in WHOLE else 1 if not learns or name in HALF or name == "slopes" else 2
     assert len(replayed) == 2 * calls  # the second and the third time
+
+
+@pytest.mark.gpu
+def test_kernels_for_hopper_chips_are_launched_again(replayed: list[str]) -> None:
+    """Few enough keys that the gradient of the query is added up in one order."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("there is no Hopper chip")
+    found = []
+    for seeds in (1,), (1, 2):  # 2 is new, then made again
+        for seed in seeds:
+            make = [randn(2, 3, 128, 64, dtype=torch.bfloat16, seed=seed + i).cuda() for i in range(4)]
+            leaves = [x.requires_grad_() for x in make[:3]]
+            with forced(kernel="hopper"):
+                output = attend(*leaves, is_causal=True)
+                found.append([output, *torch.autograd.grad(output, leaves, make[3])])
+    assert len(replayed) == 4
+    assert all(torch.equal(x, y) for x, y in zip(found[0], found[1]))
+    forget()
+    with forced(kernel="hopper"):
+        output = attend(*leaves, is_causal=True)
+        new = [output, *torch.autograd.grad(output, leaves, make[3])]
+    assert all(torch.equal(x, y) for x, y in zip(found[2], new))
 
 
 def test_a_launch_on_the_wrong_tensors_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

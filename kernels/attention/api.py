@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 import torch
 
 from kernels import backend as backends
-from kernels.again import is_plain, remember
+from kernels.again import Known, is_plain, layouts, remember
 from kernels.attention.call import FAR, NO_TENSORS, TENSORS, Call
 from kernels.attention.checks import as_flag, check, check_options, leads_of
 from kernels.attention.cpu import route
 from kernels.attention.cpu.simple import simple_attention
 from kernels.attention.formula import alibi, composed_attention
-from kernels.attention.ops import Attention
+from kernels.attention.ops import Attention, known_forward, settings
 from kernels.attention.plan import needs_statistics
 from kernels.attention.subclasses import on_heads, on_values
 from kernels.attention.tiles import MAX_HEAD_SIZE
@@ -250,10 +250,12 @@ def scaled_dot_product_attention(
         asked = _what_is_looked_at(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, options, backend
         )
-        known = CHECKED.get(asked)
-        if known is not None and not backends.why_not_triton(query.device, query.dtype):
-            call = known if attn_mask is None else known._replace(attn_mask=attn_mask)
-            return triton_attention(query, key, value, call, False)[0]
+        if asked in CHECKED and not backends.why_not_triton(query.device, query.dtype):
+            call, known = CHECKED[asked]
+            if known is not None and not wants_gradient(query, key, value, attn_mask):
+                return known.run((query, key, value, attn_mask, *NO_TENSORS[1:]), query.device)[0]
+            call = call if attn_mask is None else call._replace(attn_mask=attn_mask)
+            return triton_attention(query, key, value, call, False, known)[0]
     if (
         not type(query) is type(key) is type(value) is torch.Tensor
         or query.is_nested
@@ -294,9 +296,11 @@ def scaled_dot_product_attention(
             q, k, v, call, need_lse=return_lse, need_weights=need_weights
         )
     else:
-        if asked is not None and q is query and k is key and v is value:
-            remember(CHECKED, asked, call._replace(attn_mask=None))
         output, lse = triton_attention(q, k, v, call, return_lse)
+        if asked is not None and q is query and k is key and v is value:
+            known = None if call.dropout_p else known_forward(q, k, v, call)
+            if known is not None or call.dropout_p:
+                remember(CHECKED, asked, (call._replace(attn_mask=None), known))
         results = output, lse, None
         if need_weights:
             _, _, weights = composed_attention(q, k, v, call._replace(dropout_p=0.0), need_lse=False)
@@ -308,7 +312,8 @@ def scaled_dot_product_attention(
     return result if need_weights or return_lse else result.output
 
 
-CHECKED: dict[Hashable, Call] = {}  # what plain calls ask that were found right and go to the Triton kernels
+# What plain calls ask that were found right and go to the Triton kernels, and what is known of those without dropout.
+CHECKED: dict[Hashable, tuple[Call, Known | None]] = {}
 
 
 def _what_is_looked_at(
@@ -334,14 +339,12 @@ def _what_is_looked_at(
         and _are_defaults(options)
     ):
         return None
-    mask = None
-    if attn_mask is not None:
-        if attn_mask.ndim != 4:
-            return None
-        mask = attn_mask.shape, attn_mask.dtype, attn_mask.device
-    tensors = [(x.shape, x.dtype, x.device) for x in (query, key, value)]
-    is_deterministic = torch.are_deterministic_algorithms_enabled()
-    return (*tensors, mask, dropout_p, is_causal, scale, enable_gqa, backend, is_deterministic)
+    if attn_mask is not None and (attn_mask.ndim != 4 or attn_mask.device != query.device or attn_mask.requires_grad):
+        return None
+    if not query.device == key.device == value.device:
+        return None
+    numbers = dropout_p, is_causal, scale, enable_gqa, backend, torch.are_deterministic_algorithms_enabled()
+    return (layouts((query, key, value, attn_mask)), query.device, numbers, *settings(query))
 
 
 def _are_defaults(options: Options) -> bool:
@@ -436,9 +439,12 @@ def make_call(
 
 
 def triton_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, return_lse: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, return_lse: bool, known: Known | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Output (B, Hq, L, Ev) and log-sum-exp (B, Hq, L) by the Triton kernels."""
+    """Output (B, Hq, L, Ev) and log-sum-exp (B, Hq, L) by the Triton kernels.
+
+    known: what `known_forward` has of a plain call.
+    """
     slopes, mask = call.alibi_slopes, call.attn_mask
     if wants_gradient(slopes):
         # The kernels have no gradient for slopes, but one for a float mask, which the slopes can be made into.
@@ -455,7 +461,7 @@ def triton_attention(
         needs_statistics(call, return_lse, wants_gradient(call.attn_mask))
     )
     numbers = call.with_tensors(NO_TENSORS)
-    output, lse, *_ = differentiable(Attention, q, k, v, *call.tensors, numbers, keep_statistics, return_lse)
+    output, lse, *_ = differentiable(Attention, q, k, v, *call.tensors, numbers, keep_statistics, return_lse, known)
     return output, lse
 
 

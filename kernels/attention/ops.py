@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.again import Calls, is_plain
+from kernels.again import Calls, Known, is_plain
 from kernels.attention.call import KINDS, LEARNED, TENSORS, Call
 from kernels.attention.formula import composed_gradients
 from kernels.attention.layout import empty_rows
@@ -86,7 +86,13 @@ def _compact(call: Call) -> Call:
 FORWARDS, BACKWARDS = Calls(), Calls()
 
 
-def _settings(query: torch.Tensor) -> tuple[Hashable, ...]:
+def known_forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call) -> Known | None:
+    """What is known of a forward that keeps no statistics."""
+    numbers = (*call[len(TENSORS) :], False)
+    return FORWARDS.find((query, key, value, *call.tensors), (numbers, *settings(query)))
+
+
+def settings(query: torch.Tensor) -> tuple[Hashable, ...]:
     """What else the launches of a call depend on."""
     precision = ""
     if query.dtype == torch.float32:
@@ -120,7 +126,7 @@ def _forward(
     """`attention_forward`."""
     _require_triton(query)
     inputs, numbers = (query, key, value, *rest[: len(TENSORS)]), rest[len(TENSORS) :]
-    found = FORWARDS.run(inputs, (numbers, *_settings(query)), lambda: _make_outputs(query, key, value, *rest))
+    found = FORWARDS.run(inputs, (numbers, *settings(query)), lambda: _make_outputs(query, key, value, *rest))
     return found  # type: ignore[return-value]
 
 
@@ -162,7 +168,7 @@ def _backward(
     _require_triton(query)
     given = (grad_output, grad_lse, output, row_max, row_sum, query, key, value)
     inputs, numbers = (*given, *rest[: len(TENSORS)]), (*rest[len(TENSORS) : -1], *rest[-1])
-    return BACKWARDS.run(inputs, (numbers, *_settings(query)), lambda: _make_gradients(*given, *rest))
+    return BACKWARDS.run(inputs, (numbers, *settings(query)), lambda: _make_gradients(*given, *rest))
 
 
 def _make_gradients(
@@ -277,12 +283,15 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[torch.Tensor | None, ...]:
         """query, key and value; the call's tensors one by one, which autograd wants to see, and the call without them;
-        whether the statistics must be kept, and whether the log-sum-exp is asked for.
+        whether the statistics must be kept, and whether the log-sum-exp is asked for; what is known of the call.
         """
-        query, key, value, *tensors, call, keep_statistics, return_lse = args
-        is_direct = is_plain(query, key, value, *tensors)
-        run = _forward if is_direct else torch.ops.kernels.attention_forward.default
-        output, row_max, row_sum = run(query, key, value, *tensors, *call[len(TENSORS) :], keep_statistics)
+        query, key, value, *tensors, call, keep_statistics, return_lse, known = args
+        if known is not None:
+            output, row_max, row_sum = known.run((query, key, value, *tensors), query.device)
+        else:
+            is_direct = is_plain(query, key, value, *tensors)
+            run = _forward if is_direct else torch.ops.kernels.attention_forward.default
+            output, row_max, row_sum = run(query, key, value, *tensors, *call[len(TENSORS) :], keep_statistics)
         # A row with nothing to attend to has maximum -inf and sum 0; the other way round it would be NaN.
         lse = row_max + torch.log(row_sum) if return_lse else None
         return output, lse, row_max, row_sum
@@ -290,7 +299,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         """Keep inputs (references, no copies) and dropout's seed; output and two numbers a row where there are."""
-        *tensors, ctx.numbers, _, _ = inputs
+        *tensors, ctx.numbers, _, _, _ = inputs
         result, _, row_max, row_sum = output
         ctx.mark_non_differentiable(row_max, row_sum)
         ctx.set_materialize_grads(False)
@@ -302,7 +311,7 @@ class Attention(torch.autograd.Function):
         ctx: Any, grad_output: torch.Tensor | None, grad_lse: torch.Tensor | None = None, *_: None
     ) -> tuple[torch.Tensor | None, ...]:
         """Gradients of GRADIENTS, those that are needed."""
-        none = (None,) * (3 + len(TENSORS) + 3)
+        none = (None,) * len(_ARGUMENTS)
         if grad_output is None and grad_lse is None:
             return none
         query, key, value, *rest = ctx.saved_tensors
@@ -327,7 +336,7 @@ class Attention(torch.autograd.Function):
 
 
 # Dynamo tells by the number of arguments that no context comes first.
-_ARGUMENTS = ("query", "key", "value", *TENSORS, "numbers", "keep_statistics", "return_lse")
+_ARGUMENTS = ("query", "key", "value", *TENSORS, "numbers", "keep_statistics", "return_lse", "known")
 Attention.forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in _ARGUMENTS]
 )
