@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
 
 import kernels
+from kernels.layer_norm import ops
 from kernels.layer_norm.ops import _rows
 from kernels.reference import rms_norm_no_loop, rms_norm_two_loop
 
@@ -289,6 +290,14 @@ def test_a_row_does_not_depend_on_its_batch_on_either_backend(normal, backend, c
         together = ours(centre, backend=backend)(x, residual, *parameters)[0]
         for rows in (slice(4, 5), slice(3, 11)):
             assert torch.equal(together[rows], ours(centre, backend=backend)(x[rows], residual[rows], *parameters)[0])
+
+
+@pytest.mark.parametrize("shape", [(23, 7), (5, 3, 64), (9, 1)], ids=str)
+def test_a_row_alone_runs_the_machine_code_of_its_batch(shape):
+    """Triton specialises a kernel to what it knows of the strides, and another one may add up in another order."""
+    x = torch.empty(shape)
+    row = x[(slice(0, 1),) * (x.ndim - 1)]
+    assert ops._row_layout(row.shape, row.stride(), shape[-1])[1] == ops._row_layout(x.shape, x.stride(), shape[-1])[1]
 
 
 @either_backend

@@ -250,7 +250,7 @@ def scaled_dot_product_attention(
         asked = _what_is_looked_at(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, options, backend
         )
-        if asked in CHECKED and not backends.why_not_triton(query.device, query.dtype):
+        if asked is not None and asked in CHECKED and not backends.why_not_triton(query.device, query.dtype):
             call, known = CHECKED[asked]
             if known is not None and not wants_gradient(query, key, value, attn_mask):
                 return known.run((query, key, value, attn_mask, *NO_TENSORS[1:]), query.device)[0]

@@ -321,7 +321,7 @@ def _norm(
     asked = _what_is_looked_at(
         input, residual, shape, weight, bias, eps, centre, save_output, backend, dropout_p, prenorm
     )
-    rules = CHECKED.get(asked)
+    rules = None if asked is None else CHECKED.get(asked)  # compiled code would watch what is in there
     if rules is not None and not backends.why_not_triton(input.device, sum_dtype(input, residual)):
         return _by_triton(input, residual, weight, bias, rules, prenorm)
     if eps is None and not centre:

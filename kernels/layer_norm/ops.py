@@ -53,18 +53,21 @@ def _row_layout(
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Shape and strides of `_rows`; None where there are none."""
     merged: list[tuple[int, int]] = []  # (size, stride), innermost first; neighbours with one stride are one
-    columns = 1
-    for size, stride in zip(reversed(shape), reversed(strides)):
+    columns, next_row = 1, n_cols
+    for place, (size, stride) in enumerate(zip(reversed(shape), reversed(strides))):
         if columns < n_cols:  # a trailing dimension
             if size > 1 and stride != columns:
                 return None
             columns *= size
+            next_row = strides[-place - 2] if place + 1 < len(shape) else n_cols
         elif size > 1 and merged and stride == merged[-1][0] * merged[-1][1]:
             merged[-1] = merged[-1][0] * size, merged[-1][1]
         elif size > 1:
             merged.append((size, stride))
     if len(merged) > 3:
         return None
+    if not merged:  # one row, as far from the next as in a batch that it may be of: then it runs the same machine code
+        merged = [(1, next_row)]
     merged = [(1, 0)] * (3 - len(merged)) + merged  # innermost first: the kernels fold divisions by 1
     sizes, steps = zip(*reversed(merged))
     return (*sizes, n_cols), (*steps, 1)
