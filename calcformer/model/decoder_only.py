@@ -36,6 +36,8 @@ class Block(nn.Module):
         value_size: int | None,
     ) -> None:
         super().__init__()
+        if norm not in NORMS:
+            raise ValueError(f"norm must be {' or '.join(NORMS)}, got {norm!r}")
         self.attention_norm = NORMS[norm](width, eps=EPS)
         self.attention = SelfAttention(width, heads, dropout, True, key_heads, head_size, value_size)
         self.feed_forward_norm = NORMS[norm](width, eps=EPS)
@@ -148,7 +150,7 @@ class DecoderOnly(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids (B, T) int64; returns scores (B, T, V) of the token that follows each."""
-        rows = Rows(ids, None)
+        rows = Rows(ids, None, compact=False)
         return rows.spread(self.prediction(self._read(rows)))
 
     @torch.no_grad()
@@ -163,7 +165,7 @@ class DecoderOnly(nn.Module):
             What `next` needs, and scores (B, V) of the token that follows.
         """
         cache = Cache([None] * len(self.layers), limit)
-        x = self._read(Rows(ids, None), cache)
+        x = self._read(Rows(ids, None, compact=False), cache)
         return cache, self.prediction(x.view(*ids.shape, -1)[:, -1])
 
     @torch.no_grad()

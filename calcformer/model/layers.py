@@ -194,6 +194,8 @@ class FeedForward(nn.Module):
         self.expand = nn.Linear(width, 2 * hidden if activation == "swiglu" else hidden)
         self.contract = nn.Linear(hidden, width)
         self.dropout = Dropout(dropout)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be {', '.join(ACTIVATIONS)}, got {activation!r}")
         self.activation = ACTIVATIONS[activation]
         nn.init.xavier_uniform_(self.expand.weight)
         nn.init.xavier_uniform_(self.contract.weight)

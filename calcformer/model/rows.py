@@ -45,14 +45,16 @@ class Rows:
         ids: (B, T) int64.
         pad_id: the token that fills short sequences, None where there is none.
         start: how many tokens of each sequence came before these.
+        compact: False where no padding is to be left out: heads are then split and joined by views, which is faster
+            unless sequences are short and many.
     """
 
-    def __init__(self, ids: torch.Tensor, pad_id: int | None, start: int = 0) -> None:
+    def __init__(self, ids: torch.Tensor, pad_id: int | None, start: int = 0, compact: bool = True) -> None:
         self.batch, self.length = ids.shape
         self.start, self.end = start, start + self.length
         real = None if pad_id is None else ids != pad_id
         # Sequences of one token, as a decoder with a cache has them, are split and joined by views.
-        self.compact = self.length > 1 and ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        self.compact = compact and self.length > 1 and ids.device.type == "cpu" and not torch.compiler.is_compiling()
         self.count = ids.numel()
         if self.compact:
             places = torch.arange(self.count)
