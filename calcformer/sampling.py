@@ -38,8 +38,8 @@ def probabilities(scores: torch.Tensor, temperature: float = 1.0, top_k: int = 0
         best[:, top_k:] = 0.0
         best /= best.sum(dim=1, keepdim=True)
     if top_p < 1.0:
-        before = best.cumsum(dim=1) - best
-        best[:, 1:].masked_fill_(before[:, 1:] >= top_p, 0.0)
+        enough = best.cumsum(dim=1) >= top_p
+        best[:, 1:].masked_fill_(enough[:, :-1], 0.0)
         best /= best.sum(dim=1, keepdim=True)
     return torch.zeros_like(chance).scatter_(1, token, best)
 
@@ -61,6 +61,8 @@ def check(prompts: list[list[int]], size: int, length: int, temperature: float, 
     if not 0.0 <= top_p <= 1.0:
         raise InputError(f"top_p must be 0 to 1, got {shown(top_p)}")
     for prompt in prompts:
+        if not isinstance(prompt, list):
+            raise InputError(f"prompts must be lists of token ids, one a text, got {shown(prompt)}; put it in a list")
         if not prompt:
             raise InputError("a prompt must have at least one token, got an empty one; begin with a token of the text")
         wrong = [token for token in prompt if not 0 <= token < size]

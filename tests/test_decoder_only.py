@@ -89,9 +89,8 @@ class Plain(nn.Module):
             if activation == "swiglu":
                 y = F.silu(y[..., : SIZES["hidden"]]) * y[..., SIZES["hidden"] :]
             else:
-                y = {"relu": F.relu, "gelu": F.gelu, "gelu-tanh": lambda y: F.gelu(y, approximate="tanh")}[activation](
-                    y
-                )
+                approximate = "tanh" if activation == "gelu-tanh" else "none"
+                y = F.relu(y) if activation == "relu" else F.gelu(y, approximate=approximate)
             x = x + layer.feed_forward.contract(y)
         return self.last_norm(x) @ self.ours.prediction.weight.T
 

@@ -86,15 +86,10 @@ def test_frequencies_are_the_probabilities() -> None:
 
 def test_what_has_no_probability_is_never_drawn() -> None:
     chance = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]], dtype=torch.float64)
-    below_1 = 1 - 2.0**-53
-    assert draw(chance.expand(4, -1), torch.tensor([0.0, 0.29, 0.31, below_1], dtype=torch.float64)).tolist() == [
-        1,
-        1,
-        3,
-        3,
-    ]
+    uniform = torch.tensor([0.0, 0.29, 0.31, 1 - 2.0**-53], dtype=torch.float64)  # the last is the largest there is
+    assert draw(chance.expand(4, -1), uniform).tolist() == [1, 1, 3, 3]
     thirds = torch.full((1, 3), 1 / 3, dtype=torch.float64) * torch.tensor([1, 1, 0])
-    assert draw(thirds, torch.tensor([below_1], dtype=torch.float64)).tolist() == [1]
+    assert draw(thirds, uniform[3:]).tolist() == [1]
 
 
 @torch.no_grad()
@@ -185,6 +180,7 @@ def test_samples_follow_the_model() -> None:
         ({"top_p": -0.1}, "top_p must be 0 to 1, got -0.1"),
         ({"prompts": [[1], []]}, "a prompt must have at least one token, got an empty one"),
         ({"prompts": [[1, SIZE]]}, "a token of a prompt must be 0 to 12, got 13"),
+        ({"prompts": [1, 2]}, "prompts must be lists of token ids, one a text, got 1; put it in a list"),
         ({"prompts": [[-1]]}, "a token of a prompt must be 0 to 12, got -1"),
     ],
 )
