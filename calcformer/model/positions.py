@@ -97,7 +97,7 @@ class AddedPositions(Positions):
         self.table = Table(encode, length)
 
     def forward(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return x + F.embedding(rows.positions, self.table(rows.end))
+        return rows.add_by_place(x, self.table(rows.end))
 
 
 class LearnedPositions(Positions):
@@ -119,7 +119,7 @@ class LearnedPositions(Positions):
                 f"learned positions reach {self.table.shape[0]} tokens, got a sequence of {rows.end}; "
                 "use positions='sinusoid' for longer ones"
             )
-        return x + F.embedding(rows.positions, self.table)
+        return rows.add_by_place(x, self.table)
 
 
 class RelativePositions(Positions):

@@ -13,7 +13,7 @@ from kernels.backend import HALF, as_number, autocasts, check_tensor_types, choo
 from kernels.dropout import add_dropped
 from kernels.layer_norm.autograd import NormRules, apply_norm
 from kernels.layer_norm.checks import check, check_dropout, sizes_of
-from kernels.layer_norm.eager import eager_norm
+from kernels.layer_norm.eager import eager_norm, is_simple, simple_norm
 from kernels.layer_norm.ops import sum_dtype
 from kernels.layer_norm.subclasses import on_what_they_hold
 from kernels.subclasses import holds_others, is_dtensor, overridden
@@ -315,6 +315,10 @@ def _norm(
     prenorm: bool = False,
 ) -> Any:
     """Layer norm, or without `centre` RMS norm, of residual + dropout(input), and with `prenorm` that sum."""
+    if dropout_p == 0.0 and is_simple(input, residual, normalized_shape, weight, bias, eps, backend):
+        total = input if residual is None else residual + input
+        output = simple_norm(total, normalized_shape, weight, bias, eps, centre)
+        return (output, total) if prenorm else output
     shape = sizes_of(normalized_shape)
     if eps is None and not centre:
         eps = FLOAT64_EPS if getattr(input, "dtype", None) == torch.float64 else FLOAT32_EPS
