@@ -315,9 +315,9 @@ def _norm(
     prenorm: bool = False,
 ) -> Any:
     """Layer norm, or without `centre` RMS norm, of residual + dropout(input), and with `prenorm` that sum."""
-    if dropout_p == 0.0 and is_simple(input, residual, normalized_shape, weight, bias, eps, backend):
+    if is_simple(input, residual, normalized_shape, weight, bias, eps, dropout_p, backend):
         total = input if residual is None else residual + input
-        output = simple_norm(total, normalized_shape, weight, bias, eps, centre)
+        output = simple_norm(total, sizes_of(normalized_shape), weight, bias, eps, centre)
         return (output, total) if prenorm else output
     shape = sizes_of(normalized_shape)
     if eps is None and not centre:

@@ -153,17 +153,20 @@ def simple_norm(
     return near_zero(x, shape, weight, bias, eps)[0]
 
 
-def is_simple(x: Any, residual: Any, shape: Any, weight: Any, bias: Any, eps: Any, backend: Any) -> bool:
-    """Whether a call of a norm without dropout, right or wrong, is one of `simple_norm`: asked at once, since one by one
-    the questions take longer than the norm of few rows.
+def is_simple(
+    x: Any, residual: Any, shape: Any, weight: Any, bias: Any, eps: Any, dropout_p: Any, backend: Any
+) -> bool:
+    """Whether a call of a norm, right or wrong, is one for `simple_norm`: of numbers on a CPU, without dropout.
+
+    All is asked at once: one by one the questions take longer than the norm of few rows.
 
     Arguments as the public norms have them, unchecked. Not so with backend="triton", or in Triton's interpreter.
     """
     if (
         type(x) is not torch.Tensor
         or type(weight) not in PLAIN
-        or type(shape) is not tuple
-        or type(eps) is not float
+        or not (type(shape) is tuple or type(shape) is torch.Size)
+        or not (type(eps) is type(dropout_p) is float and dropout_p == 0.0)
         or torch.compiler.is_dynamo_compiling()
         or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0

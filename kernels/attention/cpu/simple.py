@@ -102,6 +102,7 @@ def way_of(
     shape, others, dtype = query.shape, key.shape, query.dtype
     has_one_query = len(shape) == len(others) == 4 and shape[2] == 1
     is_plain = attn_mask is softcap is sinks is None
+    is_alike = shape == others and len(shape) > 1 + enable_gqa and query.is_contiguous()
     is_training = (
         len(shape) == 4
         and not has_one_query
@@ -112,9 +113,7 @@ def way_of(
         and wants_gradient(query, key, value)
     )
     if (
-        not (
-            has_one_query or is_training or (shape == others and len(shape) > 1 + enable_gqa and query.is_contiguous())
-        )
+        not (has_one_query or is_training or is_alike)
         or value.shape != others
         or 0 in shape
         or 0 in others
@@ -126,7 +125,7 @@ def way_of(
         or not (scale is None or (type(scale) is float and 0.0 < scale < LARGEST_SCALE))
     ):
         return ""
-    if is_training and (is_causal or query.numel() >= FEW):
+    if is_training:
         return "training"
     if not has_one_query:
         return "kernel" if is_plain and query.numel() < FEW else ""
