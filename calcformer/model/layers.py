@@ -201,7 +201,8 @@ class FeedForward(nn.Module):
         nn.init.xavier_uniform_(self.contract.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.contract(self.dropout(self.activation(self.expand(x))))
+        x = self.activation(self.expand(x))
+        return self.contract(self.dropout(x) if self.dropout.now else x)
 
 
 class Layer(nn.Module):

@@ -22,6 +22,7 @@ from kernels.attention.cpu.fused import Fused, _is_fused_with_gradients, fused_a
 from kernels.attention.cpu.short import is_short
 from kernels.attention.formula import all_finite
 from kernels.attention.layout import ordered_as, overlaps
+from kernels.autograd import apply_at_once
 from kernels.backend import HALF, wants_gradient
 from kernels.subclasses import PLAIN
 
@@ -157,7 +158,7 @@ def _in_training(
     if not _is_fused_with_gradients(query, key, value, None, 0.0, is_causal, scale, False):
         return None
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
-    return ordered_as(query, Fused.apply(query, key, value, None, is_causal, scale))
+    return ordered_as(query, apply_at_once(Fused, query, key, value, None, is_causal, scale))
 
 
 def _is_flat(x: torch.Tensor) -> bool:
