@@ -6,7 +6,7 @@ A step is forward, cross-entropy, backward and AdamW, in float32, all eager. Pro
 steps, begin with the same weights, and must give the same losses. "torch.nn" is the model as one writes it: a product
 each for queries, keys and values, `F.scaled_dot_product_attention`, AdamW as it comes; "torch.nn, lean" has one product
 for all three, and the fused AdamW. calcformer has what its trainer has: all parameters, and their gradient, in one
-vector. On a GPU it steps by a CUDA graph as well.
+vector. On a GPU it steps by a CUDA graph as well. Freed memory is kept (`keep_memory`), for all alike.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from bench.record import Context, name_row
 from bench.timing import play_samples
 from calcformer.config import TrainingConfig
 from calcformer.model import DecoderOnly
+from calcformer.runs.device import keep_memory
 from calcformer.training.cuda_graph import CudaRecorder
 from calcformer.training.optimizer import build_optimizer
 
@@ -141,6 +142,7 @@ Step = Callable[[], torch.Tensor]  # trains a step, and returns its loss before 
 
 def build_steps(size: Size, device: torch.device) -> dict[str, Step]:
     """The step of each provider, on the same batch and from the same weights."""
+    keep_memory()
     torch.manual_seed(0)
     text = torch.randint(size.vocabulary, (size.batch, size.context + 1), device=device)
     ids, labels = text[:, :-1], text[:, 1:].flatten()
