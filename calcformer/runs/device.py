@@ -54,7 +54,7 @@ def pick_device(name: str) -> torch.device:
 def keep_memory() -> None:
     """Let the C library keep up to a gigabyte of what this process frees, for what it asks for next.
 
-    A step of training frees and takes the same memory again and again. What goes back to the system in between has to be
+    A step of training frees and takes the same memory again and again. What goes back to the system in between is
     cleared by it, page by page, which takes a few per cent of a step's time. Nothing happens without glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
