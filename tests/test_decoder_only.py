@@ -71,7 +71,7 @@ class Plain(nn.Module):
         if positions == "learned":
             x = x + self.ours.positions.table[: ids.shape[1]]
         if positions == "sinusoid":
-            x = x + sinusoid(ids.shape[1], x.shape[2]).to(x)
+            x = 50 * x + sinusoid(ids.shape[1], x.shape[2]).to(x)
         for layer, (first, second) in zip(self.ours.layers, self.norms):
             attention, expand = layer.attention, layer.feed_forward.expand
             joint = F.linear(first(x), attention.query_key_value.weight, attention.query_key_value.bias)

@@ -10,7 +10,7 @@ import kernels.nn
 from calcformer.model.cache import Cache, LayerCache
 from calcformer.model.dropout import Dropout
 from calcformer.model.layers import FeedForward, SelfAttention
-from calcformer.model.positions import Positions, build_positions
+from calcformer.model.positions import AddedPositions, Positions, build_positions
 from calcformer.model.rows import Rows
 
 __all__ = ["Block", "DecoderOnly"]
@@ -85,7 +85,7 @@ class DecoderOnly(nn.Module):
         norm: "layer" or "rms".
         activation: "gelu", "gelu-tanh" (GPT-2's own approximation), "relu", or "swiglu", whose first product has
             2 * hidden columns.
-        positions: see build_positions.
+        positions: see build_positions. Where they are a fixed encoding, embeddings are multiplied by 50 before.
         tied: the head's matrix is the embedding's. The head has no bias.
         key_heads: heads of keys and values, which heads / key_heads query heads share each; None for as many.
         head_size, value_size: of a head's queries and keys, and of its values; None for width / heads, and as the keys.
@@ -118,6 +118,8 @@ class DecoderOnly(nn.Module):
         self.vocabulary_size, self.context = vocabulary_size, context
         self.embedding = nn.Embedding(vocabulary_size, width)
         self.positions = build_positions(positions, context, width, heads, is_causal=True, head_size=head_size)
+        # A fixed encoding, of about unit size, would drown embeddings of deviation 0.02.
+        self.embedding_scale = 1 / STD if isinstance(self.positions, AddedPositions) else 1.0
         self.dropout = Dropout(dropout)
         self.layers = nn.ModuleList(  # type: ignore[assignment]
             Block(width, heads, hidden, dropout, norm, activation, key_heads, head_size, value_size)
@@ -142,7 +144,10 @@ class DecoderOnly(nn.Module):
 
     def _read(self, rows: Rows, cache: Cache | None = None) -> torch.Tensor:
         """What the head makes scores of, (R, D)."""
-        x = self.dropout(self.positions(F.embedding(rows.ids, self.embedding.weight), rows))
+        x = F.embedding(rows.ids, self.embedding.weight)
+        if self.embedding_scale != 1.0:
+            x = x * self.embedding_scale
+        x = self.dropout(self.positions(x, rows))
         branch = None
         for layer, kept in zip(self.layers, [None] * len(self.layers) if cache is None else cache.layers):
             x, branch = layer(x, branch, rows, self.positions, kept)
