@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["differentiable", "in_forward_mode", "transformed"]
+__all__ = ["apply_at_once", "differentiable", "in_forward_mode", "transformed"]
 
 
 def in_forward_mode() -> bool:
@@ -21,6 +21,11 @@ def transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def apply_at_once(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)`, which asks whether functorch is at work, where it is known that it is not."""
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def differentiable(function: type[torch.autograd.Function], *args: Any) -> Any:

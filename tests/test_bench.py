@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench import attention, timing, training_speed
+from bench import attention, bench_language_model, timing, training_speed
 from bench import bench_layer_norm as layer_norm
 from bench.accounting import AttentionCase, NormCase, Work, attention_cases, norm_cases, short_cases
 from bench.ceilings import Ceilings
@@ -313,3 +313,22 @@ def test_training_table_by_hand():
     text = training_speed.table(speeds)
     assert "3.00 x as fast as nn.Transformer with one thread each (3.00 by CPU time), 6.00 x with" in text
     assert "2.00 x as fast as " + training_speed.LEAN in text and text.endswith("4.00 x with each in its best way")
+
+
+def test_the_language_models_of_a_benchmark_are_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Untied and tied: they have the same scores and losses, and a provider that does other work is not timed."""
+    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
+    for tied in (False, True):
+        size = bench_language_model.Size(11, 7, 2, 20, 4, 6, 3, 23, tied)
+        ours = size.build()
+        ids = torch.randint(11, (2, 7))
+        for joint in (False, True):
+            theirs = bench_language_model.PlainModel(size, ours, joint)
+            torch.testing.assert_close(theirs(ids), ours(ids))
+            assert sum(x.numel() for x in theirs.parameters()) == sum(x.numel() for x in ours.parameters())
+        steps = bench_language_model.build_steps(size, torch.device("cpu"))
+        bench_language_model.check(steps)
+        scored = steps[bench_language_model.LEAN]
+        steps[bench_language_model.LEAN] = lambda scored=scored: 1.001 * scored()
+        with pytest.raises(WrongResult, match="torch.nn, lean: losses"):
+            bench_language_model.check(steps)

@@ -154,7 +154,8 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
 def test_rows_hold_each_token_once_and_padding_once() -> None:
     rows = Rows(IDS, PAD)
     assert rows.ids.tolist() == [5, 6, 7, 8, 1, 2, 3, 4, 9, 9, PAD]
-    assert rows.positions.tolist()[:10] == [0, 1, 2, 0, 0, 1, 2, 3, 0, 1]
+    places = rows.add_by_place(torch.zeros(11, 1), torch.arange(4.0)[:, None])
+    assert places.squeeze(1).tolist()[:10] == [0, 1, 2, 0, 0, 1, 2, 3, 0, 1]
     assert rows.mask is not None and torch.equal(rows.mask[:, 0, 0], IDS != PAD)
     assert Rows(IDS[2:3], PAD).mask is None and Rows(IDS, None).ids.shape == (16,)
     assert Rows(IDS[:0], PAD).ids.shape == (0,)

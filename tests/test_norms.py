@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
 
 import kernels
-from kernels.layer_norm import ops
+from kernels.layer_norm import api, eager, ops
 from kernels.layer_norm.ops import _rows
 from kernels.reference import rms_norm_no_loop, rms_norm_two_loop
 
@@ -816,3 +816,58 @@ def test_modules_load_the_state_of_their_namesakes(normal, device, name, eps):
     for found, expected in zip(module(x, residual, prenorm=True), (theirs(x + residual), x + residual)):
         torch.testing.assert_close(found, expected)
     assert (module(x, residual, dropout_p=1.0) - theirs(residual)).abs().max() < 1e-5
+
+
+@either_norm
+@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("dropout_p", [None, 0.0])
+@pytest.mark.parametrize("shape", [(19, 37), (2, 3, 64), (0, 7)], ids=str)
+def test_a_plain_call_on_a_cpu_gives_bit_for_bit_what_it_gives_when_asked_all(
+    normal, centre, dropout_p, shape, monkeypatch
+):
+    (x, residual, *parameters), upstreams = sample(normal, centre, shape)
+    x[:1] += 100.0  # far from zero
+    options = {} if dropout_p is None else {"dropout_p": dropout_p, "prenorm": True}
+    tensors = x, None if dropout_p is None else residual, *parameters
+    upstreams = upstreams[:1] if dropout_p is None else upstreams
+    call = ours(centre, backend="torch", **options)
+    asked = []
+
+    def answer(*args):
+        asked.append(eager.is_simple(*args))
+        return asked[-1]
+
+    monkeypatch.setattr(api, "is_simple", answer)
+    found = tree_leaves(results(call, tensors, upstreams))
+    assert all(asked) and asked
+    monkeypatch.setattr(api, "is_simple", lambda *_: False)
+    expected = tree_leaves(results(call, tensors, upstreams))
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_what_is_no_plain_call_of_a_norm(normal):
+    x, weight = normal(5, 7), normal(7)
+    plain = (x, x, (7,), weight, weight, 1e-5, 0.0, "torch")
+    assert eager.is_simple(*plain) and eager.is_simple(x, None, (7,), weight, None, 0.0, 0.0, "torch")
+    others = [
+        (0, x.bfloat16()),
+        (0, x[:, :6]),
+        (1, x[:4]),
+        (1, x.double()),
+        (2, 7),
+        (2, (5, 7)),
+        (3, None),
+        (3, weight[:6]),
+        (4, weight.double()),
+        (5, -1.0),
+        (5, math.nan),
+        (5, None),
+        (6, 0.1),
+        (6, torch.zeros(2)),
+        (7, "triton"),
+        (7, "auto"),  # here Triton's interpreter runs it
+        (7, "best"),
+    ]
+    for place, other in others:
+        assert not eager.is_simple(*plain[:place], other, *plain[place + 1 :]), (place, other)

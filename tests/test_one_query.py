@@ -1,4 +1,4 @@
-"""One query a head on a CPU, as when text is generated: the short way, held to the general one."""
+"""One query a head on a CPU, as in generating text, and calls in training: the short way, held to the general one."""
 
 from __future__ import annotations
 
@@ -169,3 +169,53 @@ def test_a_trace_holds_for_other_numbers(sizes: str, n_queries: int, options: di
     traced = torch.jit.trace(lambda *x: attend(*x, **given), (query, key, value), check_trace=False)
     others = query * 3, key.flip(2), value + 1
     torch.testing.assert_close(traced(*others), attend(*others, **given))
+
+
+def in_training(
+    monkeypatch: pytest.MonkeyPatch, joint: torch.Tensor, short: bool, is_causal: bool, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and gradient of self-attention over joint (B, T, 3, H, E), or (3, B, H, T, E), by that way."""
+    runs: list[Any] = []
+    apply = simple._in_training
+    with monkeypatch.context() as patch:
+        patch.setattr(simple, "_in_training", lambda *args: runs.append(apply(*args) if short else None) or runs[-1])
+        joint = joint.detach().requires_grad_()
+        parts = joint.unbind(0) if joint.shape[0] == 3 else [x.transpose(1, 2) for x in joint.unbind(2)]
+        output = kernels.scaled_dot_product_attention(*parts, is_causal=is_causal, backend="torch", **options)
+        (grad,) = torch.autograd.grad(output, joint, torch.linspace(-1, 1, output.numel()).view_as(output).to(output))
+    assert len(runs) == 1
+    return output, grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("shape", [(2, 19, 3, 5, 12), (3, 2, 5, 19, 12), (1, 3, 3, 2, 4), (3, 40, 5, 7, 8)], ids=str)
+def test_a_call_in_training_gives_bit_for_bit_what_the_general_way_gives(
+    shape: tuple[int, ...], is_causal: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Views of one product, and tensors of their own; the last goes the way of many short sequences."""
+    joint = torch.randn(shape).to(dtype)
+    short, general = (in_training(monkeypatch, joint, short, is_causal, scale=0.3) for short in (True, False))
+    assert all(map(torch.equal, short, general)) and short[0].stride() == general[0].stride()
+    other = in_training(monkeypatch, joint, True, not is_causal, scale=0.3)
+    assert not torch.equal(other[0], short[0])
+
+
+def test_a_call_in_training_with_nan_goes_the_general_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    joint = torch.randn(2, 19, 3, 5, 12)
+    joint[0, 11, 1, 2, 3] = math.nan  # a key that queries before it may not see
+    short, general = (in_training(monkeypatch, joint, short, True) for short in (True, False))
+    torch.testing.assert_close(short, general, rtol=0, atol=0, equal_nan=True)
+    assert short[0][0, 2, :11].isfinite().all() and short[0][0, 2, 11:].isnan().all()
+
+
+def test_what_is_no_plain_call_in_training_does_not_go_its_way() -> None:
+    query = torch.randn(2, 3, 5, 8, requires_grad=True)
+    plain = (query, query, query, None, 0.0, True, None, False, {}, "torch")
+    assert simple.way_of(*plain) == "training"
+    for place, value in ((3, torch.ones(5, dtype=torch.bool)), (4, 0.1), (0, query.detach()[:, :, :4])):
+        assert simple.way_of(*plain[:place], value, *plain[place + 1 :]) != "training", place
+    for options in ({"softcap": 2.0}, {"window": (1, 1)}, {"causal_alignment": "bottom_right"}):
+        assert simple.way_of(*plain[:8], options, "torch") != "training"
+    with torch.no_grad():
+        assert simple.way_of(*plain) != "training"

@@ -1,6 +1,7 @@
 """Processes: none outlives the one that started it, there are no more than cores, and two never share a folder."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -264,3 +265,30 @@ def test_two_sweeps_at_once(tmp_path: Path) -> None:
     words = ["sweep", *FLAGS, "--epochs", "1"]
     assert Counter(at_once(*words)) == {0: 2}
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["sweep-1", "sweep-2"]
+
+
+FAULTS = """
+import resource, torch
+from calcformer.runs.device import keep_memory
+
+def faults():
+    for count in range(12):
+        if count == 2:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks = [torch.ones(1 << 22) for _ in range(4)]
+        del blocks
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 10
+
+print(faults())
+keep_memory()
+print(faults())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_freed_memory_is_kept() -> None:
+    """A page is had from the system once, not for every block anew."""
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before > 100 and after < 10, done.stdout

@@ -1,8 +1,10 @@
-"""The transformer, its layers and its position encodings."""
+"""The transformers, their layers and position encodings, and small models without attention."""
 
 from calcformer.model.cache import Cache
+from calcformer.model.decoder_only import DecoderOnly
 from calcformer.model.encoder_decoder import EncoderDecoder
 from calcformer.model.layers import CrossAttention, DecoderLayer, EncoderLayer, FeedForward, Memory, SelfAttention
+from calcformer.model.next_word import FeedForwardNextWord, RecurrentNextWord
 from calcformer.model.weights import AttentionWeights, attention_weights
 
 __all__ = [
@@ -10,10 +12,13 @@ __all__ = [
     "Cache",
     "CrossAttention",
     "DecoderLayer",
+    "DecoderOnly",
     "EncoderDecoder",
     "EncoderLayer",
     "FeedForward",
+    "FeedForwardNextWord",
     "Memory",
+    "RecurrentNextWord",
     "SelfAttention",
     "attention_weights",
 ]

@@ -118,5 +118,6 @@ class EncoderDecoder(nn.Module):
         rows = Rows(token[:, None], None, start=cache.length)
         x = self._embed(rows, self.target_embedding, self.target_positions)
         for layer, kept in zip(self.decoder, cache.layers):
+            assert kept.memory is not None
             x = layer(x, rows, self.target_positions, kept.memory, kept)
         return self.prediction(self.decoder_norm(x))

@@ -1,11 +1,12 @@
 """The layers of an encoder-decoder transformer.
 
 Shapes: R rows, one a token (see `Rows`), B sequences, H heads, T tokens of a sequence, S those of the memory, E head
-size, D = H * E model width. Source: Vaswani et al. 2017, section 3.
+size, D model width, H * E unless a head size is given. Source: Vaswani et al. 2017, section 3.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -29,8 +30,19 @@ __all__ = [
     "SelfAttention",
 ]
 
-# In place: what a linear layer gives is nobody else's.
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": torch.relu_, "gelu": F.gelu}
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """x (R, 2 F), a gate and what it lets through, to (R, F): silu(gate) * rest (Shazeer 2020, "GLU Variants")."""
+    gate, rest = x.chunk(2, dim=1)
+    return F.silu(gate) * rest
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": torch.relu_,  # in place: what a linear layer gives is nobody else's
+    "gelu": F.gelu,
+    "gelu-tanh": partial(F.gelu, approximate="tanh"),
+    "swiglu": swiglu,
+}
 
 
 class Memory(NamedTuple):
@@ -54,9 +66,15 @@ class ScaledDotProductAttention(nn.Module):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, is_causal: bool
     ) -> torch.Tensor:
-        """query (B, H, L, E), key and value (B, H, S, E), mask broadcastable to (B, H, L, S): (B, H, L, E)."""
+        """query (B, H, L, E), key (B, Hkv, S, E), value (B, Hkv, S, Ev), mask for (B, H, L, S): (B, H, L, Ev)."""
         return kernels.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=is_causal, dropout_p=self.dropout if self.training else 0.0
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=is_causal,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
 
 
@@ -64,16 +82,18 @@ class MultiHeadAttention(nn.Module):
     """What self and cross attention share.
 
     Args:
-        width: D, a multiple of `heads`.
+        width: D, a multiple of `heads` where no head size is given.
         heads: H.
         dropout: probability with which an attention weight is dropped in training.
+        head_size: E, of queries and keys; None for D / H.
     """
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, heads: int, dropout: float = 0.0, head_size: int | None = None) -> None:
         super().__init__()
-        if width % heads:
+        if head_size is None and width % heads:
             raise ValueError(f"width must be a multiple of heads, got width {width} and {heads} heads")
         self.heads = heads
+        self.head_size = head_size or width // heads
         self.scaled_dot_product = ScaledDotProductAttention(dropout)
 
     def reset_parameters(self) -> None:
@@ -97,20 +117,42 @@ class SelfAttention(MultiHeadAttention):
     Args:
         width, heads, dropout: as for MultiHeadAttention.
         is_causal: whether a token attends to none after it.
+        key_heads: Hkv, heads of keys and values, which H / Hkv query heads share each; None for H.
+        head_size: E, of queries and keys; None for D / H. value_size: Ev; None for E.
     """
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0, is_causal: bool = False) -> None:
-        super().__init__(width, heads, dropout)
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        dropout: float = 0.0,
+        is_causal: bool = False,
+        key_heads: int | None = None,
+        head_size: int | None = None,
+        value_size: int | None = None,
+    ) -> None:
+        super().__init__(width, heads, dropout, head_size)
         self.is_causal = is_causal
-        self.query_key_value = nn.Linear(width, 3 * width)
-        self.output = nn.Linear(width, width)
+        self.key_heads, value_size = key_heads or heads, value_size or self.head_size
+        if heads % self.key_heads:
+            raise ValueError(f"heads must be a multiple of key heads, got {heads} heads and {self.key_heads} of keys")
+        self.sizes = [heads * self.head_size, self.key_heads * self.head_size, self.key_heads * value_size]
+        self.query_key_value = nn.Linear(width, sum(self.sizes))
+        self.output = nn.Linear(heads * value_size, width)
         self.reset_parameters()
+
+    def _split(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, ...]:
+        """x (R, sum(sizes)) as query (B, H, T, E), key (B, Hkv, T, E) and value (B, Hkv, T, Ev)."""
+        if self.sizes[0] == self.sizes[1] == self.sizes[2]:
+            return rows.split(x, 3, self.heads)
+        parts = zip(x.split(self.sizes, dim=1), (self.heads, self.key_heads, self.key_heads))
+        return tuple(rows.split(part, 1, heads)[0] for part, heads in parts)
 
     def forward(
         self, x: torch.Tensor, rows: Rows, positions: Positions, cache: LayerCache | None = None
     ) -> torch.Tensor:
         """x (R, D), which stands in `rows`, after the tokens that are in the cache, if any; returns (R, D)."""
-        query, key, value = rows.split(self.query_key_value(x), 3, self.heads)
+        query, key, value = self._split(self.query_key_value(x), rows)
         query, key = positions.turn(query, rows), positions.turn(key, rows)
         if cache is not None:
             key, value = cache.extend(key, value)
@@ -118,7 +160,7 @@ class SelfAttention(MultiHeadAttention):
         bias = positions.bias(rows)
         if bias is not None:
             mask = bias if mask is None else torch.where(mask, bias, -math.inf)
-        is_causal = self.is_causal and cache is None  # no key stands after the one query that a cache is read with
+        is_causal = self.is_causal and rows.length > 1  # no key stands after the one query that a cache is read with
         mixed = self.scaled_dot_product(query, key, value, mask, is_causal)
         return self.output(rows.join(mixed))
 
@@ -149,15 +191,18 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int, dropout: float = 0.0, activation: str = "relu") -> None:
         super().__init__()
-        self.expand = nn.Linear(width, hidden)
+        self.expand = nn.Linear(width, 2 * hidden if activation == "swiglu" else hidden)
         self.contract = nn.Linear(hidden, width)
         self.dropout = Dropout(dropout)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be {', '.join(ACTIVATIONS)}, got {activation!r}")
         self.activation = ACTIVATIONS[activation]
         nn.init.xavier_uniform_(self.expand.weight)
         nn.init.xavier_uniform_(self.contract.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.contract(self.dropout(self.activation(self.expand(x))))
+        x = self.activation(self.expand(x))
+        return self.contract(self.dropout(x) if self.dropout.now else x)
 
 
 class Layer(nn.Module):

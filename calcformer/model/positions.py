@@ -97,7 +97,7 @@ class AddedPositions(Positions):
         self.table = Table(encode, length)
 
     def forward(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return x + F.embedding(rows.positions, self.table(rows.end))
+        return rows.add_by_place(x, self.table(rows.end))
 
 
 class LearnedPositions(Positions):
@@ -119,7 +119,7 @@ class LearnedPositions(Positions):
                 f"learned positions reach {self.table.shape[0]} tokens, got a sequence of {rows.end}; "
                 "use positions='sinusoid' for longer ones"
             )
-        return x + F.embedding(rows.positions, self.table)
+        return rows.add_by_place(x, self.table)
 
 
 class RelativePositions(Positions):
@@ -173,7 +173,9 @@ class RotaryPositions(Positions):
         return torch.view_as_real(turned).flatten(3).type_as(x)
 
 
-def build_positions(kind: str, length: int, width: int, heads: int, is_causal: bool = False) -> Positions:
+def build_positions(
+    kind: str, length: int, width: int, heads: int, is_causal: bool = False, head_size: int | None = None
+) -> Positions:
     """The position encoding called `kind` for a stack of layers.
 
     Args:
@@ -182,6 +184,7 @@ def build_positions(kind: str, length: int, width: int, heads: int, is_causal: b
         length: the longest sequence expected.
         width: D; heads: H.
         is_causal: whether tokens attend to none after them.
+        head_size: E, of queries and keys; None for width / heads.
     """
     fixed: dict[str, Callable[..., torch.Tensor]] = {
         "sinusoid": sinusoid,
@@ -196,7 +199,7 @@ def build_positions(kind: str, length: int, width: int, heads: int, is_causal: b
         reach = min(length - 1, FARTHEST)
         return RelativePositions(heads, reach, 0 if is_causal else reach)
     if kind == "rotary":
-        return RotaryPositions(length, width // heads)
+        return RotaryPositions(length, head_size or width // heads)
     if kind == "none":
         return Positions()
     raise ValueError(f"positions must be {', '.join(fixed)}, learned, relative, rotary or none, got {kind!r}")

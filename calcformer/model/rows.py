@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 __all__ = ["Rows"]
 
@@ -45,14 +46,16 @@ class Rows:
         ids: (B, T) int64.
         pad_id: the token that fills short sequences, None where there is none.
         start: how many tokens of each sequence came before these.
+        compact: False where no padding is to be left out: heads are then split and joined by views, which is faster
+            unless sequences are short and many.
     """
 
-    def __init__(self, ids: torch.Tensor, pad_id: int | None, start: int = 0) -> None:
+    def __init__(self, ids: torch.Tensor, pad_id: int | None, start: int = 0, compact: bool = True) -> None:
         self.batch, self.length = ids.shape
         self.start, self.end = start, start + self.length
         real = None if pad_id is None else ids != pad_id
         # Sequences of one token, as a decoder with a cache has them, are split and joined by views.
-        self.compact = self.length > 1 and ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        self.compact = compact and self.length > 1 and ids.device.type == "cpu" and not torch.compiler.is_compiling()
         self.count = ids.numel()
         if self.compact:
             places = torch.arange(self.count)
@@ -71,11 +74,11 @@ class Rows:
         self.ids = ids.reshape(-1)  # (R,)
         self.mask = None if real is None else real[:, None, None, :]  # (B, 1, 1, T), True = a real token
 
-    @property
-    def positions(self) -> torch.Tensor:
-        """(R,) int64, how many tokens stand before each in its sequence."""
-        places = self._places if self.compact else torch.arange(self.batch * self.length, device=self.ids.device)
-        return places % self.length + self.start
+    def add_by_place(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """x (R, D) and, of a table (N, D), the row of as many tokens as stand before each in its sequence."""
+        if self.compact:
+            return x + F.embedding(self._places % self.length + self.start, table)
+        return (x.view(self.batch, self.length, x.shape[1]) + table[self.start : self.end]).flatten(0, 1)
 
     def _move(self, parts: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The indices that take (R, parts, H) to (parts, B, H, T), and back; made once a batch."""

@@ -36,6 +36,10 @@ def overlaps(x: torch.Tensor) -> bool:
         return False
     if torch.compiler.is_compiling():  # which cannot sort symbols
         return True
+    if x.ndim == 4:  # a part of (B, T, parts, H, E), as one product gives queries, keys and values
+        (_, heads, length, size), (batch, head, row, column) = x.shape, x.stride()
+        if column == 1 and size <= head and heads * head <= row and length * row <= batch:
+            return False
     reach = 1  # memory that the dimensions so far go over
     for stride, size in sorted(zip(x.stride(), x.shape)):
         if size > 1 and stride:

@@ -15,7 +15,7 @@ from kernels.backend import HALF, as_number, autocasts, check_tensor_types, choo
 from kernels.dropout import add_dropped
 from kernels.layer_norm.autograd import NormRules, apply_norm
 from kernels.layer_norm.checks import check, check_dropout, sizes_of
-from kernels.layer_norm.eager import eager_norm
+from kernels.layer_norm.eager import eager_norm, is_simple, simple_norm
 from kernels.layer_norm.ops import sum_dtype
 from kernels.layer_norm.subclasses import on_what_they_hold
 from kernels.subclasses import holds_others, is_dtensor, overridden
@@ -317,6 +317,10 @@ def _norm(
     prenorm: bool = False,
 ) -> Any:
     """Layer norm, or without `centre` RMS norm, of residual + dropout(input), and with `prenorm` that sum."""
+    if is_simple(input, residual, normalized_shape, weight, bias, eps, dropout_p, backend):
+        total = input if residual is None else residual + input
+        output = simple_norm(total, sizes_of(normalized_shape), weight, bias, eps, centre)
+        return (output, total) if prenorm else output
     shape = sizes_of(normalized_shape)
     asked = _what_is_looked_at(
         input, residual, shape, weight, bias, eps, centre, save_output, backend, dropout_p, prenorm

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
-from kernels.autograd import transformed
+from kernels import backend as backends
+from kernels.autograd import apply_at_once, transformed
 from kernels.backend import HALF, autocasts, wants_gradient
-from kernels.subclasses import is_traced
+from kernels.subclasses import PLAIN, is_traced
 
 # Mean over deviation of a row up to which PyTorch's CPU kernel keeps its digits: it computes x * rstd - mean * rstd.
 FAR = 4.0
@@ -132,8 +134,64 @@ def eager_norm(
         x, weight, bias = (y if y is None else y.to(wide) for y in (x, weight, bias))  # type: ignore[assignment]
     if is_traced(x):  # PyTorch's kernels have derivatives of forward mode wrong
         return plain_norm(x, shape, weight, bias, eps, centre)[0]
+    return simple_norm(x, shape, weight, bias, eps, centre)
+
+
+def simple_norm(
+    x: torch.Tensor,
+    shape: Sequence[int],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    centre: bool,
+) -> torch.Tensor:
+    """`eager_norm` of tensors of one dtype that hold numbers."""
     if not centre:
         return torch.rms_norm(x, shape, weight, eps)
     if wants_gradient(x, weight, bias):
-        return LayerNorm.apply(x, weight, bias, shape, eps)
+        return apply_at_once(LayerNorm, x, weight, bias, shape, eps)
     return near_zero(x, shape, weight, bias, eps)[0]
+
+
+def is_simple(
+    x: Any, residual: Any, shape: Any, weight: Any, bias: Any, eps: Any, dropout_p: Any, backend: Any
+) -> bool:
+    """Whether a call of a norm, right or wrong, is one for `simple_norm`: of numbers on a CPU, without dropout.
+
+    All is asked at once: one by one the questions take longer than the norm of few rows.
+
+    Arguments as the public norms have them, unchecked. Not so with backend="triton", or in Triton's interpreter.
+    """
+    if (
+        type(x) is not torch.Tensor
+        or type(weight) not in PLAIN
+        or not (type(shape) is tuple or type(shape) is torch.Size)
+        or not (type(eps) is type(dropout_p) is float and dropout_p == 0.0)
+        or torch.compiler.is_dynamo_compiling()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._is_any_autocast_enabled()
+        or x.is_nested
+    ):
+        return False
+    dtype, sizes = x.dtype, x.shape
+    return (
+        x.is_cpu
+        and weight.is_cpu
+        and (dtype is torch.float32 or dtype is torch.float64)
+        and x.layout is weight.layout is torch.strided
+        and weight.dtype is dtype
+        and len(shape) == 1
+        and weight.shape == shape == sizes[-1:]
+        and 0.0 <= eps < math.inf
+        and (backend == "torch" or (backend == "auto" and not backends.INTERPRETED))
+        and (bias is None or (type(bias) in PLAIN and bias.is_cpu and bias.dtype is dtype and bias.shape == shape))
+        and (
+            residual is None
+            or (type(residual) is torch.Tensor and residual.is_cpu and residual.dtype is dtype)
+            and not residual.is_nested
+            and residual.shape == sizes
+        )
+    )

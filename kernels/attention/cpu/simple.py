@@ -1,5 +1,6 @@
 """Small calls of attention on a CPU, whose way to a kernel would take longer than the kernel: one query a head, as when
-text is generated, and few numbers. What other calls are asked on their way, one by one, these are asked at once.
+text is generated, few numbers, and self-attention of a model in training, with nothing more than is_causal. What other
+calls are asked on their way, one by one, these are asked at once.
 
 One query a head with a soft cap or sinks goes by the formula, here written for it; its few scores and its output show
 what is NaN or infinite. So do heads that share many keys, which the formula reads once for all of them.
@@ -17,7 +18,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kernels import backend as backends
 from kernels.attention.checks import ALIGNMENTS, LARGEST_SCALE, _broadcast_to
-from kernels.attention.cpu.fused import fused_attention
+from kernels.attention.cpu.fused import Fused, _is_fused_with_gradients, fused_attention
+from kernels.attention.cpu.short import is_short
+from kernels.attention.formula import all_finite
+from kernels.attention.layout import ordered_as, overlaps
+from kernels.autograd import apply_at_once
 from kernels.backend import HALF, wants_gradient
 from kernels.subclasses import PLAIN
 
@@ -49,6 +54,8 @@ def simple_attention(
         way = way_of(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, options, backend)
         if way == "":
             return None
+        if way == "training":
+            return _in_training(query, key, value, is_causal, scale)
         query = query.contiguous()
         if way == "formula":
             return _by_formula(query, key, value, attn_mask, scale, options.get("softcap"), options.get("sinks"))
@@ -74,7 +81,7 @@ def way_of(
     options: Mapping[str, Any],
     backend: str,
 ) -> str:
-    """How `simple_attention` runs a call: by PyTorch's "kernel", by the "formula", or "", not at all."""
+    """How `simple_attention` runs a call: by PyTorch's "kernel", by the "formula", "training", or "", not at all."""
     if (
         not type(query) is type(key) is type(value) is torch.Tensor  # those of torch.export are not
         or not query.is_cpu
@@ -96,20 +103,32 @@ def way_of(
         return ""
     shape, others, dtype = query.shape, key.shape, query.dtype
     has_one_query = len(shape) == len(others) == 4 and shape[2] == 1
+    is_plain = attn_mask is softcap is sinks is None
+    is_alike = shape == others and len(shape) > 1 + enable_gqa and query.is_contiguous()
+    is_training = (
+        len(shape) == 4
+        and not has_one_query
+        and is_plain
+        and shape == others
+        and causal_alignment == "top_left"
+        and torch.is_grad_enabled()
+        and wants_gradient(query, key, value)
+    )
     if (
-        not (has_one_query or (shape == others and len(shape) > 1 + enable_gqa and query.is_contiguous()))
+        not (has_one_query or is_training or is_alike)
         or value.shape != others
         or 0 in shape
         or 0 in others
         or dtype not in FLOATS
         or not (type(dropout_p) is float and dropout_p == 0.0)
         or causal_alignment not in ALIGNMENTS
-        or (is_causal and not (has_one_query and causal_alignment == "bottom_right"))
+        or (is_causal and not (is_training or (has_one_query and causal_alignment == "bottom_right")))
         or not (backend == "torch" or (backend == "auto" and not backends.INTERPRETED))
         or not (scale is None or (type(scale) is float and 0.0 < scale < LARGEST_SCALE))
     ):
         return ""
-    is_plain = attn_mask is softcap is sinks is None
+    if is_training:
+        return "training"
     if not has_one_query:
         return "kernel" if is_plain and query.numel() < FEW else ""
     (batch, heads, _, size), (_, own, n_keys, _) = shape, others
@@ -129,6 +148,18 @@ def way_of(
         return "formula" if is_whole and shares_many else "kernel"
     is_capped = softcap is None or (type(softcap) is float and 0.0 < softcap < LARGEST_SCALE)
     return "formula" if is_whole and is_capped else ""
+
+
+def _in_training(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, scale: float | None
+) -> torch.Tensor | None:
+    """What `route.attention` makes of such a call if it takes PyTorch's fused kernel, else None."""
+    if is_short(query, key, value, None, 0.0) or overlaps(query) or (is_causal and not all_finite(key, value)):
+        return None
+    if not _is_fused_with_gradients(query, key, value, None, 0.0, is_causal, scale, False):
+        return None
+    scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
+    return ordered_as(query, apply_at_once(Fused, query, key, value, None, is_causal, scale))
 
 
 def _is_flat(x: torch.Tensor) -> bool:
