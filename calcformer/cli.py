@@ -11,14 +11,17 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from calcformer import __version__
-from calcformer.config import DEFAULT, LARGEST_SET, PRESETS
+from calcformer.config import DEFAULT, PRESETS, RunConfig, describe_figures
 from calcformer.errors import InputError, tell
 from calcformer.flags import Parser, add_settings, path, whole
 from calcformer.interrupt import Stopped, handle_signals
+from calcformer.settings import LARGEST_SET
 from calcformer.studies import MOST_SEEDS, STUDIES, Sweep, parse_vary
+from calcformer.tasks import TASKS
 
 if TYPE_CHECKING:
     from calcformer.solver import Solver
@@ -37,10 +40,29 @@ def say(text: str) -> None:
         raise
 
 
-def build_parser() -> Parser:
-    parser = Parser(
-        prog="calcformer", description="Train a transformer to calculate, measure it, and ask it.", allow_abbrev=False
-    )
+def choose(words: Sequence[str]) -> RunConfig:
+    """The preset that the words of a command begin with: by TASK right behind it, --preset, --study and --model.
+
+    InputError where they contradict each other. What they name wrongly is left to the parser.
+    """
+    finder = Parser(prog="calcformer", add_help=False, allow_abbrev=False)
+    for flag in "--preset", "--study", "--model":
+        finder.add_argument(flag, nargs="?")
+    found = finder.parse_known_args(list(words[1:]))[0]
+    task = words[1] if words[1:2] and words[1] in TASKS else None
+    name = found.preset if found.study not in STUDIES else STUDIES[found.study].preset
+    if name not in PRESETS:
+        name = DEFAULT if task is None else next(iter(TASKS[task].presets()))
+    base = PRESETS[name]
+    if task not in (None, base.data.task):
+        raise InputError(f"{name} is a preset of {base.data.task}, not of {task}; leave out one of them")
+    return base.with_settings({"model": found.model}) if found.model in base.data.models else base
+
+
+def build_parser(base: RunConfig) -> Parser:
+    """The parser of all commands; train and sweep have the flags of the task and the kind of model of `base`."""
+    task, own = base.data.task, [name for name, preset in PRESETS.items() if preset.data.task == base.data.task]
+    parser = Parser(prog="calcformer", description="Train a transformer, measure it, and ask it.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"calcformer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -48,14 +70,13 @@ def build_parser() -> Parser:
         "train",
         help="train a model",
         allow_abbrev=False,
-        description=f"Train a model. In brackets stand the defaults: {' / '.join(PRESETS)}, or one where they agree.",
-    )
-    train.add_argument(
-        "--preset", choices=tuple(PRESETS), default=argparse.SUPPRESS, help=f"named settings ({DEFAULT})"
+        description=(
+            f"Train a model. These are the flags of {task}; for others name a task, of which calcformer tasks has a "
+            f"table, first. In brackets stand the defaults: {' / '.join(own)}, or one where they agree."
+        ),
     )
     train.add_argument("--out", type=path, help="run folder to write (runs/PRESET-N)")
     train.add_argument("--resume", type=path, metavar="RUN", help="continue a run from its last finished epoch")
-    add_settings(train)
 
     sweep = commands.add_parser(
         "sweep",
@@ -64,13 +85,10 @@ def build_parser() -> Parser:
         description=(
             "Train a run for every combination of the values given, side by side, and compare them in a table and a "
             "picture. The same command with the same --out, or --resume, goes on where it was stopped. Any setting "
-            "that train has can be given; in brackets stand the defaults of the presets."
+            f"that train has can be given; in brackets stand the defaults of the presets of {task}."
         ),
     )
     sweep.add_argument("--study", choices=tuple(STUDIES), help="a report's comparison, its figures beside ours")
-    sweep.add_argument(
-        "--preset", choices=tuple(PRESETS), default=argparse.SUPPRESS, help=f"named settings ({DEFAULT})"
-    )
     sweep.add_argument(
         "--vary",
         action="append",
@@ -86,7 +104,18 @@ def build_parser() -> Parser:
     )
     sweep.add_argument("--out", type=path, help="sweep folder to write (runs/STUDY-N or runs/sweep-N)")
     sweep.add_argument("--resume", type=path, metavar="SWEEP", help="continue a sweep")
-    add_settings(sweep)
+    for command in train, sweep:
+        command.add_argument(
+            "task", nargs="?", choices=tuple(TASKS), metavar="TASK", help=f"{', '.join(TASKS)} ({task})"
+        )
+        command.add_argument(
+            "--preset",
+            choices=tuple(PRESETS),
+            metavar="PRESET",
+            default=argparse.SUPPRESS,
+            help=f"{', '.join(own)} ({base.preset})",
+        )
+        add_settings(command, base)
 
     evaluate = commands.add_parser("evaluate", help="measure a run on its held-out problems", allow_abbrev=False)
     evaluate.add_argument("run", type=path, metavar="RUN", help="run folder")
@@ -123,7 +152,7 @@ def build_parser() -> Parser:
         "questions",
         nargs="*",
         metavar="PROBLEM",
-        help="such as 649+864, or 'NEGATIVE 30 subtract NEGATIVE 34' for a run on expressions",
+        help=f"such as {', or '.join(task.example for task in TASKS.values() if task.example)}",
     )
     solve.add_argument(
         "--input", type=path, metavar="FILE", help="a file of problems, one a line, - for standard input"
@@ -151,6 +180,14 @@ def build_parser() -> Parser:
         help="write a problem's weights and tokens as JSON, named as in BertViz's head_view",
     )
 
+    commands.add_parser("tasks", help="list what can be learned, and the presets", allow_abbrev=False)
+    runs = commands.add_parser("runs", help="list the runs in a folder", allow_abbrev=False)
+    runs.add_argument("folder", type=path, nargs="?", default=Path("runs"), metavar="FOLDER", help="(runs)")
+    info = commands.add_parser("info", help="say what is known of a run", allow_abbrev=False)
+    info.add_argument("run", type=path, metavar="RUN", help="run folder")
+    for command in commands.choices["tasks"], runs, info:
+        command.add_argument("--json", action="store_true", help="print JSON")
+
     for command in evaluate, solve:
         command.add_argument(
             "--beam",
@@ -164,18 +201,30 @@ def build_parser() -> Parser:
     return parser
 
 
-def run_train(arguments: argparse.Namespace) -> int:
+def take_settings(arguments: argparse.Namespace, base: RunConfig) -> dict[str, Any]:
+    """What was given of TASK, --preset and the settings; InputError where TASK stands too late to choose the flags."""
     settings = vars(arguments)
     del settings["command"]
+    if settings["task"] not in (None, base.data.task):
+        raise InputError(f"the task stands first: calcformer train {settings['task']}")
+    if settings["task"] is None:
+        del settings["task"]
+    return settings
+
+
+def run_train(arguments: argparse.Namespace, base: RunConfig) -> int:
+    settings = take_settings(arguments, base)
     out, resumed = settings.pop("out"), settings.pop("resume")
     if resumed is not None:
         if out is not None or settings:
             given = "out" if out is not None else next(iter(settings))
-            raise InputError(f"--resume continues a run with its own settings; leave out --{given.replace('_', '-')}")
+            flag = settings["task"] if given == "task" else f"--{given.replace('_', '-')}"
+            raise InputError(f"--resume continues a run with its own settings; leave out {flag}")
     else:
-        config = PRESETS[settings.pop("preset", DEFAULT)].with_settings(settings)
+        config = base.with_settings({name: value for name, value in settings.items() if name not in ("task", "preset")})
 
     from calcformer import training
+    from calcformer.runs.folder import read_config
 
     try:
         last = training.train(config, out) if resumed is None else training.resume(resumed)
@@ -185,20 +234,17 @@ def run_train(arguments: argparse.Namespace) -> int:
             f"{stopped.folder}"
         )
         return 130
-    say(
-        f"{last['run']}: exact match {last['exact_match']:.4f}, token accuracy {last['valid_token_accuracy']:.4f}, "
-        f"loss {last['valid_loss']:.4f} on held-out problems"
-    )
+    figures = describe_figures(last, read_config(Path(last["run"])))
+    say(f"{last['run']}: {figures} on held-out problems")
     return 0
 
 
-def run_sweep(arguments: argparse.Namespace) -> int:
+def run_sweep(arguments: argparse.Namespace, base: RunConfig) -> int:
     from calcformer import comparison, sweep
 
-    settings = vars(arguments)
-    del settings["command"]
+    settings = take_settings(arguments, base)
     jobs, out, resumed = settings.pop("jobs"), settings.pop("out"), settings.pop("resume")
-    study, vary, seeds = settings.pop("study"), parse_vary(settings.pop("vary")), settings.pop("seeds")
+    study, vary, seeds = settings.pop("study"), parse_vary(settings.pop("vary"), base), settings.pop("seeds")
     if resumed is not None:
         given = [
             name
@@ -211,8 +257,8 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     else:
         if study is not None and "preset" in settings:
             raise InputError("a study has its own preset; leave out --preset")
-        preset = settings.pop("preset", DEFAULT)
-        plan = Sweep.of(settings, vary, 1 if seeds is None else seeds, preset, study)
+        settings = {name: value for name, value in settings.items() if name not in ("task", "preset")}
+        plan = Sweep.of(settings, vary, 1 if seeds is None else seeds, base.preset, study)
     try:
         results = sweep.run_sweep(plan, out, jobs)
     except Stopped as stopped:
@@ -264,7 +310,7 @@ def run_solve(arguments: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from calcformer.runs import newest_run
+    from calcformer.runs.newest import newest_run
     from calcformer.solver import Solver
 
     if arguments.questions and arguments.input is not None:
@@ -273,7 +319,7 @@ def run_solve(arguments: argparse.Namespace) -> int:
     is_asked = not (arguments.questions or arguments.input or arguments.json) and sys.stdin.isatty()
     problems = [] if is_asked else read_problems(arguments)
     if not problems and not is_asked:
-        raise InputError("no problem was given; give one, such as: calcformer solve 649+864")
+        raise InputError(f"no problem was given; give one, such as: calcformer solve {PRESETS[DEFAULT].data.example}")
     questions = [question for question, _ in problems]
     solver = Solver(arguments.run or newest_run(questions), arguments.device)
     for question, place in problems:
@@ -334,7 +380,7 @@ def run_attention(arguments: argparse.Namespace) -> int:
     import torch
 
     from calcformer import attention_maps
-    from calcformer.runs import newest_run
+    from calcformer.runs.newest import newest_run
     from calcformer.solver import Solver
 
     if arguments.bertviz is not None and len(arguments.questions) > 1:
@@ -354,6 +400,77 @@ def run_attention(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def list_tasks(arguments: argparse.Namespace) -> int:
+    rows = [
+        {"task": name, "preset": preset, "about": made.about, "reported": made.reported}
+        for name, task in TASKS.items()
+        for preset, made in task.presets().items()
+    ]
+    lines: list[list[str]] = []
+    for name, task in TASKS.items():
+        lines += [[name, "", task.about], *(["", preset, made.about] for preset, made in task.presets().items())]
+    say(json.dumps(rows) if arguments.json else table(["task", "preset", ""], lines))
+    return 0
+
+
+def run_info(arguments: argparse.Namespace) -> int:
+    from calcformer.runs.folder import describe, read_config
+
+    found, config = describe(arguments.run), read_config(arguments.run)
+    if arguments.json:
+        say(json.dumps(found))
+        return 0
+    changed = config.settings if found["changed"] is None else found["changed"]
+    settings = ", ".join(f"{name} {value}" for name, value in changed.items()) or "none"
+    figures = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found["figures"].items())
+    say(
+        "\n".join(
+            [
+                f"{found['run']}: {config.data.task}, preset {found['preset'] or 'unknown'}, {config.model.kind}",
+                f"epochs: {found['epoch']} of {found['epochs']}, the last one {since(found['age'])} ago",
+                f"figures: {figures or 'none yet'}",
+                f"parameters: {found['parameters']:,}; on disk {found['bytes'] / 1e6:,.1f} MB",
+                f"settings{'' if found['changed'] is None else ' other than the preset has'}: {settings}",
+            ]
+        )
+    )
+    return 0
+
+
+def list_runs(arguments: argparse.Namespace) -> int:
+    from calcformer.runs.folder import list_runs
+
+    found = list_runs(arguments.folder)
+    if arguments.json:
+        say(json.dumps(found))
+        return 0
+    rows = []
+    for run in found:
+        if "error" not in run:
+            label, value = TASKS[run["task"]].figures[run["main"]], run["figures"].get(run["main"])
+            figure = "not measured yet" if value is None else f"{label} {value:.4f}"
+            facts = [run["task"], run["preset"], f"{run['epoch']}/{run['epochs']}", figure, since(run["age"])]
+            rows.append([run["run"], *facts])
+    lines = [table(["run", "task", "preset", "epochs", "figure", "age"], rows)] if rows else []
+    lines += [f"{run['run']} cannot be used: {run['error']}" for run in found if "error" in run]
+    say("\n".join(lines) or f"there is no run in {arguments.folder}; make one with: calcformer train")
+    return 0
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Columns as wide as they need to be, without anything at the end of a line."""
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [head, *rows]]
+    return "\n".join(lines)
+
+
+def since(seconds: float) -> str:
+    """A time in its largest whole unit: 3 h."""
+    units = {"d": 86_400, "h": 3_600, "min": 60}
+    found = (f"{int(seconds // size)} {unit}" for unit, size in units.items() if seconds >= size)
+    return next(found, f"{seconds:.0f} s")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 2 for wrong input, 130 for Ctrl-C or SIGTERM, 141 where what it
     printed found no reader.
@@ -363,16 +480,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] in (["solve"], ["attention"]):
         # A formula may begin with a minus sign; a space before it tells argparse that it is not a flag.
         words = [f" {word}" if re.match(r"-+[^-\w]|-+\d", word) else word for word in words]
-    parser = build_parser()
+    parser = Parser(prog="calcformer")
     try:
         with handle_signals(signal.default_int_handler, signal.SIGTERM):
-            arguments = parser.parse_args(words)
+            base = choose(words if words[:1] in (["train"], ["sweep"]) else [])
+            arguments = build_parser(base).parse_args(words)
+            if arguments.command in ("train", "sweep"):
+                return (run_train if arguments.command == "train" else run_sweep)(arguments, base)
             command = {
-                "train": run_train,
-                "sweep": run_sweep,
                 "evaluate": run_evaluate,
                 "solve": run_solve,
                 "attention": run_attention,
+                "tasks": list_tasks,
+                "runs": list_runs,
+                "info": run_info,
             }[arguments.command]
             return command(arguments)
     except InputError as error:
