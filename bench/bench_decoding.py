@@ -17,9 +17,10 @@ from bench.check import WrongResult
 from bench.record import name_row
 from bench.timing import measure, play_samples
 from calcformer.config import PRESETS
-from calcformer.data import FormulaTask, Vocabulary
+from calcformer.data import Vocabulary
 from calcformer.decoding import beam_search, greedy_decode, log_probability
 from calcformer.model import EncoderDecoder
+from calcformer.tasks.arithmetic.formulas import FormulaTask
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

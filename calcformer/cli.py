@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -201,27 +202,28 @@ def build_parser(base: RunConfig) -> Parser:
     return parser
 
 
-def take_settings(arguments: argparse.Namespace, base: RunConfig) -> dict[str, Any]:
-    """What was given of TASK, --preset and the settings; InputError where TASK stands too late to choose the flags."""
+def take_settings(base: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was given but TASK; InputError where that stands too late to choose the flags, or beside --resume."""
     settings = vars(arguments)
     del settings["command"]
-    if settings["task"] not in (None, base.data.task):
-        raise InputError(f"the task stands first: calcformer train {settings['task']}")
-    if settings["task"] is None:
-        del settings["task"]
+    task = settings.pop("task")
+    if task is not None and settings["resume"] is not None:
+        raise InputError(f"--resume goes on with what was begun; leave out {task}")
+    if task not in (None, base.data.task):
+        raise InputError(f"the task stands first: calcformer train {task}")
     return settings
 
 
-def run_train(arguments: argparse.Namespace, base: RunConfig) -> int:
-    settings = take_settings(arguments, base)
+def run_train(base: RunConfig, arguments: argparse.Namespace) -> int:
+    settings = take_settings(base, arguments)
     out, resumed = settings.pop("out"), settings.pop("resume")
     if resumed is not None:
         if out is not None or settings:
             given = "out" if out is not None else next(iter(settings))
-            flag = settings["task"] if given == "task" else f"--{given.replace('_', '-')}"
-            raise InputError(f"--resume continues a run with its own settings; leave out {flag}")
+            raise InputError(f"--resume continues a run with its own settings; leave out --{given.replace('_', '-')}")
     else:
-        config = base.with_settings({name: value for name, value in settings.items() if name not in ("task", "preset")})
+        settings.pop("preset", None)
+        config = base.with_settings(settings)
 
     from calcformer import training
     from calcformer.runs.folder import read_config
@@ -239,10 +241,10 @@ def run_train(arguments: argparse.Namespace, base: RunConfig) -> int:
     return 0
 
 
-def run_sweep(arguments: argparse.Namespace, base: RunConfig) -> int:
+def run_sweep(base: RunConfig, arguments: argparse.Namespace) -> int:
     from calcformer import comparison, sweep
 
-    settings = take_settings(arguments, base)
+    settings = take_settings(base, arguments)
     jobs, out, resumed = settings.pop("jobs"), settings.pop("out"), settings.pop("resume")
     study, vary, seeds = settings.pop("study"), parse_vary(settings.pop("vary"), base), settings.pop("seeds")
     if resumed is not None:
@@ -257,7 +259,7 @@ def run_sweep(arguments: argparse.Namespace, base: RunConfig) -> int:
     else:
         if study is not None and "preset" in settings:
             raise InputError("a study has its own preset; leave out --preset")
-        settings = {name: value for name, value in settings.items() if name not in ("task", "preset")}
+        settings.pop("preset", None)
         plan = Sweep.of(settings, vary, 1 if seeds is None else seeds, base.preset, study)
     try:
         results = sweep.run_sweep(plan, out, jobs)
@@ -400,75 +402,21 @@ def run_attention(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def list_tasks(arguments: argparse.Namespace) -> int:
-    rows = [
-        {"task": name, "preset": preset, "about": made.about, "reported": made.reported}
-        for name, task in TASKS.items()
-        for preset, made in task.presets().items()
-    ]
-    lines: list[list[str]] = []
-    for name, task in TASKS.items():
-        lines += [[name, "", task.about], *(["", preset, made.about] for preset, made in task.presets().items())]
-    say(json.dumps(rows) if arguments.json else table(["task", "preset", ""], lines))
+def run_listing(arguments: argparse.Namespace) -> int:
+    """The commands tasks, runs and info."""
+    from calcformer import listing
+
+    found: Any
+    if arguments.command == "tasks":
+        found, text = listing.list_tasks(), listing.tasks_text()
+    elif arguments.command == "runs":
+        found = listing.list_runs(arguments.folder)
+        text = listing.runs_text(arguments.folder, found)
+    else:
+        found = listing.describe_run(arguments.run)
+        text = listing.run_text(found)
+    say(json.dumps(found) if arguments.json else text)
     return 0
-
-
-def run_info(arguments: argparse.Namespace) -> int:
-    from calcformer.runs.folder import describe, read_config
-
-    found, config = describe(arguments.run), read_config(arguments.run)
-    if arguments.json:
-        say(json.dumps(found))
-        return 0
-    changed = config.settings if found["changed"] is None else found["changed"]
-    settings = ", ".join(f"{name} {value}" for name, value in changed.items()) or "none"
-    figures = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found["figures"].items())
-    say(
-        "\n".join(
-            [
-                f"{found['run']}: {config.data.task}, preset {found['preset'] or 'unknown'}, {config.model.kind}",
-                f"epochs: {found['epoch']} of {found['epochs']}, the last one {since(found['age'])} ago",
-                f"figures: {figures or 'none yet'}",
-                f"parameters: {found['parameters']:,}; on disk {found['bytes'] / 1e6:,.1f} MB",
-                f"settings{'' if found['changed'] is None else ' other than the preset has'}: {settings}",
-            ]
-        )
-    )
-    return 0
-
-
-def list_runs(arguments: argparse.Namespace) -> int:
-    from calcformer.runs.folder import list_runs
-
-    found = list_runs(arguments.folder)
-    if arguments.json:
-        say(json.dumps(found))
-        return 0
-    rows = []
-    for run in found:
-        if "error" not in run:
-            label, value = TASKS[run["task"]].figures[run["main"]], run["figures"].get(run["main"])
-            figure = "not measured yet" if value is None else f"{label} {value:.4f}"
-            facts = [run["task"], run["preset"], f"{run['epoch']}/{run['epochs']}", figure, since(run["age"])]
-            rows.append([run["run"], *facts])
-    lines = [table(["run", "task", "preset", "epochs", "figure", "age"], rows)] if rows else []
-    lines += [f"{run['run']} cannot be used: {run['error']}" for run in found if "error" in run]
-    say("\n".join(lines) or f"there is no run in {arguments.folder}; make one with: calcformer train")
-    return 0
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Columns as wide as they need to be, without anything at the end of a line."""
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [head, *rows]]
-    return "\n".join(lines)
-
-
-def since(seconds: float) -> str:
-    """A time in its largest whole unit: 3 h."""
-    units = {"d": 86_400, "h": 3_600, "min": 60}
-    found = (f"{int(seconds // size)} {unit}" for unit, size in units.items() if seconds >= size)
-    return next(found, f"{seconds:.0f} s")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -485,15 +433,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         with handle_signals(signal.default_int_handler, signal.SIGTERM):
             base = choose(words if words[:1] in (["train"], ["sweep"]) else [])
             arguments = build_parser(base).parse_args(words)
-            if arguments.command in ("train", "sweep"):
-                return (run_train if arguments.command == "train" else run_sweep)(arguments, base)
             command = {
+                "train": partial(run_train, base),
+                "sweep": partial(run_sweep, base),
                 "evaluate": run_evaluate,
                 "solve": run_solve,
                 "attention": run_attention,
-                "tasks": list_tasks,
-                "runs": list_runs,
-                "info": run_info,
+                **dict.fromkeys(("tasks", "runs", "info"), run_listing),
             }[arguments.command]
             return command(arguments)
     except InputError as error:

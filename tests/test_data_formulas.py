@@ -5,9 +5,10 @@ import random
 import pytest
 import torch
 
-from calcformer.data import FORMULA, Examples, FormulaForm, FormulaTask, generate_formulas, random_formula
+from calcformer.data import Examples
 from calcformer.data.examples import held_out_side
-from calcformer.data.formula_tensors import draw_operands
+from calcformer.tasks.arithmetic.formula_tensors import FORMULA, FormulaForm, draw_operands, generate_formulas
+from calcformer.tasks.arithmetic.formulas import FormulaTask, random_formula
 
 
 def rows(ids: torch.Tensor) -> list[tuple[int, ...]]:

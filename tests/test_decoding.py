@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from calcformer.data import EXPRESSION, FORMULA, Examples, FormulaForm, FormulaTask, Vocabulary, generate_formulas
+from calcformer.data import Examples, Vocabulary
 from calcformer.decoding import beam_search, decode, greedy_decode, log_probability
 from calcformer.errors import InputError
 from calcformer.model import EncoderDecoder
+from calcformer.tasks.arithmetic.expressions import EXPRESSION
+from calcformer.tasks.arithmetic.formula_tensors import FORMULA, FormulaForm, generate_formulas
+from calcformer.tasks.arithmetic.formulas import FormulaTask
 from calcformer.training import measure_answers
 
 LETTERS = Vocabulary(("a", "b", "<bos>", "<eos>"), "<bos>", "<eos>")

@@ -12,14 +12,17 @@ import torch
 from calcformer import evaluation, exhaustive
 from calcformer.cli import main
 from calcformer.config import PRESETS
-from calcformer.data import ExpressionTask, FormulaForm, FormulaTask, Vocabulary
+from calcformer.data import Vocabulary
 from calcformer.data import task as tasks
 from calcformer.errors import InputError
 from calcformer.evaluation import Tally, wilson_interval
 from calcformer.exhaustive import MISTAKES, evaluate_all
-from calcformer.hard_problems import hard_problems
 from calcformer.pool import run_jobs
 from calcformer.solver import Solver
+from calcformer.tasks.arithmetic.expressions import ExpressionTask
+from calcformer.tasks.arithmetic.formula_tensors import FormulaForm
+from calcformer.tasks.arithmetic.formulas import FormulaTask
+from calcformer.tasks.arithmetic.hard_problems import hard_problems
 from calcformer.training import train
 
 TINY = {

@@ -42,7 +42,7 @@ class Task:
 
     As it stands: a text is asked and a text is the answer, whose characters are the tokens. A task has at least a
     vocabulary, both lengths and `split`, and what makes it another task: `right_answer`, or `tokens` and `text`, or the
-    methods that `calcformer.data.arithmetic` changes.
+    methods that `calcformer.tasks.arithmetic.problems` changes.
 
     A problem is whatever `read_question` returns. Numbers of problems, (N,) int64, are in 0..size-1.
     """

@@ -1,11 +1,11 @@
-"""The two vocabularies: which tokens exist, in which order, and which of them begin, end and fill a sequence."""
+"""Vocabularies: which tokens exist, in which order, and which of them begin, end and fill a sequence."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["EXPRESSION", "FORMULA", "Vocabulary"]
+__all__ = ["Vocabulary"]
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,3 @@ class Vocabulary:
             if token not in (self.bos, self.pad):
                 tokens.append(token)
         return tokens
-
-
-DIGITS = tuple("0123456789")
-FORMULA = Vocabulary(("+", "-", *DIGITS, "<bos>", "<eos>", "<pad>", "<unk>"), "<bos>", "<eos>", "<pad>")
-EXPRESSION = Vocabulary((*DIGITS, "POSITIVE", "NEGATIVE", "add", "subtract", "BOS", "EOS"), "BOS", "EOS")

@@ -9,7 +9,7 @@ from calcformer.settings import ModelConfig, Preset, Study, TrainingConfig
 from calcformer.tasks.arithmetic import ArithmeticSettings, reported
 
 if TYPE_CHECKING:
-    from calcformer.data import ExpressionTask
+    from calcformer.tasks.arithmetic.expressions import ExpressionTask
 
 __all__ = ["Expressions"]
 
@@ -42,7 +42,7 @@ class Expressions(ArithmeticSettings):
     }
 
     def build(self) -> ExpressionTask:
-        from calcformer.data import ExpressionTask
+        from calcformer.tasks.arithmetic.expressions import ExpressionTask
 
         return ExpressionTask(
             self.train_size, self.valid_size, self.data_seed, self.leaky_split, self.fresh, self.held_out

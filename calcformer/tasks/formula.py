@@ -10,7 +10,7 @@ from calcformer.settings import ModelConfig, Preset, Study, TrainingConfig, sett
 from calcformer.tasks.arithmetic import ArithmeticSettings, reported
 
 if TYPE_CHECKING:
-    from calcformer.data import FormulaTask
+    from calcformer.tasks.arithmetic.formulas import FormulaTask
 
 __all__ = ["Formulas"]
 
@@ -42,7 +42,8 @@ class Formulas(ArithmeticSettings):
             raise InputError(f"sampling {self.sampling} is for fresh problems; add --fresh")
 
     def build(self) -> FormulaTask:
-        from calcformer.data import FormulaForm, FormulaTask
+        from calcformer.tasks.arithmetic.formula_tensors import FormulaForm
+        from calcformer.tasks.arithmetic.formulas import FormulaTask
 
         return FormulaTask(
             FormulaForm(self.complexity, self.signed, self.truncate, self.zero_pad, self.reverse_answer),

@@ -7,17 +7,18 @@ from dataclasses import dataclass
 
 import torch
 
-from calcformer.data.arithmetic import Operands, as_problems
 from calcformer.data.examples import Pairs, held_out_side
-from calcformer.data.vocab import FORMULA
+from calcformer.data.vocab import Vocabulary
 from calcformer.errors import InputError
+from calcformer.tasks.arithmetic.problems import Operands, as_problems
 
-__all__ = ["FormulaForm", "draw_operands", "generate_formulas"]
+__all__ = ["FORMULA", "FormulaForm", "draw_operands", "generate_formulas"]
 
 MOST_COUNTED = 1 << 17  # formulas of which it is counted how many a split leaves
 MOST_DRAWN = 10**8  # formulas, to find those wanted of a split
 CACHED_ROWS = 1 << 14  # drawn at once on a CPU, so that intermediate tensors stay in its cache
 REPORT_SOURCE_LENGTH, REPORT_TARGET_LENGTH = 9, 6  # what `truncate` cuts to; the target begins with <bos>
+FORMULA = Vocabulary(("+", "-", *"0123456789", "<bos>", "<eos>", "<pad>", "<unk>"), "<bos>", "<eos>", "<pad>")
 PAD, EOS, BOS, MINUS, PLUS, ZERO = (FORMULA.id(token) for token in ("<pad>", "<eos>", "<bos>", "-", "+", "0"))
 
 

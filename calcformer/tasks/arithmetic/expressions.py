@@ -8,13 +8,21 @@ from dataclasses import dataclass
 
 import torch
 
-from calcformer.data.arithmetic import Arithmetic, Operands, as_problems
 from calcformer.data.examples import Pairs, held_out_side
-from calcformer.data.vocab import EXPRESSION
+from calcformer.data.vocab import Vocabulary
 from calcformer.errors import InputError, shown
+from calcformer.tasks.arithmetic.problems import Arithmetic, Operands, as_problems
 
-__all__ = ["EXPRESSIONS", "ExpressionTask", "encode_expressions", "expression_text", "generate_expressions"]
+__all__ = [
+    "EXPRESSION",
+    "EXPRESSIONS",
+    "ExpressionTask",
+    "encode_expressions",
+    "expression_text",
+    "generate_expressions",
+]
 
+EXPRESSION = Vocabulary((*"0123456789", "POSITIVE", "NEGATIVE", "add", "subtract", "BOS", "EOS"), "BOS", "EOS")
 LIMIT = 49
 OPERATORS = ("add", "subtract")
 VALUES = 2 * LIMIT + 1

@@ -8,12 +8,11 @@ from functools import cached_property
 
 import torch
 
-from calcformer.data.arithmetic import Arithmetic, Operands
 from calcformer.data.examples import Examples, Pairs
-from calcformer.data.formula_tensors import FormulaForm, generate_formulas
-from calcformer.data.vocab import FORMULA
 from calcformer.errors import InputError, shown
-from calcformer.hard_problems import hard_problems
+from calcformer.tasks.arithmetic.formula_tensors import FORMULA, FormulaForm, generate_formulas
+from calcformer.tasks.arithmetic.hard_problems import hard_problems
+from calcformer.tasks.arithmetic.problems import Arithmetic, Operands
 
 __all__ = ["FormulaTask", "random_formula"]
 
