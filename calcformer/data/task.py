@@ -119,7 +119,7 @@ class Task:
 
     def questions(self, examples: Examples) -> list[str]:
         """What examples ask, as a user types it."""
-        return [self.decode_answer(ids) for ids in examples.inputs[0].tolist()]
+        return [self.text(self.vocabulary.decode_until_eos(ids)) for ids in examples.inputs[0].tolist()]
 
     def decode_answer(self, ids: list[int]) -> str:
         """An answer, or labels, as text."""
