@@ -11,6 +11,7 @@ import torch
 from calcformer.data.examples import Examples, Pairs
 from calcformer.data.vocab import Vocabulary
 from calcformer.decoding import BATCH, decode, log_probability
+from calcformer.errors import InputError, shown
 
 __all__ = ["Answer", "Task"]
 
@@ -91,6 +92,15 @@ class Task:
 
     def read_question(self, text: str) -> Any:
         """A problem typed by a user; InputError where a model of this task cannot know it."""
+        text, vocabulary = text.strip(), self.vocabulary
+        for token in self.tokens(text):
+            if token not in vocabulary.tokens or token in (vocabulary.bos, vocabulary.eos, vocabulary.pad):
+                raise InputError(f"{shown(text)}: {shown(token)} is nothing this run knows; leave it out")
+        if not 0 < len(self.tokens(text)) < self.source_length:
+            raise InputError(
+                f"{shown(text)} has {len(self.tokens(text))} tokens, and this run was trained for 1 to "
+                f"{self.source_length - 1}; give as many"
+            )
         return text
 
     def question(self, problem: Any) -> str:
