@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from calcformer import __version__
 from calcformer.config import DEFAULT, PRESETS, RunConfig, describe_figures
-from calcformer.errors import InputError, tell
+from calcformer.errors import InputError, shown, tell
 from calcformer.flags import Parser, add_settings, path, whole
 from calcformer.interrupt import Stopped, handle_signals
 from calcformer.settings import LARGEST_SET
@@ -41,23 +41,32 @@ def say(text: str) -> None:
         raise
 
 
-def choose(words: Sequence[str]) -> RunConfig:
-    """The preset that the words of a command begin with: by TASK right behind it, --preset, --study and --model.
+def choose(words: list[str]) -> tuple[RunConfig, list[str]]:
+    """The preset that the words of train or sweep begin with, and those words without TASK.
 
-    InputError where they contradict each other. What they name wrongly is left to the parser.
+    TASK stands right behind the command; --preset, --study and --model may stand anywhere. What they name wrongly is
+    left to the parser. InputError where TASK is none, or where the others contradict it.
     """
-    finder = Parser(prog="calcformer", add_help=False, allow_abbrev=False)
+    task, rest = None, words[1:]
+    if rest and not rest[0].startswith("-"):
+        task = rest.pop(0)
+        if task not in TASKS:
+            raise InputError(f"there is no task {shown(task)}; give {' or '.join(TASKS)}, or none for {DEFAULT}")
+        if any(word.partition("=")[0] == "--resume" for word in rest):
+            raise InputError(f"--resume goes on with what was begun; leave out {task}")
+    finder = Parser(add_help=False, allow_abbrev=False)
     for flag in "--preset", "--study", "--model":
         finder.add_argument(flag, nargs="?")
-    found = finder.parse_known_args(list(words[1:]))[0]
-    task = words[1] if words[1:2] and words[1] in TASKS else None
+    found = finder.parse_known_args(rest)[0]
     name = found.preset if found.study not in STUDIES else STUDIES[found.study].preset
     if name not in PRESETS:
         name = DEFAULT if task is None else next(iter(TASKS[task].presets()))
     base = PRESETS[name]
     if task not in (None, base.data.task):
         raise InputError(f"{name} is a preset of {base.data.task}, not of {task}; leave out one of them")
-    return base.with_settings({"model": found.model}) if found.model in base.data.models else base
+    if found.model in base.data.models:
+        base = base.with_settings({"model": found.model})
+    return base, [words[0], *rest]
 
 
 def build_parser(base: RunConfig) -> Parser:
@@ -72,8 +81,8 @@ def build_parser(base: RunConfig) -> Parser:
         help="train a model",
         allow_abbrev=False,
         description=(
-            f"Train a model. These are the flags of {task}; for others name a task, of which calcformer tasks has a "
-            f"table, first. In brackets stand the defaults: {' / '.join(own)}, or one where they agree."
+            f"Train a model. These are the flags of the task {task}; another one, named first, has others (calcformer "
+            f"tasks lists them). In brackets stand the defaults: {' / '.join(own)}, or one where they agree."
         ),
     )
     train.add_argument("--out", type=path, help="run folder to write (runs/PRESET-N)")
@@ -106,9 +115,7 @@ def build_parser(base: RunConfig) -> Parser:
     sweep.add_argument("--out", type=path, help="sweep folder to write (runs/STUDY-N or runs/sweep-N)")
     sweep.add_argument("--resume", type=path, metavar="SWEEP", help="continue a sweep")
     for command in train, sweep:
-        command.add_argument(
-            "task", nargs="?", choices=tuple(TASKS), metavar="TASK", help=f"{', '.join(TASKS)} ({task})"
-        )
+        command.prog += f" [{' | '.join(TASKS)}]"
         command.add_argument(
             "--preset",
             choices=tuple(PRESETS),
@@ -202,20 +209,9 @@ def build_parser(base: RunConfig) -> Parser:
     return parser
 
 
-def take_settings(base: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What was given but TASK; InputError where that stands too late to choose the flags, or beside --resume."""
+def run_train(base: RunConfig, arguments: argparse.Namespace) -> int:
     settings = vars(arguments)
     del settings["command"]
-    task = settings.pop("task")
-    if task is not None and settings["resume"] is not None:
-        raise InputError(f"--resume goes on with what was begun; leave out {task}")
-    if task not in (None, base.data.task):
-        raise InputError(f"the task stands first: calcformer train {task}")
-    return settings
-
-
-def run_train(base: RunConfig, arguments: argparse.Namespace) -> int:
-    settings = take_settings(base, arguments)
     out, resumed = settings.pop("out"), settings.pop("resume")
     if resumed is not None:
         if out is not None or settings:
@@ -244,7 +240,8 @@ def run_train(base: RunConfig, arguments: argparse.Namespace) -> int:
 def run_sweep(base: RunConfig, arguments: argparse.Namespace) -> int:
     from calcformer import comparison, sweep
 
-    settings = take_settings(base, arguments)
+    settings = vars(arguments)
+    del settings["command"]
     jobs, out, resumed = settings.pop("jobs"), settings.pop("out"), settings.pop("resume")
     study, vary, seeds = settings.pop("study"), parse_vary(settings.pop("vary"), base), settings.pop("seeds")
     if resumed is not None:
@@ -431,17 +428,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="calcformer")
     try:
         with handle_signals(signal.default_int_handler, signal.SIGTERM):
-            base = choose(words if words[:1] in (["train"], ["sweep"]) else [])
+            base = PRESETS[DEFAULT]
+            if words[:1] in (["train"], ["sweep"]):
+                base, words = choose(words)
             arguments = build_parser(base).parse_args(words)
-            command = {
+            commands: dict[str, Callable[[argparse.Namespace], int]] = {
                 "train": partial(run_train, base),
                 "sweep": partial(run_sweep, base),
                 "evaluate": run_evaluate,
                 "solve": run_solve,
                 "attention": run_attention,
                 **dict.fromkeys(("tasks", "runs", "info"), run_listing),
-            }[arguments.command]
-            return command(arguments)
+            }
+            return commands[arguments.command](arguments)
     except InputError as error:
         parser.error(str(error))
     except OSError as error:

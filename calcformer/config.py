@@ -11,7 +11,7 @@ from calcformer.errors import InputError, shown
 from calcformer.settings import MODELS, ModelConfig, ModelSettings, TaskSettings, TrainingConfig, kinds_of
 from calcformer.tasks import TASKS
 
-__all__ = ["DEFAULT", "PRESETS", "RunConfig", "owners"]
+__all__ = ["DEFAULT", "PRESETS", "RunConfig", "describe_figures"]
 
 # Of config.json; raised when an old file can no longer be read. A setting that is newer than a file takes its default,
 # which must therefore be what runs did without it.

@@ -204,7 +204,7 @@ class MoodTask(Task):
     group_labels = {"class": "{} words"}
 
     def __init__(self, data: Moods) -> None:
-        self.data, self.source_length, self.target_length = data, 7, 2
+        self.data, self.source_length, self.target_length = data, 8, 2
 
     def split(self) -> tuple[Examples, Examples]:
         generator = torch.Generator().manual_seed(self.data.data_seed)
@@ -331,14 +331,15 @@ def test_a_task_by_itself_takes_its_first_preset(capsys: pytest.CaptureFixture[s
         written = RunConfig.from_json(Path(preset + str(len(words)), "config.json").read_text())
         assert written.preset == preset
     assert main(["train", "formula", "--preset", "formula-report", *TINY]) == 0
-    assert "runs/formula-report-1: " in capsys.readouterr().out
-    assert main(["train", "--out", "late", *TINY, "formula"]) == 0  # the flags were those of the first task
+    said = capsys.readouterr()
+    assert re.search("runs/formula-report-1: .* .the report: token accuracy 0.9630, loss 0.1170. on held-out", said.out)
+    assert re.search(r"  123\+123 = .* \(probability 0\.\d+, wrong, 246 is right\)", said.err)
 
 
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (["train", "song"], "argument TASK: invalid choice: 'song'"),
+        (["train", "song"], "there is no task 'song'; give formula or expression, or none for formula-best"),
         (["train", "formula", "--preset", "expression"], "expression is a preset of expression, not of formula"),
         (
             ["sweep", "expression", "--study", "s1-positions"],
@@ -347,7 +348,9 @@ def test_a_task_by_itself_takes_its_first_preset(capsys: pytest.CaptureFixture[s
         (["train", "expression", "--sampling", "hard"], "sampling is a setting of formula, not of expression"),
         (["train", "expression", "--no-signed"], "signed is a setting of formula, not of expression; leave it out"),
         (["train", "expression", "--complexity", "many"], "must be a whole number, got 'many'"),
-        (["train", "--epochs", "2", "expression"], "the task stands first: calcformer train expression"),
+        (["train", "--epochs", "2", "expression"], "unrecognized arguments: expression"),
+        (["train", "--wings", "2"], "unrecognized arguments: --wings 2"),
+        (["train", ""], "there is no task ''"),
         (["train", "formula", "--resume", "run"], "--resume goes on with what was begun; leave out formula"),
         (["train", "--model", "recurrent"], "invalid choice: 'recurrent'"),
         (["sweep", "expression", "--vary", "complexity=1,2"], "expression has no setting 'complexity' to vary"),
