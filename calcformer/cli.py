@@ -81,8 +81,8 @@ def build_parser(base: RunConfig) -> Parser:
         help="train a model",
         allow_abbrev=False,
         description=(
-            f"Train a model. These are the flags of the task {task}; another one, named first, has others (calcformer "
-            f"tasks lists them). In brackets stand the defaults: {' / '.join(own)}, or one where they agree."
+            f"Train a model on a task: {', '.join(TASKS)}. These are the flags of {task}; another one, named first, "
+            f"has others. In brackets stand the defaults: {' / '.join(own)}, or one where they agree."
         ),
     )
     train.add_argument("--out", type=path, help="run folder to write (runs/PRESET-N)")
@@ -115,7 +115,7 @@ def build_parser(base: RunConfig) -> Parser:
     sweep.add_argument("--out", type=path, help="sweep folder to write (runs/STUDY-N or runs/sweep-N)")
     sweep.add_argument("--resume", type=path, metavar="SWEEP", help="continue a sweep")
     for command in train, sweep:
-        command.prog += f" [{' | '.join(TASKS)}]"
+        command.prog += " [TASK]"
         command.add_argument(
             "--preset",
             choices=tuple(PRESETS),

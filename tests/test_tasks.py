@@ -25,6 +25,7 @@ from calcformer.cli import main
 from calcformer.config import PRESETS, RunConfig
 from calcformer.data import Examples, Labelled, Pairs, Task, Texts, Vocabulary
 from calcformer.errors import InputError
+from calcformer.runs.newest import newest_run
 from calcformer.settings import MODELS, ModelSettings, Preset, TaskSettings, TrainingConfig, setting
 from calcformer.solver import Solver
 from calcformer.tasks import TASKS
@@ -443,6 +444,18 @@ def test_runs_are_listed_and_broken_ones_say_why(runs: Path, capsys: pytest.Capt
     assert lines[0].split() == ["run", "task", "preset", "epochs", "figure", "age"]
     assert lines[2].split()[:4] == [str(runs / "sweep-1" / "seed=3"), "expression", "expression", "1/1"]
     assert len(lines) == 6 and all(" cannot be used: " in line for line in lines[3:])
+
+
+def test_a_run_whose_task_cannot_be_built_is_not_asked(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert newest_run(["1+1"], runs) == runs / "one"
+
+    def build(data: TaskSettings) -> Task:
+        raise InputError("its file is gone")
+
+    shutil.copytree(runs / "sweep-1" / "seed=3", runs / "words")
+    monkeypatch.setattr(TASKS["formula"], "build", build)
+    assert newest_run(["NEGATIVE 30 subtract NEGATIVE 34"], runs) == runs / "words"
+    shutil.rmtree(runs / "words")
 
 
 def test_a_folder_without_runs_says_how_to_make_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,7 @@ class Trainer:
         self.totals.sums.zero_()
         self.model.train()
         self.epoch_name = f"{epoch}/{training.epochs}"
-        for count in self.take_steps(self.train_examples.select(order), rates):
+        for count in self.take_steps(replace(self.train_examples, problem=None).select(order), rates):
             self._show(count)
             self.check_interrupt()
         self.team.sum_(self.totals.sums)
