@@ -16,11 +16,11 @@ from bench.benchmark import Benchmark
 from bench.check import WrongResult
 from bench.record import name_row
 from bench.timing import measure, play_samples
-from calcformer.build import build_model, build_task
 from calcformer.config import PRESETS
-from calcformer.data import Task, Vocabulary
+from calcformer.data import Vocabulary
 from calcformer.decoding import beam_search, greedy_decode, log_probability
 from calcformer.model import EncoderDecoder
+from calcformer.tasks.arithmetic.formulas import FormulaTask
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -70,9 +70,9 @@ class S1:
 
     def __init__(self, device: torch.device) -> None:
         config = PRESETS["formula"]
-        self.task: Task = build_task(config.data)
+        self.task = FormulaTask()
         torch.manual_seed(0)
-        self.model = build_model(config.model, self.task).to(device).eval()
+        self.model = config.model.build(self.task).to(device).eval()
         torch.nn.init.constant_(self.model.prediction.bias[self.task.vocabulary.eos_id], -1e4)
 
     def problems(self, count: int) -> torch.Tensor:

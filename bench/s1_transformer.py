@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from calcformer.config import DataConfig, ModelConfig
-from calcformer.data import Examples, Task
+from calcformer.data import Examples, Pairs, Task
 from calcformer.model.positions import sinusoid
+from calcformer.settings import ModelConfig
 
 __all__ = ["S1Transformer", "TransformerTrainer"]
 
@@ -69,7 +69,6 @@ class TransformerTrainer:
     def __init__(
         self,
         task: Task,
-        data: DataConfig,
         model: ModelConfig,
         device: torch.device,
         learning_rate: float,
@@ -77,7 +76,6 @@ class TransformerTrainer:
         lean: bool = False,
         compiled: str | None = None,
     ) -> None:
-        assert data.task == "formula"
         self.examples = task.split()[0].to(device)
         self.batch_size, self.lean, self.device = batch_size, lean, device
         self.model = S1Transformer(task, model).to(device)
@@ -86,6 +84,7 @@ class TransformerTrainer:
 
     def step(self, batch: Examples) -> torch.Tensor:
         """Forward, backward and an Adam step; returns the loss."""
+        assert isinstance(batch, Pairs)
         if self.lean and self.device.type == "cpu":
             batch = batch.trim(self.model.pad_id)
         self.optimizer.zero_grad(set_to_none=True)  # before the forward pass, whose CUDA graph may reuse their memory

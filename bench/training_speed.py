@@ -27,8 +27,8 @@ import torch
 
 from bench.machine import describe, pick_device
 from bench.s1_transformer import TransformerTrainer
-from calcformer.build import build_task
 from calcformer.config import PRESETS, RunConfig
+from calcformer.settings import ModelConfig
 from calcformer.training.trainer import Trainer
 
 OURS, PEER, LEAN = "calcformer", "nn.Transformer", "nn.Transformer, no padding, fused Adam"
@@ -108,7 +108,8 @@ def build_epochs(
     """The epochs of each provider in each of the ways it has, but for those of `without`."""
     epochs: dict[tuple[str, str], Epoch] = {}
     config = s1_config(device, batch_size)
-    task = build_task(config.data)
+    task = config.data.build()
+    assert isinstance(config.model, ModelConfig)
     with ExitStack() as stack:
         for provider, way in cases(device, ways):
             if (provider, way) in without:
@@ -131,7 +132,6 @@ def build_epochs(
             else:
                 peer = TransformerTrainer(
                     task,
-                    config.data,
                     config.model,
                     device,
                     config.training.learning_rate,

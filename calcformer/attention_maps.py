@@ -11,7 +11,7 @@ import torch
 
 from calcformer.decoding import greedy_decode
 from calcformer.errors import InputError
-from calcformer.model import attention_weights
+from calcformer.model import EncoderDecoder, attention_weights
 from calcformer.plots import can_draw, save_heads
 from calcformer.runs.files import write_atomically
 from calcformer.solver import Answer, Solver
@@ -44,10 +44,11 @@ class AttentionMaps:
 def attention_maps(solver: Solver, question: str) -> AttentionMaps:
     """Answer one problem and look at the attention weights; InputError where the run was not trained for it."""
     vocabulary = solver.task.vocabulary
-    problem = solver.task.read_question(question)
-    a, b, plus = torch.tensor([problem]).unbind(dim=1)
-    source = solver.task.write(a, b, plus.bool()).trim(vocabulary.pad_id).source[0].tolist()
-    ids = torch.tensor([source], device=solver.device)
+    if not isinstance(solver.model, EncoderDecoder):
+        raise InputError(f"{solver.folder}: pictures of attention need an encoder-decoder; give a run of that kind")
+    examples = solver.task.ask([solver.task.read_question(question)]).to(solver.device)
+    ids = examples.trim(vocabulary.pad_id).inputs[0]
+    source = ids[0].tolist()
     said = greedy_decode(solver.model, ids, solver.task.target_length - 1, vocabulary)[0].tolist()
     if vocabulary.eos_id in said:
         said = said[: said.index(vocabulary.eos_id) + 1]
@@ -71,8 +72,9 @@ def save_maps(maps: AttentionMaps, folder: Path) -> list[Path]:
     """
     if not can_draw():
         raise InputError("pictures need matplotlib; install it with: pip install matplotlib")
-    verdict = "right" if maps.answer.is_right else f"wrong, {maps.answer.expected} is right"
-    problem = f"{maps.answer.problem} = {maps.answer.said} ({verdict})"
+    answer = maps.answer
+    verdict = f" ({answer.verdict})" if answer.verdict else ""
+    problem = f"{answer.problem} = {answer.said}{verdict}"
     steps = [f"{token} → {next_token}" for token, next_token in zip(maps.target, maps.said)]
     reads, says = "attends to", "token read → said"
     kinds = (

@@ -9,16 +9,20 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from calcformer import __version__
-from calcformer.config import DEFAULT, LARGEST_SET, PRESETS
-from calcformer.errors import InputError, tell
+from calcformer.config import DEFAULT, PRESETS, RunConfig, describe_figures
+from calcformer.errors import InputError, shown, tell
 from calcformer.flags import Parser, add_settings, path, whole
 from calcformer.interrupt import Stopped, handle_signals
+from calcformer.settings import LARGEST_SET
 from calcformer.studies import MOST_SEEDS, STUDIES, Sweep, parse_vary
+from calcformer.tasks import TASKS
 
 if TYPE_CHECKING:
     from calcformer.solver import Solver
@@ -37,10 +41,38 @@ def say(text: str) -> None:
         raise
 
 
-def build_parser() -> Parser:
-    parser = Parser(
-        prog="calcformer", description="Train a transformer to calculate, measure it, and ask it.", allow_abbrev=False
-    )
+def choose(words: list[str]) -> tuple[RunConfig, list[str]]:
+    """The preset that the words of train or sweep begin with, and those words without TASK.
+
+    TASK stands right behind the command; --preset, --study and --model may stand anywhere. What they name wrongly is
+    left to the parser. InputError where TASK is none, or where the others contradict it.
+    """
+    task, rest = None, words[1:]
+    if rest and not rest[0].startswith("-"):
+        task = rest.pop(0)
+        if task not in TASKS:
+            raise InputError(f"there is no task {shown(task)}; give {' or '.join(TASKS)}, or none for {DEFAULT}")
+        if any(word.partition("=")[0] == "--resume" for word in rest):
+            raise InputError(f"--resume goes on with what was begun; leave out {task}")
+    finder = Parser(add_help=False, allow_abbrev=False)
+    for flag in "--preset", "--study", "--model":
+        finder.add_argument(flag, nargs="?")
+    found = finder.parse_known_args(rest)[0]
+    name = found.preset if found.study not in STUDIES else STUDIES[found.study].preset
+    if name not in PRESETS:
+        name = DEFAULT if task is None else next(iter(TASKS[task].presets()))
+    base = PRESETS[name]
+    if task not in (None, base.data.task):
+        raise InputError(f"{name} is a preset of {base.data.task}, not of {task}; leave out one of them")
+    if found.model in base.data.models:
+        base = base.with_settings({"model": found.model})
+    return base, [words[0], *rest]
+
+
+def build_parser(base: RunConfig) -> Parser:
+    """The parser of all commands; train and sweep have the flags of the task and the kind of model of `base`."""
+    task, own = base.data.task, [name for name, preset in PRESETS.items() if preset.data.task == base.data.task]
+    parser = Parser(prog="calcformer", description="Train a transformer, measure it, and ask it.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"calcformer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -48,14 +80,13 @@ def build_parser() -> Parser:
         "train",
         help="train a model",
         allow_abbrev=False,
-        description=f"Train a model. In brackets stand the defaults: {' / '.join(PRESETS)}, or one where they agree.",
-    )
-    train.add_argument(
-        "--preset", choices=tuple(PRESETS), default=argparse.SUPPRESS, help=f"named settings ({DEFAULT})"
+        description=(
+            f"Train a model on a task: {', '.join(TASKS)}. These are the flags of {task}; another one, named first, "
+            f"has others. In brackets stand the defaults: {' / '.join(own)}, or one where they agree."
+        ),
     )
     train.add_argument("--out", type=path, help="run folder to write (runs/PRESET-N)")
     train.add_argument("--resume", type=path, metavar="RUN", help="continue a run from its last finished epoch")
-    add_settings(train)
 
     sweep = commands.add_parser(
         "sweep",
@@ -64,13 +95,10 @@ def build_parser() -> Parser:
         description=(
             "Train a run for every combination of the values given, side by side, and compare them in a table and a "
             "picture. The same command with the same --out, or --resume, goes on where it was stopped. Any setting "
-            "that train has can be given; in brackets stand the defaults of the presets."
+            f"that train has can be given; in brackets stand the defaults of the presets of {task}."
         ),
     )
     sweep.add_argument("--study", choices=tuple(STUDIES), help="a report's comparison, its figures beside ours")
-    sweep.add_argument(
-        "--preset", choices=tuple(PRESETS), default=argparse.SUPPRESS, help=f"named settings ({DEFAULT})"
-    )
     sweep.add_argument(
         "--vary",
         action="append",
@@ -86,7 +114,16 @@ def build_parser() -> Parser:
     )
     sweep.add_argument("--out", type=path, help="sweep folder to write (runs/STUDY-N or runs/sweep-N)")
     sweep.add_argument("--resume", type=path, metavar="SWEEP", help="continue a sweep")
-    add_settings(sweep)
+    for command in train, sweep:
+        command.prog += " [TASK]"
+        command.add_argument(
+            "--preset",
+            choices=tuple(PRESETS),
+            metavar="PRESET",
+            default=argparse.SUPPRESS,
+            help=f"{', '.join(own)} ({base.preset})",
+        )
+        add_settings(command, base)
 
     evaluate = commands.add_parser("evaluate", help="measure a run on its held-out problems", allow_abbrev=False)
     evaluate.add_argument("run", type=path, metavar="RUN", help="run folder")
@@ -123,7 +160,7 @@ def build_parser() -> Parser:
         "questions",
         nargs="*",
         metavar="PROBLEM",
-        help="such as 649+864, or 'NEGATIVE 30 subtract NEGATIVE 34' for a run on expressions",
+        help=f"such as {', or '.join(task.example for task in TASKS.values() if task.example)}",
     )
     solve.add_argument(
         "--input", type=path, metavar="FILE", help="a file of problems, one a line, - for standard input"
@@ -151,6 +188,14 @@ def build_parser() -> Parser:
         help="write a problem's weights and tokens as JSON, named as in BertViz's head_view",
     )
 
+    commands.add_parser("tasks", help="list what can be learned, and the presets", allow_abbrev=False)
+    runs = commands.add_parser("runs", help="list the runs in a folder", allow_abbrev=False)
+    runs.add_argument("folder", type=path, nargs="?", default=Path("runs"), metavar="FOLDER", help="(runs)")
+    info = commands.add_parser("info", help="say what is known of a run", allow_abbrev=False)
+    info.add_argument("run", type=path, metavar="RUN", help="run folder")
+    for command in commands.choices["tasks"], runs, info:
+        command.add_argument("--json", action="store_true", help="print JSON")
+
     for command in evaluate, solve:
         command.add_argument(
             "--beam",
@@ -164,7 +209,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def run_train(arguments: argparse.Namespace) -> int:
+def run_train(base: RunConfig, arguments: argparse.Namespace) -> int:
     settings = vars(arguments)
     del settings["command"]
     out, resumed = settings.pop("out"), settings.pop("resume")
@@ -173,9 +218,11 @@ def run_train(arguments: argparse.Namespace) -> int:
             given = "out" if out is not None else next(iter(settings))
             raise InputError(f"--resume continues a run with its own settings; leave out --{given.replace('_', '-')}")
     else:
-        config = PRESETS[settings.pop("preset", DEFAULT)].with_settings(settings)
+        settings.pop("preset", None)
+        config = base.with_settings(settings)
 
     from calcformer import training
+    from calcformer.runs.folder import read_config
 
     try:
         last = training.train(config, out) if resumed is None else training.resume(resumed)
@@ -185,20 +232,18 @@ def run_train(arguments: argparse.Namespace) -> int:
             f"{stopped.folder}"
         )
         return 130
-    say(
-        f"{last['run']}: exact match {last['exact_match']:.4f}, token accuracy {last['valid_token_accuracy']:.4f}, "
-        f"loss {last['valid_loss']:.4f} on held-out problems"
-    )
+    figures = describe_figures(last, read_config(Path(last["run"])))
+    say(f"{last['run']}: {figures} on held-out problems")
     return 0
 
 
-def run_sweep(arguments: argparse.Namespace) -> int:
+def run_sweep(base: RunConfig, arguments: argparse.Namespace) -> int:
     from calcformer import comparison, sweep
 
     settings = vars(arguments)
     del settings["command"]
     jobs, out, resumed = settings.pop("jobs"), settings.pop("out"), settings.pop("resume")
-    study, vary, seeds = settings.pop("study"), parse_vary(settings.pop("vary")), settings.pop("seeds")
+    study, vary, seeds = settings.pop("study"), parse_vary(settings.pop("vary"), base), settings.pop("seeds")
     if resumed is not None:
         given = [
             name
@@ -211,8 +256,8 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     else:
         if study is not None and "preset" in settings:
             raise InputError("a study has its own preset; leave out --preset")
-        preset = settings.pop("preset", DEFAULT)
-        plan = Sweep.of(settings, vary, 1 if seeds is None else seeds, preset, study)
+        settings.pop("preset", None)
+        plan = Sweep.of(settings, vary, 1 if seeds is None else seeds, base.preset, study)
     try:
         results = sweep.run_sweep(plan, out, jobs)
     except Stopped as stopped:
@@ -264,7 +309,7 @@ def run_solve(arguments: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from calcformer.runs import newest_run
+    from calcformer.runs.newest import newest_run
     from calcformer.solver import Solver
 
     if arguments.questions and arguments.input is not None:
@@ -273,7 +318,7 @@ def run_solve(arguments: argparse.Namespace) -> int:
     is_asked = not (arguments.questions or arguments.input or arguments.json) and sys.stdin.isatty()
     problems = [] if is_asked else read_problems(arguments)
     if not problems and not is_asked:
-        raise InputError("no problem was given; give one, such as: calcformer solve 649+864")
+        raise InputError(f"no problem was given; give one, such as: calcformer solve {PRESETS[DEFAULT].data.example}")
     questions = [question for question, _ in problems]
     solver = Solver(arguments.run or newest_run(questions), arguments.device)
     for question, place in problems:
@@ -334,7 +379,7 @@ def run_attention(arguments: argparse.Namespace) -> int:
     import torch
 
     from calcformer import attention_maps
-    from calcformer.runs import newest_run
+    from calcformer.runs.newest import newest_run
     from calcformer.solver import Solver
 
     if arguments.bertviz is not None and len(arguments.questions) > 1:
@@ -354,6 +399,23 @@ def run_attention(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_listing(arguments: argparse.Namespace) -> int:
+    """The commands tasks, runs and info."""
+    from calcformer import listing
+
+    found: Any
+    if arguments.command == "tasks":
+        found, text = listing.list_tasks(), listing.tasks_text()
+    elif arguments.command == "runs":
+        found = listing.list_runs(arguments.folder)
+        text = listing.runs_text(arguments.folder, found)
+    else:
+        found = listing.describe_run(arguments.run)
+        text = listing.run_text(found)
+    say(json.dumps(found) if arguments.json else text)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 2 for wrong input, 130 for Ctrl-C or SIGTERM, 141 where what it
     printed found no reader.
@@ -363,18 +425,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] in (["solve"], ["attention"]):
         # A formula may begin with a minus sign; a space before it tells argparse that it is not a flag.
         words = [f" {word}" if re.match(r"-+[^-\w]|-+\d", word) else word for word in words]
-    parser = build_parser()
+    parser = Parser(prog="calcformer")
     try:
         with handle_signals(signal.default_int_handler, signal.SIGTERM):
-            arguments = parser.parse_args(words)
-            command = {
-                "train": run_train,
-                "sweep": run_sweep,
+            base = PRESETS[DEFAULT]
+            if words[:1] in (["train"], ["sweep"]):
+                base, words = choose(words)
+            arguments = build_parser(base).parse_args(words)
+            commands: dict[str, Callable[[argparse.Namespace], int]] = {
+                "train": partial(run_train, base),
+                "sweep": partial(run_sweep, base),
                 "evaluate": run_evaluate,
                 "solve": run_solve,
                 "attention": run_attention,
-            }[arguments.command]
-            return command(arguments)
+                **dict.fromkeys(("tasks", "runs", "info"), run_listing),
+            }
+            return commands[arguments.command](arguments)
     except InputError as error:
         parser.error(str(error))
     except OSError as error:

@@ -5,25 +5,26 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from calcformer.plots import Line, save_panels
-from calcformer.runs.checkpoint import METRICS
+from calcformer.plots import Line, is_loss, save_panels
+from calcformer.runs.folder import METRICS
 from calcformer.runs.run_log import RunLog
+from calcformer.settings import TaskSettings
 from calcformer.solver import Solver
 from calcformer.studies import STUDIES, Member, Sweep
-from calcformer.training import evaluate, exact_match
+from calcformer.training import measure
 
 __all__ = ["draw", "make_table", "summarize"]
 
-FIGURES = {
-    "loss": "training loss",
-    "valid_loss": "validation loss",
-    "valid_token_accuracy": "token accuracy",
-    "exact_match": "exact match",
-    "seconds": "seconds",
-}
+
+def label_figures(data: TaskSettings) -> dict[str, str]:
+    """What the columns of the table are called, by the names of metrics.jsonl; the one that counts last but one."""
+    held_out = dict(reversed(data.figures.items()))
+    if "valid_loss" in held_out:
+        held_out["valid_loss"] = "validation loss"
+    return {"loss": "training loss", **held_out, "seconds": "seconds"}
 
 
-def measure(folder: Path, member: Member, study: str | None) -> dict[str, Any]:
+def measure_member(folder: Path, member: Member, study: str | None) -> dict[str, Any]:
     """The last figures of a finished run, and its answers to the questions of the study."""
     entries = RunLog(folder / member.name / METRICS).read()
     last = entries[-1] if entries else {}  # of a log that was lost
@@ -35,35 +36,34 @@ def measure(folder: Path, member: Member, study: str | None) -> dict[str, Any]:
         answers = dict(zip(questions, solver.solve(questions)))
         if STUDIES[study].measure_training:
             examples = solver.task.split()[0].to(solver.device)
-            score = evaluate(solver.model, examples, solver.task.vocabulary.pad_id)
-            figures |= {
-                "valid_loss": score.loss,
-                "valid_token_accuracy": score.token_accuracy,
-                "exact_match": exact_match(solver.model, examples, solver.task),
-            }
-    return {"figures": {name: figures[name] for name in FIGURES if name in figures}, "answers": answers}
+            figures |= measure(solver.model, examples, solver.task, member.config.data.figures)
+    shown = {name: figures[name] for name in label_figures(member.config.data) if name in figures}
+    return {"figures": shown, "answers": answers}
 
 
 def summarize(folder: Path, sweep: Sweep, failed: dict[str, str]) -> dict[str, Any]:
     """What results.json holds."""
     reports = [] if sweep.study is None else STUDIES[sweep.study].reported
+    labels = label_figures(sweep.base.data)
     rows = []
     for values, members in itertools.groupby(sweep.members(), key=lambda member: member.values):
         runs: list[dict[str, Any]] = [
             {"run": member.name, "failed": failed[member.name]}
             if member.name in failed
-            else {"run": member.name, **measure(folder, member, sweep.study)}
+            else {"run": member.name, **measure_member(folder, member, sweep.study)}
             for member in members
         ]
         figures = [run["figures"] for run in runs if "figures" in run]
-        found = {name: [each[name] for each in figures if name in each] for name in FIGURES}
+        found = {name: [each[name] for each in figures if name in each] for name in labels}
         mean, spread = (
             {name: function(values) for name, values in found.items() if len(values) >= least}
             for function, least in ((statistics.fmean, 1), (statistics.stdev, 2))
         )
         reported = next((theirs for place, theirs in reports if place.items() <= values.items()), {})
         rows.append({"values": values, "mean": mean, "spread": spread, "reported": reported, "runs": runs})
-    return {"study": sweep.study, "vary": sweep.vary, "seeds": sweep.seeds, "rows": rows}
+    main = next(iter(sweep.base.data.figures))
+    plan = {"study": sweep.study, "vary": sweep.vary, "seeds": sweep.seeds}
+    return {**plan, "figures": labels, "main": main, "rows": rows}
 
 
 def _report(results: dict[str, Any]) -> str:
@@ -76,29 +76,31 @@ def _measures_training(results: dict[str, Any]) -> bool:
 
 
 def best_row(results: dict[str, Any]) -> dict[str, Any] | None:
-    """The row with the highest exact match, of equal ones the one with the lowest validation loss; None of one row."""
-    rows = [row for row in results["rows"] if row["mean"].keys() >= {"exact_match", "valid_loss"}]
+    """The row that is best by the figure that counts, of equal ones by validation loss; None of one row."""
+    main = results["main"]
+    rows = [row for row in results["rows"] if row["mean"].keys() >= {main, "valid_loss"}]
     if len(results["rows"]) < 2 or not rows:
         return None
-    return max(rows, key=lambda row: (row["mean"]["exact_match"], -row["mean"]["valid_loss"]))
+    sign = -1 if is_loss(main) else 1
+    return max(rows, key=lambda row: (sign * row["mean"][main], -row["mean"]["valid_loss"]))
 
 
 def make_table(results: dict[str, Any]) -> str:
     """The results as a Markdown table that reads well unrendered too, and notes below it."""
-    rows, report, best = results["rows"], _report(results), best_row(results)
-    reported = [name for name in FIGURES if any(name in row["reported"] for row in rows)]
+    rows, report, best, labels = results["rows"], _report(results), best_row(results), results["figures"]
+    reported = [name for name in labels if any(name in row["reported"] for row in rows)]
     questions = STUDIES[results["study"]].questions if results["study"] else ()
     lines = [
         [
             *(name.replace("_", " ") for name in results["vary"]),
-            *FIGURES.values(),
-            *(f"{report} {FIGURES[name]}" for name in reported),
+            *labels.values(),
+            *(f"{report} {labels[name]}" for name in reported),
             *questions,
         ]
     ]
     for row in rows:
         cells = [f"**{value}**" if row is best else str(value) for value in row["values"].values()]
-        for name in FIGURES:
+        for name in labels:
             digits = 1 if name == "seconds" else 4
             text = f"{row['mean'][name]:.{digits}f}" if name in row["mean"] else "–" if row["mean"] else "failed"
             cells.append(f"{text} ± {row['spread'][name]:.{digits}f}" if name in row["spread"] else text)
@@ -111,7 +113,7 @@ def make_table(results: dict[str, Any]) -> str:
     lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
     notes = ["Token accuracy counts single tokens, the end token too, given the right ones before."]
     if best:
-        notes.insert(0, f"Best by exact match: {_label(best['values'])}.")
+        notes.insert(0, f"Best by {labels[results['main']]}: {_label(best['values'])}.")
     if results["seeds"] > 1:
         notes.append(f"Mean and standard deviation of {results['seeds']} training seeds.")
     if _measures_training(results):
@@ -185,7 +187,7 @@ def draw(results: dict[str, Any], folder: Path, path: Path) -> bool:
         None,
     )
     title = results["study"] or folder.resolve().name
-    figures = {name: panel for name, panel in FIGURES.items() if name != "seconds"}
+    figures = {name: panel for name, panel in results["figures"].items() if name != "seconds"}
     if axis is None:
         return save_panels(
             {panel: _by_epoch(folder, name, results) for name, panel in figures.items()}, "epoch", title, path

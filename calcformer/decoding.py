@@ -1,12 +1,17 @@
 """From a problem to its answer: the decoder's own words are fed back to it."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
-from calcformer.data import Vocabulary
 from calcformer.errors import InputError, shown
-from calcformer.model import EncoderDecoder
+
+if TYPE_CHECKING:
+    from calcformer.data import Vocabulary
+    from calcformer.model import EncoderDecoder
 
 __all__ = ["beam_search", "decode", "greedy_decode", "log_probability"]
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,36 +11,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from calcformer.build import build_task
-from calcformer.data import Examples, FormulaForm, FormulaTask, Task
-from calcformer.decoding import BATCH, decode, log_probability
+from calcformer.config import describe_figures
+from calcformer.data import Examples
+from calcformer.decoding import BATCH
 from calcformer.errors import InputError
-from calcformer.hard_problems import hard_problems
-from calcformer.runs.checkpoint import MODEL
+from calcformer.runs.folder import MODEL
 from calcformer.solver import Solver
 from calcformer.training import evaluate
 
-__all__ = [
-    "Mistake",
-    "Tally",
-    "answer",
-    "evaluate_run",
-    "find_mistakes",
-    "held_out_operands",
-    "is_right",
-    "report",
-    "share",
-    "wilson_interval",
-]
+__all__ = ["Mistake", "Tally", "evaluate_run", "find_mistakes", "report", "share", "wilson_interval"]
 
 NORMAL_QUANTILE = 1.959963984540054  # leaves 2.5 % on each side
 WORST = 10  # mistakes shown
-WORDS = {"POSITIVE": "", "NEGATIVE": "-", "add": "+", "subtract": "-"}
-GROUPS = {  # what problems are divided by
-    "digits": tuple(map(str, range(1, 14))),
-    "result": ("negative", "zero", "positive"),
-    "operation": ("subtraction", "addition"),
-}
 
 
 def wilson_interval(right: float, n: int) -> tuple[float, float]:
@@ -60,48 +41,32 @@ def wilson_interval(right: float, n: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / (1 + square)), min(1.0, (middle + half) / (1 + square))
 
 
-def group_codes(a: torch.Tensor, b: torch.Tensor, plus: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Where problems stand in each of GROUPS: (N,) int64 each.
-
-    Args:
-        a, b: (N,) int64, the operands; the longer one decides the number of digits.
-        plus: (N,) bool, True = a+b, False = a-b.
-    """
-    powers = 10 ** torch.arange(1, len(GROUPS["digits"]), device=a.device)
-    longest = torch.maximum(a.abs(), b.abs())
-    return {
-        "digits": torch.bucketize(longest, powers, right=True),
-        "result": torch.where(plus, a + b, a - b).sign() + 1,
-        "operation": plus.long(),
-    }
-
-
 class Tally:
-    """How many problems there were and how many were answered right, in each of GROUPS.
+    """How many problems there were and how many were answered right, in all and in each member of a task's groups.
 
     In NumPy's arrays: a tensor would go from process to process as a file in shared memory.
     """
 
     def __init__(self) -> None:
-        self.counts = {group: np.zeros((2, len(members)), dtype=np.int64) for group, members in GROUPS.items()}
+        self.n = self.right = 0
+        self.members: dict[str, Sequence[str]] = {}
+        self.counts: dict[str, np.ndarray] = {}  # of each group: problems and right answers by member
 
-    def add(self, operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor], right: torch.Tensor) -> None:
-        """Count N problems, a, b and plus as for `group_codes`, of which `right` (N,) bool were answered right."""
-        for group, code in group_codes(*operands).items():
-            counts = [chosen.bincount(minlength=len(GROUPS[group])) for chosen in (code, code[right])]
-            self.counts[group] += torch.stack(counts).cpu().numpy()
+    def add(self, groups: dict[str, tuple[Sequence[str], torch.Tensor]], right: torch.Tensor) -> None:
+        """Count N problems, divided as `Task.groups` does, of which `right` (N,) bool were answered right."""
+        self.n += len(right)
+        self.right += int(right.sum())
+        for group, (members, code) in groups.items():
+            self.members[group] = members
+            counts = [chosen.bincount(minlength=len(members)) for chosen in (code, code[right])]
+            self.counts[group] = self.counts.get(group, 0) + torch.stack(counts).cpu().numpy()
 
     def merge(self, other: Tally) -> None:
+        self.n += other.n
+        self.right += other.right
+        self.members |= other.members
         for group, counts in other.counts.items():
-            self.counts[group] += counts
-
-    @property
-    def n(self) -> int:
-        return int(self.counts["operation"][0].sum())
-
-    @property
-    def right(self) -> int:
-        return int(self.counts["operation"][1].sum())
+            self.counts[group] = self.counts.get(group, 0) + counts
 
     def groups(self, distinct: Tally | None = None) -> dict[str, dict[str, dict[str, Any]]]:
         """By group and member: the `share` of those problems, where there are any.
@@ -110,7 +75,7 @@ class Tally:
             distinct: each of them once, where they are a sample.
         """
         found: dict[str, dict[str, dict[str, Any]]] = {}
-        for group, members in GROUPS.items():
+        for group, members in self.members.items():
             once = distinct.counts[group][0].tolist() if distinct else [None] * len(members)
             found[group] = {
                 member: share(right, n, different)
@@ -146,47 +111,17 @@ class Mistake:
         return f"{self.problem} = {self.right}, said {self.said!r} with probability {self.probability:.4f}"
 
 
-def held_out_operands(task: Task) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The held-out problems of task.split(), in its order: a, b (N,) int64 and plus (N,) bool."""
-    if isinstance(task, FormulaTask):  # written so that nothing is cut off
-        task = replace(task, form=FormulaForm(task.form.complexity, task.form.signed))
-    problems = []
-    for ids in task.split()[1].source.tolist():
-        text = "".join(WORDS.get(token, token) for token in task.vocabulary.decode_until_eos(ids))
-        match = re.fullmatch(r"(-?\d+)([+-])(-?\d+)", text)
-        assert match is not None, text
-        problems.append((int(match[1]), int(match[3]), match[2] == "+"))
-    a, b, plus = torch.tensor(problems).unbind(dim=1)
-    return a, b, plus.bool()
-
-
-def answer(
-    solver: Solver, examples: Examples, beam: int = 1, advance: Callable[[int], object] = lambda count: None
-) -> torch.Tensor:
-    """What the model says to each problem, (N, T - 1) int64, shaped as the labels; `advance` as for `decode`."""
-    return decode(
-        solver.model, examples.source, examples.labels.shape[1], solver.task.vocabulary, beam, advance=advance
-    )
-
-
-def is_right(said: torch.Tensor, examples: Examples) -> torch.Tensor:
-    """(N,) bool, whether the whole answer is right, end token included."""
-    return (said == examples.labels).all(dim=1)
-
-
-def find_mistakes(
-    solver: Solver, operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor], examples: Examples, said: torch.Tensor
-) -> Iterator[Mistake]:
-    """The wrong ones of the answers `said` (N, T - 1) to N problems, in their order."""
+def find_mistakes(solver: Solver, examples: Examples, said: torch.Tensor) -> Iterator[Mistake]:
+    """The wrong ones of the answers `said` (N, ...) to N problems, in their order."""
     task = solver.task
-    wrong = (~is_right(said, examples)).nonzero().squeeze(1)
+    wrong = (~task.is_right(said, examples)).nonzero().squeeze(1)
     for start in range(0, len(wrong), BATCH):
         rows = wrong[start : start + BATCH]
         part = examples.select(rows)
-        log_p = log_probability(solver.model, part.source, said[rows], task.vocabulary)
-        columns = (*(x[rows.to(x.device)] for x in operands), said[rows], part.labels, log_p.exp())
-        for a, b, plus, words, right, probability in zip(*(x.tolist() for x in columns)):
-            yield Mistake(task.question(a, b, plus), task.decode_answer(words), task.decode_answer(right), probability)
+        chances = task.log_probability(solver.model, part, said[rows]).exp()
+        columns = (x.tolist() for x in (said[rows], part.labels, chances))
+        for problem, words, right, chance in zip(task.questions(part), *columns):
+            yield Mistake(problem, task.decode_answer(words), task.decode_answer(right), chance)
 
 
 def worst(mistakes: Iterator[Mistake], count: int = WORST) -> list[Mistake]:
@@ -196,16 +131,41 @@ def worst(mistakes: Iterator[Mistake], count: int = WORST) -> list[Mistake]:
 
 
 def measure_hard(solver: Solver, beam: int = 1) -> dict[str, dict[str, Any]]:
-    """Exact match on each set of hard formulas, and how many of them may have been in training; none of expressions."""
-    task, found = solver.task, {}
-    if isinstance(task, FormulaTask):
-        for name, problems in hard_problems(task.form.complexity, task.form.signed).items():
-            a, b, plus = torch.tensor(problems, device=solver.device).unbind(dim=1)
-            examples = task.form.encode(a, b, plus.bool())
-            right = is_right(answer(solver, examples, beam), examples)
-            trained_on = task.trained_on(task.form.index(a, b, plus))
-            found[name] = share(int(right.sum()), len(problems)) | {"trained_on": int(trained_on.sum())}
+    """Exact match on each of the task's sets of hard problems, and how many of them may have been in training."""
+    found = {}
+    for name, (examples, trained_on) in solver.task.hard_sets().items():
+        examples = examples.to(solver.device)
+        right = solver.task.is_right(solver.task.answer(solver.model, examples, beam), examples)
+        found[name] = share(int(right.sum()), len(examples)) | {"trained_on": int(trained_on.sum())}
     return found
+
+
+def distinct_rows(examples: Examples) -> torch.Tensor:
+    """The place of one of each of the problems that differ from each other."""
+    known = examples.inputs[0] if examples.problem is None else examples.problem
+    _, number = known.unique(dim=0, return_inverse=True)
+    first = torch.full((int(number.max()) + 1,), len(number), device=number.device)
+    return first.scatter_reduce(0, number, torch.arange(len(number), device=number.device), "amin")
+
+
+def measure_answers(solver: Solver, examples: Examples, beam: int) -> dict[str, Any]:
+    """What `evaluate_run` says of the answers that a run gives by itself."""
+    task = solver.task
+    with tqdm(total=len(examples), unit="ex", unit_scale=True, disable=None, delay=2, leave=False) as bar:
+        said = task.answer(solver.model, examples, beam, advance=bar.update)
+    tally, once = Tally(), Tally()
+    right, groups = task.is_right(said, examples), task.groups(examples)
+    tally.add(groups, right)
+    rows = distinct_rows(examples)
+    once.add({group: (members, code[rows]) for group, (members, code) in groups.items()}, right[rows])
+    return {
+        **task.answer_figures(task.count_answers(said, examples).tolist()),
+        **share(tally.right, tally.n, once.n),
+        "beam": beam,
+        "groups": tally.groups(once),
+        "hard": measure_hard(solver, beam),
+        "mistakes": [vars(mistake) for mistake in worst(find_mistakes(solver, examples, said))],
+    }
 
 
 def evaluate_run(solver: Solver, beam: int = 1, problems: int | None = None) -> dict[str, Any]:
@@ -216,35 +176,25 @@ def evaluate_run(solver: Solver, beam: int = 1, problems: int | None = None) -> 
         problems: held-out problems drawn; None for as many as the run was validated with.
 
     Returns:
-        n, distinct, wrong, exact_match, interval, token_accuracy, loss; groups, hard, mistakes; epoch, preset,
-        checkpoint, beam.
+        n, token_accuracy, loss and the other figures of the task; epoch, preset, checkpoint; where its problems have
+        answers, also distinct, wrong, exact_match, interval, groups, hard, mistakes, beam.
     """
-    task = solver.task if problems is None else build_task(replace(solver.config.data, valid_size=problems))
-    examples, operands = task.split()[1].to(solver.device), held_out_operands(task)
-    score = evaluate(solver.model, examples, task.vocabulary.pad_id)
+    data = solver.config.data
+    task = solver.task if problems is None else replace(data, valid_size=problems).build()
+    examples = task.split()[1].to(solver.device)
+    score = evaluate(solver.model, examples, task.ignored_label)
     if not math.isfinite(score.loss):
         raise InputError(
             f"{solver.folder}: its weights are so large that its loss is no number; "
             "train the run again or give another one"
         )
-    with tqdm(total=len(examples), unit="ex", unit_scale=True, disable=None, delay=2, leave=False) as bar:
-        said = answer(solver, examples, beam, bar.update)
-    tally, once = Tally(), Tally()
-    right = is_right(said, examples).cpu()
-    tally.add(operands, right)
-    a, b, plus = torch.stack(operands, dim=1).unique(dim=0).unbind(dim=1)
-    once.add((a, b, plus.bool()), torch.zeros_like(a, dtype=torch.bool))
     return {
-        **share(tally.right, tally.n, once.n),
-        "token_accuracy": score.token_accuracy,
-        "loss": score.loss,
+        "n": len(examples),
+        **{name.removeprefix("valid_"): value for name, value in score.figures.items() if name in data.figures},
         "epoch": solver.epoch,
         "preset": solver.config.preset,
         "checkpoint": str(solver.folder / MODEL),
-        "beam": beam,
-        "groups": tally.groups(once),
-        "hard": measure_hard(solver, beam),
-        "mistakes": [vars(mistake) for mistake in worst(find_mistakes(solver, operands, examples, said))],
+        **(measure_answers(solver, examples, beam) if task.has_answers else {}),
     }
 
 
@@ -254,11 +204,10 @@ def table_row(label: str, entry: dict[str, Any]) -> str:
     return f"{label:<28} {entry['n']:>9} {entry['wrong']:>9}  {entry['exact_match']:11.6f}{interval}"
 
 
-def group_rows(groups: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+def group_rows(groups: dict[str, dict[str, dict[str, Any]]], labels: dict[str, str]) -> list[str]:
     """The lines of a table for the groups of a Tally."""
-    labels = {"digits": "digits of an operand: {}", "result": "{} result", "operation": "{}"}
     return [
-        table_row(f"  {labels[group].format(member)}", entry)
+        table_row("  " + labels.get(group, f"{group} {{}}").format(member), entry)
         for group, members in groups.items()
         for member, entry in members.items()
     ]
@@ -266,15 +215,20 @@ def group_rows(groups: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
 
 def report(solver: Solver, result: dict[str, Any]) -> str:
     """What `evaluate_run` returned, with that of `evaluate_all` as its "exhaustive", as text to be read."""
-    how = "" if result["beam"] == 1 else f" with a beam of {result['beam']}"
+    data, labels = solver.config.data, solver.task.group_labels
+    how = "" if result.get("beam", 1) == 1 else f" with a beam of {result['beam']}"
+    found = {name: result[name.removeprefix("valid_")] for name in data.figures}
     lines = [
-        f"{solver.folder}, epoch {result['epoch']}, {result['n']} held-out problems: "
-        f"exact match {result['exact_match']:.4f}{how}, token accuracy {result['token_accuracy']:.4f}, "
-        f"loss {result['loss']:.4f}",
+        f"{solver.folder}, epoch {result['epoch']}, {result['n']} held-out problems{how}: "
+        + describe_figures(found, solver.config)
+    ]
+    if not solver.task.has_answers:
+        return lines[0]
+    lines += [
         "",
         f"{'':<28} {'problems':>9} {'wrong':>9}  exact match  95 % interval",
         table_row("held out", result),
-        *group_rows(result["groups"]),
+        *group_rows(result["groups"], labels),
     ]
     if result["distinct"] < result["n"]:
         lines.append(
@@ -282,12 +236,13 @@ def report(solver: Solver, result: dict[str, Any]) -> str:
             "intervals are those of so many)"
         )
     if "exhaustive" in result:
-        lines += [table_row("all not trained on", result["exhaustive"]), *group_rows(result["exhaustive"]["groups"])]
+        every = result["exhaustive"]
+        lines += [table_row("all not trained on", every), *group_rows(every["groups"], labels)]
     if result["hard"]:
-        lines += ["hard formulas", *(table_row(f"  {name}", entry) for name, entry in result["hard"].items())]
+        lines += [f"hard {data.noun}", *(table_row(f"  {name}", entry) for name, entry in result["hard"].items())]
         trained_on = sum(entry["trained_on"] for entry in result["hard"].values())
         if trained_on:
-            lines.append(f"  ({trained_on} of the hard formulas may have been in training)")
+            lines.append(f"  ({trained_on} of the hard {data.noun} may have been in training)")
     if result["mistakes"]:
         lines += ["", "held-out mistakes said with the highest probability"]
         lines += [f"  {Mistake(**mistake)}" for mistake in result["mistakes"]]

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from calcformer.errors import InputError
-from calcformer.evaluation import Mistake, Tally, answer, find_mistakes, is_right, share
+from calcformer.evaluation import Mistake, Tally, find_mistakes, share
 from calcformer.memory import check_memory, memory_to_answer
 from calcformer.pool import run_jobs
 from calcformer.runs.device import check_cores, count_cores
@@ -36,9 +36,9 @@ def answer_chunk(solver: Solver, numbers: range, beam: int) -> Chunk:
     if len(index) == 0:
         return tally, [], []
     examples = task.encode(index)
-    said = answer(solver, examples, beam)
-    right = is_right(said, examples)
-    tally.add(task.operands(index), right)
+    said = task.answer(solver.model, examples, beam)
+    right = task.is_right(said, examples)
+    tally.add(task.groups(examples), right)
     wrong = (~right).nonzero().squeeze(1)[: MOST_LISTED + 1]
     return tally, index[wrong].tolist(), said[wrong].tolist()
 
@@ -54,7 +54,7 @@ def do_job(numbers: str, run: str, beam: str) -> Chunk:
 
 def answered_chunks(solver: Solver, beam: int, processes: int) -> Generator[Chunk, None, None]:
     """All problems there are, a chunk at a time, as they are finished."""
-    size = solver.task.size
+    size = solver.task.size or 0
     chunks = [range(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK)]
     if processes == 1 or len(chunks) == 1 or solver.device.type != "cpu":
         yield from (answer_chunk(solver, numbers, beam) for numbers in chunks)
@@ -75,7 +75,7 @@ def list_mistakes(solver: Solver, mistakes: list[tuple[int, list[int]]]) -> list
     examples = solver.task.encode(index)
     said = [words for _, words in mistakes]
     answers = torch.tensor(said, dtype=torch.long, device=solver.device).view_as(examples.labels)
-    return list(find_mistakes(solver, solver.task.operands(index), examples, answers))
+    return list(find_mistakes(solver, examples, answers))
 
 
 def check_exhaustive(solver: Solver, processes: int | None) -> int:
@@ -84,6 +84,9 @@ def check_exhaustive(solver: Solver, processes: int | None) -> int:
     Raises:
         InputError: there are too many problems, or fewer cores or less memory than the processes want.
     """
+    if solver.task.size is None:
+        noun = solver.config.data.noun
+        raise InputError(f"--exhaustive is for problems that are numbered, which {noun} are not; leave it out")
     if solver.task.size > MOST_PROBLEMS:
         raise InputError(
             f"--exhaustive answers up to {MOST_PROBLEMS:,} problems, this run has {solver.task.size:,}; leave it out"
@@ -108,18 +111,18 @@ def evaluate_all(solver: Solver, beam: int = 1, processes: int | None = None) ->
     Raises:
         InputError: see `check_exhaustive`; or there are no problems that were not trained on.
     """
-    task, processes = solver.task, check_exhaustive(solver, processes)
+    processes, size = check_exhaustive(solver, processes), solver.task.size or 0
     tally = Tally()
     mistakes: list[tuple[int, list[int]]] = []
     with (
         closing(answered_chunks(solver, beam, processes)) as chunks,
-        tqdm(total=task.size, unit="ex", unit_scale=True, dynamic_ncols=True, disable=None) as bar,
+        tqdm(total=size, unit="ex", unit_scale=True, dynamic_ncols=True, disable=None) as bar,
     ):
         for counts, wrong, said in chunks:
             tally.merge(counts)
             if len(mistakes) <= MOST_LISTED:
                 mistakes += zip(wrong, said)
-            bar.update(min(CHUNK, task.size - bar.n))
+            bar.update(min(CHUNK, size - bar.n))
     if tally.n == 0:
         raise InputError("this run was trained on every problem there is; leave out --exhaustive")
     if len(mistakes) <= MOST_LISTED:

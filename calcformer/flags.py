@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from calcformer.config import PRESETS, SECTIONS
+from calcformer.config import PRESETS, RunConfig
 from calcformer.errors import shown, tell
+from calcformer.settings import MODELS, kinds_of
+from calcformer.tasks import TASKS
 
 __all__ = ["Parser", "add_settings", "path", "whole"]
 
@@ -40,7 +42,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
 
 def number(kind: type) -> Callable[[str], Any]:
-    """The type of a setting that is a number; config.py knows its limits."""
+    """The type of a setting that is a number; settings.py knows its limits."""
 
     def read(text: str) -> Any:
         try:
@@ -59,22 +61,39 @@ def path(text: str) -> Path:
     return Path(text)
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """A flag for every field of every section of RunConfig; only those that are given reach the namespace."""
-    for section, kind in SECTIONS.items():
+def add_settings(parser: argparse.ArgumentParser, base: RunConfig) -> None:
+    """A flag for every setting of the task and the kind of model of `base`; only those given reach the namespace.
+
+    Those of other tasks and kinds are read too, and not shown: `RunConfig.with_settings` says whose they are.
+    """
+    usual = [preset for preset in PRESETS.values() if preset.data.task == base.data.task]
+    known: set[str] = set()
+    for section, settings in base.sections.items():
         group = parser.add_argument_group(section)
-        hints = get_type_hints(kind)
-        for item in fields(kind):
-            hint = hints[item.name]
-            options: dict[str, Any] = {"default": argparse.SUPPRESS}
-            if hint is bool:
-                options["action"] = argparse.BooleanOptionalAction
-            elif get_origin(hint) is Literal:
-                options["choices"] = get_args(hint)
-            else:
-                options |= {"type": str if hint is str else number(hint), "metavar": hint.__name__.upper()}
-            defaults = [getattr(getattr(preset, section), item.name) for preset in PRESETS.values()]
-            default = " / ".join(map(str, defaults if len(set(defaults)) > 1 else defaults[:1]))
-            group.add_argument(
-                f"--{item.name.replace('_', '-')}", help=f"{item.metadata['help']} ({default})", **options
-            )
+        if section == "model":
+            kinds: dict[str, Any] = {"choices": tuple(base.data.models), "default": argparse.SUPPRESS}
+            group.add_argument("--model", help=f"kind of model ({base.model.kind})", **kinds)
+        presets = [vars(preset.sections[section]) for preset in usual]
+        for item in fields(settings):
+            values = [preset[item.name] for preset in presets if item.name in preset] or [item.default]
+            default = " / ".join(map(str, values if len(set(values)) > 1 else values[:1]))
+            add_flag(group, settings, item, f"{item.metadata['help']} ({default})")
+            known.add(item.name)
+    for foreign in (*TASKS.values(), *MODELS.values()):
+        for item in fields(foreign):
+            if item.name not in known:
+                add_flag(parser, foreign, item, argparse.SUPPRESS)
+                known.add(item.name)
+
+
+def add_flag(parser: argparse._ActionsContainer, settings: Any, item: Field[Any], help: str) -> None:
+    """A flag for one field of a dataclass of settings."""
+    kind = kinds_of(settings)[item.name]
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help}
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif get_origin(kind) is Literal:
+        options["choices"] = get_args(kind)
+    else:
+        options |= {"type": str if kind is str else number(kind), "metavar": kind.__name__.upper()}
+    parser.add_argument(f"--{item.name.replace('_', '-')}", **options)

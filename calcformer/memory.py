@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from calcformer.build import build_model, build_task
-from calcformer.config import DataConfig, ModelConfig, RunConfig
+from calcformer.config import RunConfig
 from calcformer.errors import InputError
+from calcformer.settings import ModelSettings, TaskSettings
 
 __all__ = ["check_memory", "free_memory", "memory_to_answer", "memory_to_train"]
 
@@ -19,9 +19,9 @@ FLOAT = 4  # bytes
 
 
 @lru_cache  # runs of a sweep seldom differ in it
-def _count_parameters(model: ModelConfig, data: DataConfig) -> int:
+def _count_parameters(model: ModelSettings, data: TaskSettings) -> int:
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build_model(model, build_task(data)).parameters())
+        return sum(parameter.numel() for parameter in model.build(data.build()).parameters())
 
 
 def count_parameters(config: RunConfig) -> int:
@@ -31,15 +31,9 @@ def count_parameters(config: RunConfig) -> int:
 
 def activations(config: RunConfig, problems: int) -> int:
     """Bytes of what a model of these settings keeps of `problems` problems for the backward pass."""
-    model, task = config.model, build_task(config.data)
-    source, target = task.source_length, task.target_length
-    scores = 2 * model.heads * (source**2 * model.encoder_layers + target * (target + source) * model.decoder_layers)
-    tokens = (
-        source * model.encoder_layers * (12 * model.width + 3 * model.hidden)
-        + target * model.decoder_layers * (20 * model.width + 3 * model.hidden)
-        + target * 4 * len(task.vocabulary)
-    )
-    return FLOAT * problems * (tokens + scores)
+    task = config.data.build()
+    numbers = config.model.activations(task.source_length, task.target_length, len(task.vocabulary))
+    return FLOAT * problems * numbers
 
 
 def memory_to_train(config: RunConfig, processes: int) -> int:
@@ -48,10 +42,10 @@ def memory_to_train(config: RunConfig, processes: int) -> int:
     Weights, their gradient in parts and as a vector, Adam's two moments, and weights and moments twice more while they
     are written; the activations of a batch; the problems, as numbers in Python first where they are a fixed list.
     """
-    task = build_task(config.data)
+    task = config.data.build()
     weights = FLOAT * count_parameters(config)
     problems = config.data.train_size + config.data.valid_size
-    lists = 0 if config.data.fresh else 200 * problems
+    lists = 0 if task.fresh else 200 * problems
     data = 3 * 8 * (task.source_length + task.target_length) * problems + lists
     batch = activations(config, math.ceil(min(config.training.batch_size, config.data.train_size) / processes))
     shared = 2 * processes * weights if processes > 1 else 0
@@ -60,7 +54,7 @@ def memory_to_train(config: RunConfig, processes: int) -> int:
 
 def memory_to_answer(config: RunConfig, processes: int = 1) -> int:
     """Bytes that `processes` processes need together to load a run and answer problems, roughly."""
-    layer = activations(config, EVALUATED) // (config.model.encoder_layers + config.model.decoder_layers)
+    layer = activations(config, EVALUATED) // config.model.layers
     return processes * (PROCESS + 2 * FLOAT * count_parameters(config) + layer)
 
 

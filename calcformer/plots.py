@@ -15,9 +15,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Line", "can_draw", "save_curve", "save_heads", "save_panels"]
+__all__ = ["Line", "can_draw", "is_loss", "save_curve", "save_heads", "save_panels"]
 
+# What metrics.jsonl has beside figures.
+NO_FIGURES = {"epoch", "learning_rate", "seconds", "examples_per_second"}
 WIDEST_HEADS = 16  # inches of a row of heads, 1,920 pixels: what a screen shows
+
+
+def is_loss(name: str) -> bool:
+    """Whether a figure, by its name or its label, is the better the lower, without an end, and not a share."""
+    return "loss" in name or "perplexity" in name
 
 
 def can_draw() -> bool:
@@ -82,6 +89,8 @@ def save_curve(entries: list[dict[str, Any]], title: str, path: Path) -> bool:
             "exact_match": "whole answers, held out",
         },
     }
+    others = {name for entry in entries for name in entry if not is_loss(name)} - NO_FIGURES
+    panels["accuracy"] |= {name: name.replace("_", " ") for name in sorted(others - panels["accuracy"].keys())}
     for axes, (panel, names) in zip(figure.subplots(1, 2), panels.items()):
         for name, label in names.items():
             points = [(entry["epoch"], entry[name]) for entry in entries if name in entry]
@@ -154,7 +163,7 @@ def save_panels(
         if best is not None:
             handles["best"] = axes.axvline(best, color="0.6", linestyle=":", zorder=0)
         axes.tick_params(labelbottom=True)
-        if "loss" in name:
+        if is_loss(name):
             _label_loss(axes)
         else:
             axes.set_ylim(-0.03, 1.03)

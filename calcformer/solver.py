@@ -1,35 +1,17 @@
 """A trained run that answers typed problems."""
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-import torch
-
-from calcformer.decoding import BATCH, check_beam, decode, log_probability
+from calcformer.data import Answer
+from calcformer.decoding import BATCH, check_beam
 from calcformer.errors import InputError
-from calcformer.runs import load_run, pick_device
+from calcformer.runs.checkpoint import load_run
+from calcformer.runs.device import pick_device
 
 __all__ = ["Answer", "Solver"]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a run says to a problem, with which probability, and what is right."""
-
-    problem: str
-    said: str
-    probability: float
-    expected: str
-
-    @property
-    def is_right(self) -> bool:
-        return self.said == self.expected
-
-    def __str__(self) -> str:
-        verdict = "right" if self.is_right else f"wrong, {self.expected} is right"
-        return f"{self.problem} = {self.said}  (probability {self.probability:.4f}, {verdict})"
 
 
 class Solver:
@@ -74,26 +56,14 @@ class Solver:
             raise TypeError(f"questions must be a list of strings, got the string {questions!r}")
         check_beam(beam)
         problems = [self.task.read_question(question) for question in questions]
-        vocabulary, found = self.task.vocabulary, []
+        found: list[Answer] = []
         for start in range(0, len(problems), batch_size):
-            part = problems[start : start + batch_size]
-            a, b, plus = torch.tensor(part, device=self.device).unbind(dim=1)
-            source = self.task.write(a, b, plus.bool()).trim(vocabulary.pad_id).source
-            said = decode(self.model, source, self.task.target_length - 1, vocabulary, beam, batch_size)
-            log_p = log_probability(self.model, source, said, vocabulary)
-            if not log_p.isfinite().all():
+            part = self.task.answers(self.model, problems[start : start + batch_size], self.device, beam, batch_size)
+            if not all(math.isfinite(answer.probability) for answer in part):
                 raise InputError(
                     f"{self.folder}: its weights are so large that a probability is no number; "
                     "train the run again or give another one"
                 )
-            found += [
-                Answer(
-                    self.task.question(*problem),
-                    self.task.decode_answer(ids),
-                    probability,
-                    self.task.right_answer(*problem),
-                )
-                for problem, ids, probability in zip(part, said.tolist(), log_p.exp().tolist())
-            ]
+            found += part
             advance(len(part))
         return found

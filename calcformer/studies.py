@@ -4,85 +4,22 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_origin, get_type_hints
+from typing import Any, Literal, get_origin
 
-from calcformer.config import DEFAULT, PRESETS, SECTIONS, RunConfig
+from calcformer.config import DEFAULT, PRESETS, RunConfig
 from calcformer.errors import InputError, shown
+from calcformer.tasks import TASKS
 
-__all__ = ["STUDIES", "Member", "Study", "Sweep", "parse_vary"]
+__all__ = ["STUDIES", "Member", "Sweep", "parse_vary"]
 
 FORMAT = 1  # of sweep.json
 MOST_SEEDS, MOST_RUNS = 1000, 10_000
 LONGEST_NAME = 200  # characters of a folder
-KINDS: dict[str, Any] = {name: kind for section in SECTIONS.values() for name, kind in get_type_hints(section).items()}
 
 
-@dataclass(frozen=True)
-class Study:
-    """A comparison that a report made, and what it found.
-
-    Args:
-        preset, settings: the run that is varied, as a preset and what differs from it.
-        vary: the values of each setting that is varied.
-        reported: the report's figures, each with the values of the varied settings it belongs to.
-        questions: asked of every run at the end.
-        measure_training: the figures of validation are of the problems trained on.
-    """
-
-    preset: str
-    vary: dict[str, list[Any]]
-    reported: list[tuple[dict[str, Any], dict[str, float]]]
-    settings: dict[str, Any] = field(default_factory=dict)
-    questions: tuple[str, ...] = ()
-    measure_training: bool = False
-
-
-def _reported(
-    name: str, figures: dict[Any, tuple[float, float, float]]
-) -> list[tuple[dict[str, Any], dict[str, float]]]:
-    """Training loss, validation loss and token accuracy by the value of one setting."""
-    keys = "loss", "valid_loss", "valid_token_accuracy"
-    return [({name: value}, dict(zip(keys, row))) for value, row in figures.items()]
-
-
-LEARNING_RATES = {
-    1e-2: (2.3461, 2.3397, 0.25),
-    1e-3: (0.0228, 0.0088, 1.00),
-    1e-4: (0.9837, 0.7957, 0.77),
-    1e-5: (2.4652, 2.3359, 0.35),
-    1e-6: (3.0363, 2.8027, 0.19),
-    1e-7: (3.4504, 3.4122, 0.05),
-    1e-8: (3.2717, 3.0475, 0.10),
-    1e-9: (3.4178, 3.2929, 0.07),
-}
-STUDIES = {
-    "s0-learning-rate": Study(
-        "expression-report", {"learning_rate": list(LEARNING_RATES)}, _reported("learning_rate", LEARNING_RATES)
-    ),
-    "s0-overfit": Study(
-        "expression-report",
-        {},
-        [({}, {"valid_loss": 0.0070, "valid_token_accuracy": 1.0})],
-        {
-            "train_size": 4,
-            "valid_size": 1,
-            "encoder_layers": 1,
-            "decoder_layers": 1,
-            "batch_size": 4,
-            "epochs": 200,
-            "dropout": 0.0,
-        },  # S0 says nothing of it; with 0.2 some end at .875
-        measure_training=True,
-    ),
-    "s1-positions": Study(
-        "formula-report",
-        {"positions": ["sinusoid", "none"]},
-        _reported("positions", {"sinusoid": (0.126, 0.117, 0.963), "none": (1.129, 1.878, 0.440)}),
-        questions=("123+123", "321+321"),
-    ),
-}
+STUDIES = {name: study for task in TASKS.values() for name, study in task.studies().items()}
 
 
 @dataclass(frozen=True)
@@ -109,7 +46,7 @@ class Sweep:
         if self.study is not None and self.study not in STUDIES:
             raise InputError(f"there is no study {shown(self.study)}")
         for name, values in self.vary.items():
-            if name not in KINDS or type(values) is not list or not values:
+            if name not in self.base.kinds or type(values) is not list or not values:
                 raise InputError(f"{shown(name)} cannot be varied over {shown(values)}")
         runs = self.seeds * math.prod(map(len, self.vary.values()))
         if runs > MOST_RUNS:
@@ -185,9 +122,8 @@ class Sweep:
             raise InputError(f"{path} cannot be used: {error}; start the sweep again with another --out") from None
 
 
-def _value(name: str, text: str) -> Any:
-    """One value of a setting as typed after --vary."""
-    kind = KINDS[name]
+def _value(name: str, kind: Any, text: str) -> Any:
+    """One value of a setting of this type as typed after --vary."""
     if kind is bool and text in ("true", "false"):
         return text == "true"
     if kind is str or get_origin(kind) is Literal:
@@ -201,8 +137,8 @@ def _value(name: str, text: str) -> Any:
     raise InputError(f"{name} must be {expected}, got {shown(text)}")
 
 
-def parse_vary(words: Sequence[str]) -> dict[str, list[Any]]:
-    """Settings and their values from words such as learning-rate=1e-3,1e-4; InputError where a word is not one."""
+def parse_vary(words: Sequence[str], base: RunConfig) -> dict[str, list[Any]]:
+    """Settings of `base` and their values, from words such as learning-rate=1e-3,1e-4; InputError where one is not."""
     vary: dict[str, list[Any]] = {}
     for word in words:
         flag, _, values = word.partition("=")
@@ -211,9 +147,10 @@ def parse_vary(words: Sequence[str]) -> dict[str, list[Any]]:
             raise InputError(
                 f"--vary {shown(word)} is not of the form SETTING=VALUE,VALUE, such as learning-rate=1e-3,1e-4"
             )
-        if name not in KINDS:
-            raise InputError(f"there is no setting {shown(flag)} to vary; calcformer train --help lists them")
+        if name not in base.kinds:
+            task = base.data.task
+            raise InputError(f"{task} has no setting {shown(flag)} to vary; calcformer train {task} --help lists them")
         if name in vary:
             raise InputError(f"--vary {flag} stands twice; give all its values to one")
-        vary[name] = [_value(name, text) for text in values.split(",")]
+        vary[name] = [_value(name, base.kinds[name], text) for text in values.split(",")]
     return vary

@@ -23,10 +23,10 @@ from calcformer.errors import InputError
 from calcformer.interrupt import Stopped
 from calcformer.memory import check_memory, memory_to_train
 from calcformer.pool import run_jobs
-from calcformer.runs.checkpoint import CONFIG, METRICS, MODEL, RESUME, saved_epoch
 from calcformer.runs.device import check_cores, count_cores, count_processes, pick_device
 from calcformer.runs.files import hold, new_folder, write_atomically
-from calcformer.runs.run_log import MEASURED, RunLog
+from calcformer.runs.folder import CONFIG, METRICS, MODEL, RESUME, saved_epoch
+from calcformer.runs.run_log import RunLog
 from calcformer.studies import Member, Sweep
 from calcformer.training import resume, train
 
@@ -86,7 +86,7 @@ def is_finished(folder: Path, member: Member) -> bool:
     if saved_epoch(run / MODEL) != epochs or not (run / CONFIG).is_file():
         return False
     last = next(iter(RunLog(run / METRICS).read()[-1:]), {})
-    return last.keys() >= MEASURED or saved_epoch(run / RESUME) is None
+    return last.keys() >= member.config.data.figures.keys() or saved_epoch(run / RESUME) is None
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from bench.check import WrongResult, relative_error, require_right
 from bench.record import Refused, attempt, figures
 from bench.s1_transformer import S1Transformer
 from bench.timing import Samples
-from calcformer.build import build_model, build_task
 from calcformer.config import PRESETS
 
 CPU = torch.device("cpu")
@@ -296,8 +295,8 @@ def test_pytest_benchmark_sees_the_samples():
 
 def test_the_training_peer_has_as_many_parameters():
     config = PRESETS["formula"].with_settings({"train_size": 8, "valid_size": 1})
-    task = build_task(config.data)
-    ours, theirs = build_model(config.model, task), S1Transformer(task, config.model)
+    task = config.data.build()
+    ours, theirs = config.model.build(task), S1Transformer(task, config.model)
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
     examples = task.split()[0]
     assert theirs(examples.source, examples.decoder_input).shape == (8, task.target_length - 1, len(task.vocabulary))

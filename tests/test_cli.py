@@ -138,7 +138,7 @@ def test_right_answers_are_called_right(runs: dict[str, Path], monkeypatch: pyte
     solver = calcformer.load(runs["formula-best"])
     form = solver.task.form
     examples = form.encode(torch.tensor([12, 5]), torch.tensor([7, 5]), torch.tensor([True, False]))
-    monkeypatch.setattr("calcformer.solver.decode", lambda *_: examples.labels)
+    monkeypatch.setattr("calcformer.data.task.decode", lambda *_: examples.labels)
     for questions, is_right in ((["12+7", "5-5"], True), (["12+8", "5-6"], False)):
         answers = solver.answers(questions)
         assert [(answer.said, answer.is_right) for answer in answers] == [("19", is_right), ("0", is_right)]
@@ -301,7 +301,10 @@ def test_package_door(runs: dict[str, Path]) -> None:
         (["evaluate", "x", "--processes", "0"], "must be a whole number, 1 to 1024, got '0'"),
         (["train", "--" + "x" * 100_000], "unrecognized arguments: --xxx"),
         (["train", "--processes", "900"], "CPU cores busy"),
-        (["train", "--preset", "expression", "--complexity", "2"], "complexity is a setting of formulas"),
+        (
+            ["train", "--preset", "expression", "--complexity", "2"],
+            "complexity is a setting of formula, not of expression",
+        ),
         (["train", "--train-size", "0"], "train_size must be 1 to 10000000, got 0"),
         (["train", "--learning-rate", "inf"], "learning_rate must be 0 to 1000, got inf"),
         (["train", "--warmup-steps", "20000", "--epochs", "3"], "at most the 600 steps of the whole run, got 20000"),

@@ -3,8 +3,16 @@
 import pytest
 import torch
 
-from calcformer.data import EXPRESSION, ExpressionTask, generate_expressions
-from calcformer.data.expressions import EXPRESSIONS, encode_expressions, expression_text, operands, tokenize
+from calcformer.tasks.arithmetic.expressions import (
+    EXPRESSION,
+    EXPRESSIONS,
+    ExpressionTask,
+    encode_expressions,
+    expression_text,
+    generate_expressions,
+    operands,
+    tokenize,
+)
 
 
 def rows(ids: torch.Tensor) -> list[tuple[int, ...]]:

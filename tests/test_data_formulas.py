@@ -5,9 +5,10 @@ import random
 import pytest
 import torch
 
-from calcformer.data import FORMULA, Examples, FormulaForm, FormulaTask, generate_formulas, random_formula
+from calcformer.data import Examples
 from calcformer.data.examples import held_out_side
-from calcformer.data.formula_tensors import draw_operands
+from calcformer.tasks.arithmetic.formula_tensors import FORMULA, FormulaForm, draw_operands, generate_formulas
+from calcformer.tasks.arithmetic.formulas import FormulaTask, random_formula
 
 
 def rows(ids: torch.Tensor) -> list[tuple[int, ...]]:
@@ -219,10 +220,12 @@ def test_answers_of_every_form_read_as_numbers_and_questions_encode_as_drawn(for
     task = FormulaTask(form)
     index = torch.randint(form.size, (211,), generator=torch.Generator().manual_seed(0))
     examples = task.encode(index)
-    for a, b, plus, source, target in zip(*(x.tolist() for x in (*task.operands(index), *vars(examples).values()))):
+    for a, b, plus, source, target in zip(
+        *(x.tolist() for x in (*task.operands(index), examples.source, examples.target))
+    ):
         assert task.decode_answer(target) == str(a + b if plus else a - b)
-        assert task.read_question(task.question(a, b, plus)) == (a, b, plus)
-        assert task.right_answer(a, b, plus) == task.decode_answer(target)
+        assert task.read_question(task.question((a, b, plus))) == (a, b, plus)
+        assert task.right_answer((a, b, plus)) == task.decode_answer(target)
         assert source == task.write(*(torch.tensor([x]) for x in (a, b, plus))).source[0].tolist()
 
 

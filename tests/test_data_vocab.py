@@ -2,8 +2,9 @@
 
 import pytest
 
-from calcformer.data import EXPRESSION, FORMULA, Vocabulary
-from calcformer.data.expressions import tokenize
+from calcformer.data import Vocabulary
+from calcformer.tasks.arithmetic.expressions import EXPRESSION, tokenize
+from calcformer.tasks.arithmetic.formula_tensors import FORMULA
 
 
 def test_formula_vocabulary_encodes_the_seed_example() -> None:

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from calcformer.data import EXPRESSION, FORMULA, Examples, FormulaForm, FormulaTask, Vocabulary, generate_formulas
+from calcformer.data import Examples, Vocabulary
 from calcformer.decoding import beam_search, decode, greedy_decode, log_probability
 from calcformer.errors import InputError
 from calcformer.model import EncoderDecoder
-from calcformer.training import exact_match
+from calcformer.tasks.arithmetic.expressions import EXPRESSION
+from calcformer.tasks.arithmetic.formula_tensors import FORMULA, FormulaForm, generate_formulas
+from calcformer.tasks.arithmetic.formulas import FormulaTask
+from calcformer.training import measure_answers
 
 LETTERS = Vocabulary(("a", "b", "<bos>", "<eos>"), "<bos>", "<eos>")
 A, B, END = 0, 1, 3
@@ -274,5 +277,5 @@ def test_exact_match_counts_whole_answers() -> None:
     answers[2][0] = 13
     answers = [[13 if token == 14 else token for token in answer] for answer in answers]
     model = saying(answers)
-    assert exact_match(model, examples, task) == 0.5
-    assert exact_match(model, examples, task, batch_size=3) == 0.5
+    assert measure_answers(model, examples, task)["exact_match"] == 0.5
+    assert measure_answers(model, examples, task, batch_size=3)["exact_match"] == 0.5

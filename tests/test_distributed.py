@@ -14,7 +14,9 @@ from torch import distributed
 
 import calcformer
 from calcformer.config import PRESETS
-from calcformer.runs import finished_epochs, load_run, pick_device
+from calcformer.runs.checkpoint import load_run
+from calcformer.runs.device import pick_device
+from calcformer.runs.folder import finished_epochs
 from calcformer.runs.run_log import RunLog
 from calcformer.training import resume, train
 

@@ -12,13 +12,17 @@ import torch
 from calcformer import evaluation, exhaustive
 from calcformer.cli import main
 from calcformer.config import PRESETS
-from calcformer.data import ExpressionTask, FormulaForm, FormulaTask, Vocabulary
+from calcformer.data import Vocabulary
+from calcformer.data import task as tasks
 from calcformer.errors import InputError
-from calcformer.evaluation import GROUPS, Tally, group_codes, held_out_operands, wilson_interval
+from calcformer.evaluation import Tally, wilson_interval
 from calcformer.exhaustive import MISTAKES, evaluate_all
-from calcformer.hard_problems import hard_problems
 from calcformer.pool import run_jobs
 from calcformer.solver import Solver
+from calcformer.tasks.arithmetic.expressions import ExpressionTask
+from calcformer.tasks.arithmetic.formula_tensors import FormulaForm
+from calcformer.tasks.arithmetic.formulas import FormulaTask
+from calcformer.tasks.arithmetic.hard_problems import hard_problems
 from calcformer.training import train
 
 TINY = {
@@ -62,9 +66,7 @@ def result(a: int, b: int, plus: bool) -> int:
 def minus_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that calculates right, but for "-0" and for sums of one digit, which it says twice."""
 
-    def decode(
-        model: object, source: torch.Tensor, length: int, vocabulary: Vocabulary, *beam: int, advance: object
-    ) -> torch.Tensor:
+    def decode(model: object, source: torch.Tensor, length: int, vocabulary: Vocabulary, *rest: object) -> torch.Tensor:
         rows = []
         for ids in source.tolist():
             question = "".join(vocabulary.decode_until_eos(ids))
@@ -77,7 +79,7 @@ def minus_zero(monkeypatch: pytest.MonkeyPatch) -> None:
             rows.append(ids + [vocabulary.pad_id] * (length - len(ids)))
         return torch.tensor(rows)
 
-    monkeypatch.setattr(evaluation, "decode", decode)
+    monkeypatch.setattr(tasks, "decode", decode)
 
 
 def is_wrong(a: int, b: int, plus: bool) -> bool:
@@ -103,17 +105,17 @@ def test_wilson_interval_by_hand(right: int, n: int, interval: tuple[float, floa
 
 def test_groups_by_hand() -> None:
     problems = [(0, 0, False), (-9, 9, True), (-10, 3, True), (7, 100, False), (999, 1, True), (-1000, 0, False)]
-    a, b, plus = torch.tensor(problems).unbind(1)
-    codes = group_codes(a, b, plus.bool())
-    found = {group: [GROUPS[group][code] for code in codes[group].tolist()] for group in GROUPS}
+    task = FormulaTask()
+    groups = task.groups(task.ask(problems))
+    found = {group: [members[code] for code in codes.tolist()] for group, (members, codes) in groups.items()}
     assert found == {
         "digits": ["1", "1", "2", "3", "3", "4"],
         "result": ["zero", "zero", "negative", "negative", "positive", "negative"],
         "operation": ["subtraction", "addition", "addition", "subtraction", "addition", "subtraction"],
     }
     tally, other = Tally(), Tally()
-    tally.add((a[:4], b[:4], plus[:4].bool()), torch.tensor([True, False, True, True]))
-    other.add((a[4:], b[4:], plus[4:].bool()), torch.tensor([False, True]))
+    tally.add(task.groups(task.ask(problems[:4])), torch.tensor([True, False, True, True]))
+    other.add(task.groups(task.ask(problems[4:])), torch.tensor([False, True]))
     tally.merge(other)
     assert (tally.n, tally.right) == (6, 4)
     assert {member: (entry["n"], entry["wrong"]) for member, entry in tally.groups()["digits"].items()} == {
@@ -142,16 +144,20 @@ def test_groups_by_hand() -> None:
     ],
     ids=["plain", "unsigned", "truncated", "padded, reversed and fresh"],
 )
-def test_operands_of_held_out_formulas(task: FormulaTask) -> None:
-    examples, again = task.split()[1], task.form.encode(*held_out_operands(task))
+def test_held_out_formulas_know_their_problems(task: FormulaTask) -> None:
+    examples = task.split()[1]
+    again = task.ask(examples.problem.tolist())
     assert torch.equal(examples.source, again.source) and torch.equal(examples.target, again.target)
+    assert [task.read_question(text) for text in task.questions(examples)] == [
+        tuple(x) for x in examples.problem.tolist()
+    ]
 
 
-def test_operands_of_held_out_expressions() -> None:
+def test_held_out_expressions_know_their_problems() -> None:
     task = ExpressionTask(31, 97)
-    a, b, plus = held_out_operands(task)
-    examples, again = task.split()[1], task.encode(((a + 49) * 99 + b + 49) * 2 + ~plus)
-    assert torch.equal(examples.source, again.source) and (b < 0).any()
+    examples = task.split()[1]
+    again = task.ask(examples.problem.tolist())
+    assert torch.equal(examples.source, again.source) and (examples.problem[:, 1] < 0).any()
 
 
 def test_hard_problems_by_hand() -> None:
@@ -182,7 +188,7 @@ def test_hard_problems_are_within_reach_of_their_run(complexity: int, signed: bo
 def test_held_out_problems_are_counted_right(run: Path) -> None:
     solver = Solver(run, "cpu")
     found = evaluation.evaluate_run(solver)
-    problems = [(a, b, plus) for a, b, plus in zip(*(column.tolist() for column in held_out_operands(solver.task)))]
+    problems = [tuple(problem) for problem in solver.task.split()[1].problem.tolist()]
     wrong = [problem for problem in problems if is_wrong(*problem)]
     assert 0 < len(wrong) < len(problems) == found["n"] == 40
     assert (found["wrong"], found["exact_match"]) == (len(wrong), (40 - len(wrong)) / 40)

@@ -16,8 +16,9 @@ import pytest
 import calcformer
 from calcformer.cli import main
 from calcformer.config import PRESETS
-from calcformer.runs import device, finished_epochs
+from calcformer.runs import device
 from calcformer.runs.device import check_cores, count_cores
+from calcformer.runs.folder import finished_epochs
 from calcformer.training import resume, train
 from calcformer.training.trainer import Trainer
 

@@ -14,14 +14,13 @@ import torch
 
 import calcformer
 from calcformer import sweep as sweeps
-from calcformer.build import build_task
 from calcformer.cli import main
-from calcformer.comparison import draw, make_table
+from calcformer.comparison import draw, label_figures, make_table
 from calcformer.config import PRESETS
 from calcformer.errors import InputError
 from calcformer.plots import save_panels
 from calcformer.pool import Worker, run_jobs
-from calcformer.runs import load_run
+from calcformer.runs.checkpoint import load_run
 from calcformer.studies import STUDIES, Sweep, parse_vary
 from calcformer.sweep import read_sweep, run_sweep
 from tests.pictures import is_picture
@@ -74,7 +73,7 @@ def changed(**values: Any) -> str:
 
 def test_values_as_typed() -> None:
     words = ["learning-rate=1e-2,1e-3", "norm=pre,post", "truncate=true,false", "heads=1,2", "device=cpu"]
-    assert parse_vary(words) == {
+    assert parse_vary(words, PRESETS["formula"]) == {
         "learning_rate": [0.01, 0.001],
         "norm": ["pre", "post"],
         "truncate": [True, False],
@@ -96,7 +95,7 @@ def test_values_as_typed() -> None:
 )
 def test_wrong_values_are_one_line(words: list[str], match: str) -> None:
     with pytest.raises(InputError, match=match) as caught:
-        parse_vary(words)
+        parse_vary(words, PRESETS["formula"])
     assert "\n" not in str(caught.value)
 
 
@@ -151,12 +150,12 @@ def test_studies_are_the_reports() -> None:
     assert (model.encoder_layers, model.decoder_layers, model.heads) == (4, 4, 4)
     assert (model.width, model.hidden, model.dropout, model.norm) == (32, 32, 0.2, "course")
     assert (config.training.batch_size, config.training.epochs, config.training.schedule) == (256, 10, "constant")
-    train, valid = build_task(config.data).split()
+    train, valid = config.data.build().split()
     assert (len(train), len(valid)) == (4_000, 1_000)
     reported = STUDIES["s0-learning-rate"].reported
     assert reported[1] == ({"learning_rate": 1e-3}, {"loss": 0.0228, "valid_loss": 0.0088, "valid_token_accuracy": 1.0})
     overfit = Sweep.of({}, {}, study="s0-overfit").members()[0].config
-    assert len(build_task(overfit.data).split()[0]) == overfit.training.batch_size == 4
+    assert len(overfit.data.build().split()[0]) == overfit.training.batch_size == 4
     formula = Sweep.of({}, {}, study="s1-positions").members()
     assert [member.config.model.positions for member in formula] == ["sinusoid", "none"]
     assert formula[0].config.data.truncate and formula[0].config.training.learning_rate == 1e-3
@@ -172,7 +171,7 @@ def test_study_can_be_changed() -> None:
 
 
 def test_expressions_of_the_report_can_be_asked() -> None:
-    task = build_task(PRESETS["expression-report"].data)
+    task = PRESETS["expression-report"].data.build()
     assert task.read_question("BOS POSITIVE 04 add NEGATIVE 11 EOS") == (4, -11, True)
     ids = task.write(torch.tensor([4]), torch.tensor([-11]), torch.tensor([True])).source[0].tolist()
     assert " ".join(task.vocabulary.decode(ids)) == "BOS POSITIVE 0 4 add NEGATIVE 1 1 EOS"
@@ -181,7 +180,7 @@ def test_expressions_of_the_report_can_be_asked() -> None:
 def test_sweeps_that_are_too_large_are_refused() -> None:
     many = [f"0.{number:04}" for number in range(1, 102)]
     with pytest.raises(InputError, match="at most 10000 runs, this one 10100"):
-        Sweep.of({}, parse_vary([f"learning-rate={','.join(many)}"]), 100)
+        Sweep.of({}, parse_vary([f"learning-rate={','.join(many)}"], PRESETS["formula"]), 100)
     config = PRESETS["formula"]
     vary = {
         name: [value]
@@ -344,6 +343,8 @@ def test_the_best_row_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "study": None,
         "vary": {"heads": [8, 1, 2]},
         "seeds": 1,
+        "figures": label_figures(PRESETS["formula"].data),
+        "main": "exact_match",
         "rows": [row(8, 0.25, 1.0), row(1, 0.5, 0.7), row(2, 0.5, 0.9)],
     }
     table = make_table(results)

@@ -18,15 +18,18 @@ from typing import Any
 import pytest
 import torch
 
-from calcformer import config, worker
-from calcformer.build import build_model, build_task
-from calcformer.config import PRESETS, DataConfig, RunConfig, TrainingConfig
+from calcformer import worker
+from calcformer.config import PRESETS, RunConfig
 from calcformer.plots import save_curve
-from calcformer.runs import RunError, finished_epochs, load_run
+from calcformer.runs.checkpoint import load_run
 from calcformer.runs.files import hold, write_atomically
+from calcformer.runs.folder import RunError, finished_epochs
 from calcformer.runs.run_log import RunLog
+from calcformer.settings import MODELS, TrainingConfig
 from calcformer.solver import Solver
-from calcformer.training import evaluate, exact_match, loop, optimizer, resume, team, train, trainer
+from calcformer.tasks import TASKS
+from calcformer.tasks.expression import Expressions
+from calcformer.training import evaluate, loop, measure_answers, optimizer, resume, team, train, trainer
 from calcformer.training.metrics import Totals, token_loss
 
 SMALL = {
@@ -51,7 +54,7 @@ pytestmark = pytest.mark.usefixtures("as_on_a_cpu")
 
 def small(preset: str = "formula", **changes: Any) -> RunConfig:
     settings = {**SMALL, **changes}
-    if PRESETS[preset].data.task == "expression":
+    if "complexity" not in PRESETS[preset].kinds:
         del settings["complexity"]
     return PRESETS[preset].with_settings(settings)
 
@@ -81,7 +84,8 @@ def test_config_survives_json(preset: str) -> None:
         ({"norm": "mid"}, "norm must be one of .*post.*, got 'mid'"),
         ({"epochs": 2.5}, "epochs must be of type int"),
         ({"signed": 1}, "signed must be of type bool"),
-        ({"task": "expression"}, "complexity is a setting of formulas"),
+        ({"task": "expression"}, "no setting 'task'"),
+        ({"model": "recurrent"}, "model must be one of encoder-decoder, got 'recurrent'"),
         ({"learning_rat": 1.0}, "no setting 'learning_rat'"),
         ({"sampling": "hard"}, "sampling hard is for fresh problems"),
         ({"truncate": True, "zero_pad": True}, "takes no zero_pad"),
@@ -105,7 +109,7 @@ def test_wrong_settings_are_refused_in_one_line(changes: dict[str, Any], match: 
 
 
 def test_every_number_has_limits() -> None:
-    for section in config.SECTIONS.values():
+    for section in (*TASKS.values(), *MODELS.values(), TrainingConfig):
         for item in dataclasses.fields(section):
             assert item.type not in (int, float) or item.metadata["low"] < item.metadata["high"] < math.inf, item.name
 
@@ -129,6 +133,9 @@ def test_warm_up_of_a_preset_fits_a_shorter_run() -> None:
         ('{"format": 2}', "not of format 1"),
         ('{"format": 1, "data": 3}', "data must hold settings by name, got 3"),
         ('{"format": 1, "preset": null}', "preset must be of type str, got None"),
+        ('{"format": 1, "data": {"task": "song"}}', "there is no task 'song' in this version of calcformer"),
+        ('{"format": 1, "data": {"task": []}}', r"there is no task \[\] in this version of calcformer"),
+        ('{"format": 1, "model": {"kind": "bag"}}', "there is no kind of model 'bag' in this version of calcformer"),
         ('{"format": 1, "colour": "red"}', "there is no setting 'colour' in this version of calcformer"),
         ('{"format": 1, "model": {"flux": 1}}', "there is no setting 'model.flux' in this version of calcformer"),
     ],
@@ -138,18 +145,18 @@ def test_other_json_is_refused(text: str, match: str) -> None:
         RunConfig.from_json(text)
 
 
-@pytest.mark.parametrize("section", config.SECTIONS)
+@pytest.mark.parametrize("section", ["data", "model", "training"])
 def test_a_key_that_an_older_version_did_not_write_takes_its_default(section: str) -> None:
     written = small(valid_size=7, heads=2, label_smoothing=0.25)
     content = json.loads(written.to_json())
     for name in list(content[section]):
         without = json.loads(json.dumps(content))
         del without[section][name]
-        default = getattr(config.SECTIONS[section], name)
-        assert RunConfig.from_json(json.dumps(without)) == written.with_settings({name: default}), name
+        changes = {} if name == "task" else {name: getattr(type(written.sections[section]), name)}
+        assert RunConfig.from_json(json.dumps(without)) == written.with_settings(changes), name
     del content[section], content["preset"]
     found = RunConfig.from_json(json.dumps(content))
-    assert found == dataclasses.replace(written, preset="formula", **{section: config.SECTIONS[section]()})
+    assert found == dataclasses.replace(written, preset="", **{section: type(written.sections[section])()})
 
 
 def test_a_run_written_long_ago_is_read_and_continued(tmp_path: Path) -> None:
@@ -176,7 +183,7 @@ def test_presets_are_the_seeds() -> None:
     assert (model.encoder_layers, model.decoder_layers, model.width, model.heads, model.hidden) == (2, 2, 64, 4, 64)
     assert (formula.data.train_size, formula.training.epochs, formula.training.batch_size) == (10_000, 100, 125)
     assert (formula.model.dropout, formula.training.learning_rate) == (0.01, 2e-3)
-    assert expression.data == DataConfig("expression", train_size=4_602, valid_size=15_000, data_seed=0)
+    assert expression.data == Expressions(train_size=4_602, valid_size=15_000, data_seed=0)
 
 
 # Metrics
@@ -208,12 +215,12 @@ def test_totals_weigh_batches_by_their_tokens() -> None:
 def test_evaluation_does_not_depend_on_the_batch_size_and_restores_training() -> None:
     torch.manual_seed(0)
     config = small()
-    task = build_task(config.data)
-    model = build_model(config.model, task).train()
+    task = config.data.build()
+    model = config.model.build(task).train()
     _, valid = task.split()
     whole, parts = (evaluate(model, valid, task.vocabulary.pad_id, size) for size in (29, 7))
     assert dataclasses.astuple(parts) == pytest.approx(dataclasses.astuple(whole))
-    assert exact_match(model, valid, task, 7) == exact_match(model, valid, task, 29)
+    assert measure_answers(model, valid, task, 7) == measure_answers(model, valid, task, 29)
     assert whole.n == 29 and model.training
 
 
@@ -231,7 +238,7 @@ def test_schedules() -> None:
 
 def test_weight_decay_spares_vectors() -> None:
     config = small(weight_decay=0.5)
-    model = build_model(config.model, build_task(config.data))
+    model = config.model.build(config.data.build())
     decayed, spared = optimizer.build_optimizer(model, config.training)[0].param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.5, 0.0)
     sizes = {matrix: sum(p.numel() for p in model.parameters() if (p.dim() > 1) == matrix) for matrix in (True, False)}
@@ -271,7 +278,7 @@ def test_learns_four_problems_by_heart(tmp_path: Path) -> None:
     last = train(config, tmp_path / "run", bar=False)
     assert last["token_accuracy"] == 1.0 and last["loss"] < 0.05
     _, task, model, epoch = load_run(tmp_path / "run")
-    assert epoch == 200 and exact_match(model, task.split()[0], task) == 1.0
+    assert epoch == 200 and measure_answers(model, task.split()[0], task) == {"exact_match": 1.0}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -340,7 +347,7 @@ def test_a_process_that_waits_sleeps() -> None:
 
 
 def test_parts_of_a_batch_are_the_batch() -> None:
-    batch = build_task(small().data).split()[0]
+    batch = small().data.build().split()[0]
     parts = [batch.part(rank, 3) for rank in range(3)]
     assert [len(part) for part in parts] == [20, 20, 21]
     assert torch.equal(torch.cat([part.source for part in parts]), batch.source)

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from calcformer.cli import main
 from calcformer.config import PRESETS, RunConfig
-from calcformer.runs import finished_epochs, load_run
+from calcformer.runs.checkpoint import load_run
+from calcformer.runs.folder import finished_epochs
 from calcformer.runs.run_log import RunLog
 from calcformer.training import resume, train, trainer
 

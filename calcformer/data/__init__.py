@@ -1,21 +1,7 @@
-"""Problems to calculate: what they are, how they become tokens, and which are held out."""
+"""Examples, tasks and vocabularies: what training, decoding and evaluation know of a kind of problem."""
 
-from calcformer.data.examples import Examples, Task
-from calcformer.data.expressions import ExpressionTask, generate_expressions
-from calcformer.data.formula_tensors import FormulaForm, generate_formulas
-from calcformer.data.formulas import FormulaTask, random_formula
-from calcformer.data.vocab import EXPRESSION, FORMULA, Vocabulary
+from calcformer.data.examples import Examples, Labelled, Pairs, Texts
+from calcformer.data.task import Answer, Task
+from calcformer.data.vocab import Vocabulary
 
-__all__ = [
-    "EXPRESSION",
-    "FORMULA",
-    "Examples",
-    "ExpressionTask",
-    "FormulaForm",
-    "FormulaTask",
-    "Task",
-    "Vocabulary",
-    "generate_expressions",
-    "generate_formulas",
-    "random_formula",
-]
+__all__ = ["Answer", "Examples", "Labelled", "Pairs", "Task", "Texts", "Vocabulary"]

@@ -1,19 +1,85 @@
-"""Examples as two tensors: the form in which data sets, batches and generated problems are all held."""
+"""Examples as tensors: the form in which data sets, batches and generated problems are all held."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 import torch
 
-from calcformer.data.vocab import Vocabulary
+__all__ = ["Examples", "Labelled", "Pairs", "Texts", "held_out_side"]
 
-__all__ = ["Examples", "Task", "held_out_side"]
+AnyExamples = TypeVar("AnyExamples", bound="Examples")
 
 
 @dataclass(frozen=True)
 class Examples:
-    """N problems with their answers.
+    """N examples: tensors with a row for each. What they are, and what a model reads and must say, subclasses tell.
+
+    Args:
+        problem: (N, P) int64, what a task knows of each example beside its tokens, None where that is nothing.
+    """
+
+    problem: torch.Tensor | None = field(default=None, kw_only=True)
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """What the model is called with; first comes what is asked."""
+        raise NotImplementedError
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """What it must say, (N, T) or (N,) int64: its scores are (N, T, V) or (N, V)."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.labels.device
+
+    def apply(self: AnyExamples, function: Callable[[torch.Tensor], torch.Tensor]) -> AnyExamples:
+        """What a function makes of each tensor."""
+        tensors = {item.name: getattr(self, item.name) for item in fields(self)}
+        return type(self)(**{name: x if x is None else function(x) for name, x in tensors.items()})
+
+    def select(self: AnyExamples, index: torch.Tensor) -> AnyExamples:
+        """The rows `index` (M,) int64, in that order."""
+        return self.apply(lambda x: x.index_select(0, index))
+
+    def to(self: AnyExamples, device: torch.device | str) -> AnyExamples:
+        return self.apply(lambda x: x.to(device))
+
+    def part(self: AnyExamples, index: int, parts: int) -> AnyExamples:
+        """The part `index` of `parts`, in order and as equal as can be."""
+        start, end = (len(self) * place // parts for place in (index, index + 1))
+        return self.apply(lambda x: x[start:end])
+
+    def trim(self: AnyExamples, pad_id: int | None) -> AnyExamples:
+        """Cut the columns at the end that are padding in every row: fewer places to compute, the same results.
+
+        Looks at the values, so on a GPU it waits for the device, and batches then differ in shape.
+        """
+        if pad_id is None:
+            return self
+        tokens = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "problem"}
+        cut: dict[str, Any] = {
+            name: ids[:, : int((ids != pad_id).any(dim=0).sum())] for name, ids in tokens.items() if ids.dim() == 2
+        }
+        return replace(self, **cut)
+
+    def batches(self: AnyExamples, size: int, order: torch.Tensor | None = None) -> Iterator[AnyExamples]:
+        """Consecutive batches of `size` rows (the last may be smaller), in the `order` (N,) given, if any."""
+        chosen = self if order is None else self.select(order)
+        for start in range(0, len(self), size):
+            yield chosen.apply(lambda x: x[start : start + size])
+
+
+@dataclass(frozen=True)
+class Pairs(Examples):
+    """Problems with answers, for an encoder-decoder.
 
     Args:
         source: (N, S) int64, the problem, ending with the end token, then padding.
@@ -23,8 +89,9 @@ class Examples:
     source: torch.Tensor
     target: torch.Tensor
 
-    def __len__(self) -> int:
-        return self.source.shape[0]
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        return self.source, self.decoder_input
 
     @property
     def decoder_input(self) -> torch.Tensor:
@@ -33,95 +100,38 @@ class Examples:
 
     @property
     def labels(self) -> torch.Tensor:
-        """(N, T - 1): what it must say at each of those places."""
         return self.target[:, 1:]
 
-    def select(self, index: torch.Tensor) -> "Examples":
-        """The rows `index` (M,) int64, in that order."""
-        return Examples(self.source.index_select(0, index), self.target.index_select(0, index))
 
-    def to(self, device: torch.device | str) -> "Examples":
-        return Examples(self.source.to(device), self.target.to(device))
+@dataclass(frozen=True)
+class Texts(Examples):
+    """Texts to be continued, for a language model: ids (N, T + 1) int64, each read and the next one said."""
 
-    def part(self, index: int, parts: int) -> "Examples":
-        """The part `index` of `parts`, in order and as equal as can be."""
-        start, end = (len(self) * place // parts for place in (index, index + 1))
-        return Examples(self.source[start:end], self.target[start:end])
-
-    def trim(self, pad_id: int | None) -> "Examples":
-        """Cut the columns at the end that are padding in every row: fewer places to compute, the same results.
-
-        Looks at the values, so on a GPU it waits for the device, and batches then differ in shape.
-        """
-        if pad_id is None:
-            return self
-        source, target = (ids[:, : int((ids != pad_id).any(dim=0).sum())] for ids in (self.source, self.target))
-        return Examples(source, target)
-
-    def batches(self, size: int, order: torch.Tensor | None = None) -> Iterator["Examples"]:
-        """Consecutive batches of `size` rows (the last may be smaller), in the `order` (N,) given, if any."""
-        chosen = self if order is None else self.select(order)
-        for start in range(0, len(self), size):
-            yield Examples(chosen.source[start : start + size], chosen.target[start : start + size])
-
-
-class Task(Protocol):
-    """What training, decoding and the command line need to know of a kind of problem."""
+    ids: torch.Tensor
 
     @property
-    def vocabulary(self) -> Vocabulary:
-        """Shared by source and target."""
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        return (self.ids[:, :-1],)
 
     @property
-    def source_length(self) -> int:
-        """Tokens of the longest source, end token included."""
+    def labels(self) -> torch.Tensor:
+        return self.ids[:, 1:]
+
+
+@dataclass(frozen=True)
+class Labelled(Examples):
+    """Texts of a class: ids (N, T) int64, padded, and label (N,) int64."""
+
+    ids: torch.Tensor
+    label: torch.Tensor
 
     @property
-    def target_length(self) -> int:
-        """Tokens of the longest target, begin and end token included."""
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        return (self.ids,)
 
     @property
-    def size(self) -> int:
-        """The number of distinct problems."""
-
-    @property
-    def fresh(self) -> bool:
-        """Whether each epoch draws its problems anew."""
-
-    def operands(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The problems numbered `index` (N,) in 0..size-1: a, b (N,) int64, and True (N,) where they are added."""
-
-    def write(self, a: torch.Tensor, b: torch.Tensor, plus: torch.Tensor) -> Examples:
-        """Problems as tokens, with their answers.
-
-        Args:
-            a, b: (N,) int64, the operands.
-            plus: (N,) bool, True = a+b, False = a-b.
-        """
-
-    def encode(self, index: torch.Tensor) -> Examples:
-        """The problems numbered `index` (N,) in 0..size-1."""
-
-    def trained_on(self, index: torch.Tensor) -> torch.Tensor:
-        """Which of the problems numbered `index` (N,) may have been in training: (N,) bool."""
-
-    def draw(self, generator: torch.Generator) -> Examples:
-        """The problems of an epoch where they are `fresh`, on the generator's device."""
-
-    def split(self) -> tuple[Examples, Examples]:
-        """Training and held-out examples; where problems are fresh, those of one epoch."""
-
-    def read_question(self, text: str) -> tuple[int, int, bool]:
-        """A problem typed by a user: a, b, and True for a+b; InputError where the model cannot know it."""
-
-    def question(self, a: int, b: int, plus: bool) -> str:
-        """A problem as a user types it."""
-
-    def right_answer(self, a: int, b: int, plus: bool) -> str:
-        """What arithmetic says, as `decode_answer` writes it."""
-
-    def decode_answer(self, ids: list[int]) -> str:
-        """The answer as text."""
+    def labels(self) -> torch.Tensor:
+        return self.label
 
 
 def held_out_side(key: torch.Tensor, fraction: float, seed: int = 0) -> torch.Tensor:

@@ -1,9 +1,11 @@
-"""The two vocabularies: which tokens exist, in which order, and which of them begin, end and fill a sequence."""
+"""Vocabularies: which tokens exist, in which order, and which of them begin, end and fill a sequence."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["EXPRESSION", "FORMULA", "Vocabulary"]
+import torch
+
+__all__ = ["Vocabulary"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,12 @@ class Vocabulary:
         """The ids of `tokens`: a list of tokens, or a string whose characters are tokens."""
         return [self.id(token) for token in tokens]
 
+    def pad_all(self, rows: Sequence[list[int]], length: int) -> torch.Tensor:
+        """Rows of ids as one tensor (N, length) int64, with padding behind; ValueError where one is longer."""
+        if any(len(row) != length if self.pad_id is None else len(row) > length for row in rows):
+            raise ValueError(f"rows must have {length} tokens, got {max(map(len, rows))}")
+        return torch.tensor([row + [self.pad_id or 0] * (length - len(row)) for row in rows]).view(-1, length)
+
     def decode(self, ids: Iterable[int]) -> list[str]:
         """The tokens of `ids`, special tokens included; ValueError where an id is out of range."""
         tokens = []
@@ -72,8 +80,3 @@ class Vocabulary:
             if token not in (self.bos, self.pad):
                 tokens.append(token)
         return tokens
-
-
-DIGITS = tuple("0123456789")
-FORMULA = Vocabulary(("+", "-", *DIGITS, "<bos>", "<eos>", "<pad>", "<unk>"), "<bos>", "<eos>", "<pad>")
-EXPRESSION = Vocabulary((*DIGITS, "POSITIVE", "NEGATIVE", "add", "subtract", "BOS", "EOS"), "BOS", "EOS")

@@ -1,45 +1,21 @@
-"""What a run folder holds, and how it is written so that a kill at any moment leaves a folder that can be read.
-
-config.json          all settings
-model.safetensors    the weights after the last finished epoch
-resume.safetensors   the same weights with Adam's state: one file, so that the two can never be of different epochs
-metrics.jsonl        a line an epoch
-"""
+"""A run's weights on disk, written so that a kill at any moment leaves a folder that can be read."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from calcformer.build import build_model, build_task
 from calcformer.config import RunConfig
 from calcformer.data import Task
-from calcformer.errors import InputError
 from calcformer.memory import check_memory, memory_to_answer
-from calcformer.model import EncoderDecoder
 from calcformer.runs.files import write_atomically
+from calcformer.runs.folder import CONFIG, MODEL, RESUME, RunError, epoch_of, finished_epochs, read_config
 
-__all__ = [
-    "RunError",
-    "finished_epochs",
-    "load_resume_state",
-    "load_run",
-    "read_config",
-    "save_checkpoint",
-    "save_weights",
-    "saved_epoch",
-    "trained_parameters",
-]
+__all__ = ["load_resume_state", "load_run", "save_checkpoint", "save_weights", "trained_parameters"]
 
-CONFIG, MODEL, RESUME, METRICS = "config.json", "model.safetensors", "resume.safetensors", "metrics.jsonl"
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
-
-
-class RunError(InputError):
-    """A run folder that is missing or damaged."""
 
 
 def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -80,28 +56,11 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], int]:
         raise RunError(f"{path} is missing; {_remedy(path)}")
     try:
         with safe_open(path, framework="pt") as file:
-            epoch = _epoch(file)
+            epoch = epoch_of(file.metadata())
             return {name: file.get_tensor(name) for name in file.keys()}, epoch
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise RunError(f"{path} is damaged ({reason}); {_remedy(path)}") from None
-
-
-def _epoch(file: Any) -> int:
-    """The epoch that an open file of tensors is from; KeyError or ValueError where it does not say."""
-    epoch = int((file.metadata() or {})["epoch"])
-    if epoch < 0:
-        raise ValueError(f"epoch {epoch}")
-    return epoch
-
-
-def saved_epoch(path: Path) -> int | None:
-    """The epoch that a file of tensors is from; None where it cannot be read. Reads the file's head only."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return _epoch(file)
-    except (SafetensorError, OSError, KeyError, ValueError):
-        return None
 
 
 def _check_finite(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -128,34 +87,16 @@ def _fill(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> Non
             parameter.copy_(weights[name])
 
 
-def read_config(folder: Path) -> RunConfig:
-    """The settings of a run; RunError where the folder is not one."""
-    if not folder.is_dir():
-        raise RunError(f"there is no run folder {folder}; make one with: calcformer train --out {folder}")
-    path = folder / CONFIG
-    if not path.is_file():
-        raise RunError(f"{folder} is not a run folder: it has no {CONFIG}; give the folder that training wrote")
-    try:
-        return RunConfig.from_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{path} cannot be used ({error}); train the run again or give another one") from None
-
-
-def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[RunConfig, Task, EncoderDecoder, int]:
+def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[RunConfig, Task, nn.Module, int]:
     """Settings, task, trained model in evaluation mode, and the epoch its weights are from."""
     config = read_config(folder)
-    task = build_task(config.data)
+    task = config.data.build()
     check_memory(memory_to_answer(config), torch.device(device))
     weights, epoch = _read_tensors(folder / MODEL)
     with torch.random.fork_rng(devices=[]):
-        model = build_model(config.model, task)
+        model = config.model.build(task)
     _fill(model, weights, folder / MODEL)
     return config, task, model.to(device).eval(), epoch
-
-
-def finished_epochs(folder: Path) -> int | None:
-    """How many epochs of a run are saved, None where there is no run to continue."""
-    return saved_epoch(folder / RESUME)
 
 
 def load_resume_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:

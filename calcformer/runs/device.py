@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from calcformer.config import TrainingConfig
 from calcformer.errors import InputError
+from calcformer.settings import TrainingConfig
 
 __all__ = ["check_cores", "count_cores", "count_processes", "keep_memory", "pick_device", "torchrun_place"]
 

@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from calcformer.build import build_task
 from calcformer.config import RunConfig
-from calcformer.data import Task
 from calcformer.errors import InputError
-from calcformer.runs.checkpoint import MODEL, read_config, saved_epoch
+from calcformer.runs.folder import MODEL, read_config, saved_epoch
 
 __all__ = ["newest_run"]
 
@@ -31,12 +29,13 @@ def newest_run(questions: Sequence[str] = (), folder: Path = RUNS) -> Path:
             f"there is no trained run in {folder}/; make one with: calcformer train, or name one with --run"
         )
     found.sort(key=lambda each: each[:2], reverse=True)
-    return next((run for *_, run, config in found if can_read(build_task(config.data), questions)), found[0][2])
+    return next((run for *_, run, config in found if can_read(config, questions)), found[0][2])
 
 
-def can_read(task: Task, questions: Sequence[str]) -> bool:
-    """Whether all questions are ones that runs on this task know."""
+def can_read(config: RunConfig, questions: Sequence[str]) -> bool:
+    """Whether all questions are ones that a run with these settings knows."""
     try:
+        task = config.data.build()
         for question in questions:
             task.read_question(question)
     except InputError:

@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from calcformer.config import MOST_EPOCHS
 from calcformer.runs.files import write_atomically
+from calcformer.settings import MOST_EPOCHS
 
-__all__ = ["MEASURED", "RunLog"]
+__all__ = ["RunLog"]
 
-MEASURED = {"valid_loss", "valid_token_accuracy", "exact_match"}  # what the last line of a finished run has
 SHARES = ("token_accuracy", "valid_token_accuracy", "exact_match")
 LARGEST = 1e12  # figure that is believed
 

@@ -1,6 +1,6 @@
 """Training and measuring."""
 
 from calcformer.training.loop import resume, train
-from calcformer.training.metrics import Score, evaluate, exact_match
+from calcformer.training.metrics import Score, evaluate, measure, measure_answers
 
-__all__ = ["Score", "evaluate", "exact_match", "resume", "train"]
+__all__ = ["Score", "evaluate", "measure", "measure_answers", "resume", "train"]

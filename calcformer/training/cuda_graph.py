@@ -145,14 +145,15 @@ class GraphedSteps:
 
     def _fill(self, examples: Examples, rates: Sequence[float]) -> None:
         """Put an epoch where the graphs look for it."""
-        device = examples.source.device
+        device = examples.device
         if self._examples is None:
-            self._examples = Examples(examples.source.clone(), examples.target.clone())
+            self._examples = examples.apply(torch.clone)
             self._rates = torch.tensor(rates, device=device)
             self._place = torch.zeros(1, dtype=torch.long, device=device)  # the step that comes next
             self._rows = torch.arange(self._batch_size, device=device)
-        self._examples.source.copy_(examples.source)
-        self._examples.target.copy_(examples.target)
+        for name, tensor in vars(self._examples).items():
+            if tensor is not None:
+                tensor.copy_(getattr(examples, name))
         self._rates.copy_(torch.tensor(rates))
         self._place.zero_()
 

@@ -14,9 +14,10 @@ from calcformer.config import RunConfig
 from calcformer.errors import InputError, tell
 from calcformer.interrupt import Stopped
 from calcformer.memory import check_memory, memory_to_train
-from calcformer.runs.checkpoint import finished_epochs, load_resume_state, read_config
+from calcformer.runs.checkpoint import load_resume_state
 from calcformer.runs.device import count_cores, count_processes, pick_device, torchrun_place
 from calcformer.runs.files import hold, new_folder
+from calcformer.runs.folder import finished_epochs, read_config
 from calcformer.training.board import require_tensorboard
 from calcformer.training.team import Team, TeamLost, join_team
 from calcformer.training.torchrun import join_torchrun

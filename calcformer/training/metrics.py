@@ -1,17 +1,21 @@
 """How good a model is: loss, token accuracy and exact match."""
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from calcformer.data import Examples, Task
-from calcformer.decoding import BATCH, decode
-from calcformer.model import EncoderDecoder
+from calcformer.decoding import BATCH
 from calcformer.training.team import Team
 
-__all__ = ["Totals", "count_labels", "evaluate", "exact_match", "token_loss"]
+__all__ = ["Totals", "count_labels", "evaluate", "measure", "measure_answers", "token_loss"]
 
+LARGEST_EXPONENT = 27.0  # of perplexity: what is larger is no figure
+FROM_LABELS = "valid_loss", "valid_token_accuracy", "perplexity"
 IGNORE = -100  # F.cross_entropy's own default, a label no vocabulary has
 
 
@@ -19,12 +23,12 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor, pad_id: int | None, s
     """Cross-entropy in nats, summed over the labels that are not padding.
 
     Args:
-        logits: (B, T, V) float.
-        labels: (B, T) int64.
+        logits: (B, T, V) float, or (B, V).
+        labels: (B, T) int64, or (B,).
         smoothing: share of the target spread evenly over the vocabulary (Szegedy et al. 2016, section 7).
     """
     return F.cross_entropy(
-        logits.flatten(0, 1),
+        logits.flatten(0, -2),
         labels.flatten(),
         ignore_index=IGNORE if pad_id is None else pad_id,
         label_smoothing=smoothing,
@@ -66,18 +70,24 @@ class Score:
     token_accuracy: float
     n: int
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """By the names of metrics.jsonl."""
+        perplexity = math.exp(min(self.loss, LARGEST_EXPONENT))
+        return {"valid_loss": self.loss, "valid_token_accuracy": self.token_accuracy, "perplexity": perplexity}
+
 
 @torch.no_grad()
 def evaluate(
-    model: EncoderDecoder, examples: Examples, pad_id: int | None, batch_size: int = 1_000, team: Team | None = None
+    model: Any, examples: Examples, pad_id: int | None, batch_size: int = 1_000, team: Team | None = None
 ) -> Score:
     """Loss and token accuracy on all examples, which stand on the model's device; each of a team measures a part."""
     team = team or Team()
     was_training = model.training
     model.eval()
-    totals = Totals(pad_id, examples.source.device)
+    totals = Totals(pad_id, examples.device)
     for batch in examples.part(team.rank, team.size).batches(batch_size):
-        logits = model(batch.source, batch.decoder_input)
+        logits = model(*batch.inputs)
         totals.add(token_loss(logits, batch.labels, pad_id), logits, batch.labels)
     model.train(was_training)
     team.sum_(totals.sums)
@@ -85,16 +95,33 @@ def evaluate(
 
 
 @torch.no_grad()
-def exact_match(
-    model: EncoderDecoder, examples: Examples, task: Task, batch_size: int = BATCH, team: Team | None = None
-) -> float:
-    """The share of problems whose whole answer, end token included, is right when the model answers by itself."""
+def measure_answers(
+    model: Any, examples: Examples, task: Task, batch_size: int = BATCH, team: Team | None = None
+) -> dict[str, float]:
+    """The figures of the answers that the model gives by itself, such as exact_match: see `Task.count_answers`."""
     team = team or Team()
     was_training = model.training
     model.eval()
     part = examples.part(team.rank, team.size)
-    said = decode(model, part.source, part.labels.shape[1], task.vocabulary, batch_size=batch_size)
+    sums = task.count_answers(task.answer(model, part, batch_size=batch_size), part)
     model.train(was_training)
-    right = (said == part.labels).all(dim=1).sum(dtype=torch.float32).reshape(1)
-    team.sum_(right)
-    return right.item() / len(examples)
+    team.sum_(sums)
+    return task.answer_figures(sums.tolist())
+
+
+def measure(
+    model: Any,
+    examples: Examples,
+    task: Task,
+    wanted: Collection[str],
+    validation: bool = True,
+    answers: bool = True,
+    team: Team | None = None,
+) -> dict[str, float]:
+    """The figures of a task that are `wanted`: from the labels, and from answers where any of them needs those."""
+    found: dict[str, float] = {}
+    if validation:
+        found |= evaluate(model, examples, task.ignored_label, team=team).figures
+    if answers and not set(wanted) <= set(FROM_LABELS):
+        found |= measure_answers(model, examples, task, team=team)
+    return {name: value for name, value in found.items() if name in wanted}

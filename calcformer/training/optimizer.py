@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from calcformer.config import TrainingConfig
+from calcformer.settings import TrainingConfig
 
 __all__ = ["Gradient", "build_optimizer", "flatten", "learning_rate"]
 

@@ -2,9 +2,11 @@
 
 import errno
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,29 +14,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from calcformer.build import build_model, build_task
 from calcformer.config import RunConfig
 from calcformer.data import Examples
 from calcformer.errors import InputError, tell
 from calcformer.interrupt import interruptible
 from calcformer.plots import save_curve
-from calcformer.runs.checkpoint import (
-    CONFIG,
-    METRICS,
-    MODEL,
-    RESUME,
-    RunError,
-    load_resume_state,
-    save_checkpoint,
-    save_weights,
-    trained_parameters,
-)
+from calcformer.runs.checkpoint import load_resume_state, save_checkpoint, save_weights, trained_parameters
 from calcformer.runs.device import pick_device, torchrun_place
 from calcformer.runs.files import write_atomically
-from calcformer.runs.run_log import MEASURED, RunLog
+from calcformer.runs.folder import CONFIG, METRICS, MODEL, RESUME, RunError
+from calcformer.runs.run_log import RunLog
 from calcformer.training.board import Board
 from calcformer.training.cuda_graph import CudaRecorder, GraphedSteps
-from calcformer.training.metrics import Totals, count_labels, evaluate, exact_match, token_loss
+from calcformer.training.metrics import Totals, count_labels, measure, token_loss
 from calcformer.training.optimizer import build_optimizer, learning_rate
 from calcformer.training.team import Team, start_team
 from calcformer.training.torchrun import lead_torchrun
@@ -78,15 +70,15 @@ class Trainer:
         self.config = config
         self.team = team or Team()
         self.device = pick_device(config.training.device)
-        self.task = build_task(config.data)
+        self.task = config.data.build()
         train, valid = self.task.split()
         self.train_examples, self.valid_examples = train.to(self.device), valid.to(self.device)
         torch.manual_seed(config.training.seed)
-        self.model = build_model(config.model, self.task).to(self.device)
+        self.model = config.model.build(self.task).to(self.device)
         # Only the steps are compiled: those who measure and save the model know it by its own names.
         self.forward = torch.compile(self.model, fullgraph=True) if config.training.compile else self.model
         self.optimizer, self.gradient = build_optimizer(self.model, config.training)
-        self.totals = Totals(self.task.vocabulary.pad_id, self.device)
+        self.totals = Totals(self.task.ignored_label, self.device)
         self.steps_per_epoch = math.ceil(len(train) / config.training.batch_size)
         self.want_bar = bar
         self.bar = tqdm(disable=True)
@@ -131,15 +123,15 @@ class Trainer:
 
         On a GPU it waits for no value, so that it can be a part of a CUDA graph.
         """
-        training, pad_id = self.config.training, self.task.vocabulary.pad_id
-        count = count_labels(batch.labels, pad_id)
+        training, ignored = self.config.training, self.task.ignored_label
+        count = count_labels(batch.labels, ignored)
         part = batch.part(self.team.rank, self.team.size)
         if len(part):
             if self.device.type == "cpu" and not training.compile:  # compiled code is made for one shape
-                part = part.trim(pad_id)
+                part = part.trim(self.task.vocabulary.pad_id)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=training.precision == "bfloat16"):
-                logits = self.forward(part.source, part.decoder_input).float()
-            loss = token_loss(logits, part.labels, pad_id, training.label_smoothing)
+                logits = self.forward(*part.inputs).float()
+            loss = token_loss(logits, part.labels, ignored, training.label_smoothing)
             self.gradient.fill(loss / count)
             self.totals.add(loss, logits, part.labels)
         else:
@@ -183,7 +175,7 @@ class Trainer:
         self.totals.sums.zero_()
         self.model.train()
         self.epoch_name = f"{epoch}/{training.epochs}"
-        for count in self.take_steps(self.train_examples.select(order), rates):
+        for count in self.take_steps(replace(self.train_examples, problem=None).select(order), rates):
             self._show(count)
             self.check_interrupt()
         self.team.sum_(self.totals.sums)
@@ -192,24 +184,18 @@ class Trainer:
         entry = {"epoch": epoch, "loss": loss, "token_accuracy": accuracy, "learning_rate": rates[-1]}
         last = epoch == training.epochs
         self.bar.set_description(f"{self.epoch_name} loss {loss:.4f} measuring")
-        entry |= self.measure(
-            self.team,
-            validation=last or epoch % training.valid_every == 0,
-            answers=last or (training.exact_match_every > 0 and epoch % training.exact_match_every == 0),
-        )
+        answers = last or (training.exact_match_every > 0 and epoch % training.exact_match_every == 0)
+        entry |= self.measure(self.team, validation=last or epoch % training.valid_every == 0, answers=answers)
         self._check_finite(entry)
         self._show_measured(entry)
+        if answers and self.team.rank == 0:
+            self._show_probes()
         return entry | {"seconds": round(seconds, 4), "examples_per_second": round(len(order) / seconds, 1)}
 
     def measure(self, team: Team, validation: bool = True, answers: bool = True) -> dict[str, Any]:
         """What an entry of the log says of the held-out problems."""
-        entry: dict[str, Any] = {}
-        if validation:
-            score = evaluate(self.model, self.valid_examples, self.task.vocabulary.pad_id, team=team)
-            entry |= {"valid_loss": score.loss, "valid_token_accuracy": score.token_accuracy}
-        if answers:
-            entry["exact_match"] = exact_match(self.model, self.valid_examples, self.task, team=team)
-        return entry
+        wanted = self.config.data.figures
+        return measure(self.model, self.valid_examples, self.task, wanted, validation, answers, team)
 
     def _check_finite(self, entry: dict[str, Any]) -> None:
         """InputError where weights or losses are no numbers any more, which the epoch before is then kept from."""
@@ -232,18 +218,29 @@ class Trainer:
         self.bar.update(count)
 
     def _describe(self, loss: float, accuracy: float) -> None:
-        """Loss and the newest figure of the held-out problems first: exact match where it was ever measured."""
+        """Loss and the newest figure of the held-out problems first: the one that counts where it was ever measured."""
         self.bar.set_description(f"{self.epoch_name} loss {loss:.4f}{self.measured}", refresh=False)
         self.bar.set_postfix_str(f"accuracy {accuracy:.4f}", refresh=False)
 
     def _show_measured(self, entry: dict[str, Any]) -> None:
         """Show a finished epoch in the bar."""
-        if "exact_match" in entry:
-            self.measured = f" exact {entry['exact_match']:.4f}"
-        elif "valid_token_accuracy" in entry and "exact" not in self.measured:
-            self.measured = f" held out {entry['valid_token_accuracy']:.4f}"
+        (main, label), *others = self.config.data.figures.items()
+        word = "held out" if main.startswith("valid_") else label.split()[0]
+        found = [entry[name] for name, _ in others if name in entry]
+        if main in entry:
+            self.measured = f" {word} {entry[main]:.4f}"
+        elif found and f" {word} " not in self.measured:
+            self.measured = f" held out {found[0]:.4f}"
         self._describe(entry["loss"], entry["token_accuracy"])
         self.bar.refresh()
+
+    def _show_probes(self) -> None:
+        """A line to stderr for each of the task's probes and what the model says to it."""
+        if self.task.probes:
+            self.model.eval()
+            problems = [self.task.read_question(question) for question in self.task.probes]
+            for answer in self.task.answers(self.model, problems, self.device):
+                self.bar.write(f"  {answer}", file=sys.stderr)
 
     def _say(self, entry: dict[str, Any]) -> None:
         """A line to stderr now and then, where there is no bar."""
@@ -312,17 +309,18 @@ class Trainer:
                 self.board.close()
         self.curve.draw(at_once=True)
         last = next(iter(self.log.read()[-1:]), {})
-        if last.get("epoch") != self.config.training.epochs or not last.keys() >= MEASURED:
+        if last.get("epoch") != self.config.training.epochs or not last.keys() >= self.config.data.figures.keys():
             last = {"epoch": self.config.training.epochs, **self.measure(Team())}  # the log was lost, the weights not
             self.log.append(last)
         return last
 
     def _introduce(self, finished: int) -> None:
         """A line to stderr: what is trained, and where to."""
-        data, training = self.config.data, self.config.training
+        training, size = self.config.training, len(self.train_examples)
+        held_out = len(self.valid_examples)
         again = f", {finished} of {training.epochs} epochs done" if finished else ""
         tell(
-            f"{self.folder}: {len(self.gradient.vector):,} parameters; {data.train_size:,} "
-            f"{'fresh ' if data.fresh else ''}{data.task}s an epoch, {len(self.valid_examples):,} held out; "
+            f"{self.folder}: {len(self.gradient.vector):,} parameters; {size:,} "
+            f"{'fresh ' if self.task.fresh else ''}{self.config.data.noun} an epoch, {held_out:,} held out; "
             f"{self.device}, {self.team.size} process{'es' if self.team.size > 1 else ''}{again}"
         )

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 import torch
 
-from calcformer.data.examples import Examples, held_out_side
-from calcformer.data.vocab import FORMULA
+from calcformer.data.examples import Pairs, held_out_side
+from calcformer.data.vocab import Vocabulary
 from calcformer.errors import InputError
+from calcformer.tasks.arithmetic.problems import Operands, as_problems
 
-__all__ = ["FormulaForm", "draw_operands", "generate_formulas"]
+__all__ = ["FORMULA", "FormulaForm", "draw_operands", "generate_formulas"]
 
 MOST_COUNTED = 1 << 17  # formulas of which it is counted how many a split leaves
 MOST_DRAWN = 10**8  # formulas, to find those wanted of a split
 CACHED_ROWS = 1 << 14  # drawn at once on a CPU, so that intermediate tensors stay in its cache
 REPORT_SOURCE_LENGTH, REPORT_TARGET_LENGTH = 9, 6  # what `truncate` cuts to; the target begins with <bos>
+FORMULA = Vocabulary(("+", "-", *"0123456789", "<bos>", "<eos>", "<pad>", "<unk>"), "<bos>", "<eos>", "<pad>")
 PAD, EOS, BOS, MINUS, PLUS, ZERO = (FORMULA.id(token) for token in ("<pad>", "<eos>", "<bos>", "-", "+", "0"))
-
-Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # a, b (N,) int64 and plus (N,) bool, True = a+b
 
 
 def write_digits(
@@ -120,7 +120,7 @@ class FormulaForm:
         """The formulas with these numbers, (N,) int64, up to complexity 9."""
         return index // (2 * (self.limit + 1)) + self.lowest, index // 2 % (self.limit + 1), index % 2 == 1
 
-    def encode(self, a: torch.Tensor, b: torch.Tensor, plus: torch.Tensor) -> Examples:
+    def encode(self, a: torch.Tensor, b: torch.Tensor, plus: torch.Tensor) -> Pairs:
         """Write formulas as tokens, all at once.
 
         Args:
@@ -148,7 +148,8 @@ class FormulaForm:
         target[:, 0] = BOS
         target[:, 1:-1] = answer
         target.scatter_(1, answer_count[:, None] + 1, EOS)
-        return Examples(source[:, : self.source_length].contiguous(), target[:, : self.target_length].contiguous())
+        source, target = source[:, : self.source_length].contiguous(), target[:, : self.target_length].contiguous()
+        return Pairs(source, target, problem=as_problems(a, b, plus))
 
     def read_answer(self, ids: list[int]) -> str:
         """An answer's tokens as the number they write; as they stand where they write none."""
@@ -226,7 +227,7 @@ def generate_formulas(
     held_out: bool | None = None,
     fraction: float = 0.1,
     seed: int = 0,
-) -> Examples:
+) -> Pairs:
     """Draw `count` formulas straight into tensors on the generator's device.
 
     Args:
@@ -244,8 +245,8 @@ def generate_formulas(
             f"too few to {'hold out' if held_out else 'train on'}: {count:,} are not found in "
             f"{MOST_DRAWN:,} draws; change --held-out, or raise --complexity"
         )
-    lengths = form.source_length, form.target_length
-    examples = Examples(*(torch.empty(count, length, dtype=torch.long, device=device) for length in lengths))
+    lengths = {"source": form.source_length, "target": form.target_length, "problem": 3}
+    tensors = {name: torch.empty(count, columns, dtype=torch.long, device=device) for name, columns in lengths.items()}
     start = 0
     while start < count:
         missing = min(count - start, CACHED_ROWS) if device.type == "cpu" else count - start
@@ -255,7 +256,7 @@ def generate_formulas(
             chosen = form.held_out(form.index(a, b, plus), fraction, seed) == held_out
             a, b, plus = a[chosen], b[chosen], plus[chosen]
         part = form.encode(a[:missing], b[:missing], plus[:missing])
-        examples.source[start : start + len(part)] = part.source
-        examples.target[start : start + len(part)] = part.target
+        for name, tensor in tensors.items():
+            tensor[start : start + len(part)] = getattr(part, name)
         start += len(part)
-    return examples
+    return Pairs(**tensors)

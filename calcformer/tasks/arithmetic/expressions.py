@@ -8,12 +8,21 @@ from dataclasses import dataclass
 
 import torch
 
-from calcformer.data.examples import Examples, held_out_side
-from calcformer.data.vocab import EXPRESSION, Vocabulary
+from calcformer.data.examples import Pairs, held_out_side
+from calcformer.data.vocab import Vocabulary
 from calcformer.errors import InputError, shown
+from calcformer.tasks.arithmetic.problems import Arithmetic, Operands, as_problems
 
-__all__ = ["EXPRESSIONS", "ExpressionTask", "encode_expressions", "expression_text", "generate_expressions"]
+__all__ = [
+    "EXPRESSION",
+    "EXPRESSIONS",
+    "ExpressionTask",
+    "encode_expressions",
+    "expression_text",
+    "generate_expressions",
+]
 
+EXPRESSION = Vocabulary((*"0123456789", "POSITIVE", "NEGATIVE", "add", "subtract", "BOS", "EOS"), "BOS", "EOS")
 LIMIT = 49
 OPERATORS = ("add", "subtract")
 VALUES = 2 * LIMIT + 1
@@ -22,7 +31,7 @@ SOURCE_LENGTH, TARGET_LENGTH = 9, 5
 LEAKY_TRAIN_SHARE = 0.8  # the report does not give the shares of its random split
 
 
-def operands(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def operands(index: torch.Tensor) -> Operands:
     """The expressions numbered `index` (N,) in 0..19601: a, b (N,) int64 and add (N,) bool."""
     return index // (2 * VALUES) - LIMIT, index // 2 % VALUES - LIMIT, index % 2 == 0
 
@@ -33,7 +42,7 @@ def write_numbers(values: torch.Tensor) -> torch.Tensor:
     return torch.stack((sign, values.abs() // 10, values.abs() % 10), dim=1)  # the id of a digit is the digit
 
 
-def encode_expressions(index: torch.Tensor) -> Examples:
+def encode_expressions(index: torch.Tensor) -> Pairs:
     """Write the expressions numbered `index` (N,) in 0..19601 as tokens: source (N, 9), target (N, 5) int64."""
     a, b, add = operands(index)
     begin = torch.full((len(index), 1), EXPRESSION.bos_id, device=index.device)
@@ -41,7 +50,7 @@ def encode_expressions(index: torch.Tensor) -> Examples:
     operator = torch.where(add, EXPRESSION.id("add"), EXPRESSION.id("subtract"))[:, None]
     source = torch.cat((begin, write_numbers(a), operator, write_numbers(b), end), dim=1)
     target = torch.cat((begin, write_numbers(torch.where(add, a + b, a - b)), end), dim=1)
-    return Examples(source, target)
+    return Pairs(source, target, problem=as_problems(a, b, add))
 
 
 def number_text(value: int) -> str:
@@ -61,7 +70,7 @@ def tokenize(text: str) -> list[str]:
 
 def generate_expressions(
     count: int, generator: torch.Generator, held_out: bool | None = None, fraction: float = 0.1, seed: int = 0
-) -> Examples:
+) -> Pairs:
     """Draw `count` expressions with replacement straight into tensors on the generator's device.
 
     Args:
@@ -78,7 +87,7 @@ def generate_expressions(
 
 
 @dataclass(frozen=True)
-class ExpressionTask:
+class ExpressionTask(Arithmetic):
     """Expressions, split at random into disjoint sets of distinct expressions.
 
     `leaky_split` instead draws `train_size + valid_size` expressions with replacement and splits that list 80 to 20
@@ -93,41 +102,22 @@ class ExpressionTask:
     fresh: bool = False
     held_out: float = 0.5
 
-    @property
-    def vocabulary(self) -> Vocabulary:
-        return EXPRESSION
+    vocabulary = EXPRESSION
+    source_length, target_length = SOURCE_LENGTH, TARGET_LENGTH
+    size = EXPRESSIONS
 
-    @property
-    def source_length(self) -> int:
-        return SOURCE_LENGTH
-
-    @property
-    def target_length(self) -> int:
-        return TARGET_LENGTH
-
-    @property
-    def size(self) -> int:
-        return EXPRESSIONS
-
-    def operands(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The expressions numbered `index` (N,) in 0..size-1: a, b (N,) int64 and add (N,) bool."""
+    def operands(self, index: torch.Tensor) -> Operands:
         return operands(index)
 
-    def write(self, a: torch.Tensor, b: torch.Tensor, plus: torch.Tensor) -> Examples:
-        """Expressions as tokens: a, b (N,) int64 and plus (N,) bool, True where they are added."""
+    def write(self, a: torch.Tensor, b: torch.Tensor, plus: torch.Tensor) -> Pairs:
         return encode_expressions(((a + LIMIT) * VALUES + b + LIMIT) * 2 + ~plus)
 
-    def encode(self, index: torch.Tensor) -> Examples:
-        """The expressions numbered `index` (N,) in 0..size-1."""
-        return encode_expressions(index)
-
     def trained_on(self, index: torch.Tensor) -> torch.Tensor:
-        """Which of the expressions numbered `index` (N,) may have been in training: (N,) bool."""
         if self.fresh:
             return ~held_out_side(index, self.held_out, self.seed)
         return torch.isin(index, self._split_index()[0].to(index.device))
 
-    def draw(self, generator: torch.Generator) -> Examples:
+    def draw(self, generator: torch.Generator) -> Pairs:
         """`train_size` fresh problems to train on, on the generator's device."""
         return generate_expressions(self.train_size, generator, False, self.held_out, self.seed)
 
@@ -147,7 +137,7 @@ class ExpressionTask:
         order = torch.randperm(EXPRESSIONS, generator=generator)
         return order[: self.train_size], order[self.train_size : total]
 
-    def split(self) -> tuple[Examples, Examples]:
+    def split(self) -> tuple[Pairs, Pairs]:
         """Training and held-out examples; InputError where more is asked for than there are expressions."""
         if self.fresh:
             generator = torch.Generator().manual_seed(self.seed)
@@ -188,12 +178,12 @@ class ExpressionTask:
             numbers.append(int(tens + ones) * (-1 if sign == "NEGATIVE" else 1))
         return numbers[0], numbers[1], inner[3] == "add"
 
-    def question(self, a: int, b: int, plus: bool) -> str:
+    def question(self, problem: tuple[int, int, bool]) -> str:
+        a, b, plus = problem
         return expression_text(a, b, "add" if plus else "subtract")[0].removeprefix("BOS ").removesuffix(" EOS")
 
-    def right_answer(self, a: int, b: int, plus: bool) -> str:
-        return number_text(a + b if plus else a - b)
+    def number_text(self, value: int) -> str:
+        return number_text(value)
 
-    def decode_answer(self, ids: list[int]) -> str:
-        tokens = EXPRESSION.decode_until_eos(ids)
+    def text(self, tokens: list[str]) -> str:
         return " ".join(tokens[:1] + ["".join(tokens[1:])]) if tokens else ""

@@ -3,15 +3,16 @@
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 
-from calcformer.data.examples import Examples
-from calcformer.data.formula_tensors import FormulaForm, Operands, generate_formulas
-from calcformer.data.vocab import FORMULA, Vocabulary
+from calcformer.data.examples import Examples, Pairs
 from calcformer.errors import InputError, shown
+from calcformer.tasks.arithmetic.formula_tensors import FORMULA, FormulaForm, generate_formulas
+from calcformer.tasks.arithmetic.hard_problems import hard_problems
+from calcformer.tasks.arithmetic.problems import Arithmetic, Operands
 
 __all__ = ["FormulaTask", "random_formula"]
 
@@ -30,8 +31,8 @@ def random_formula(rng: random.Random, complexity: int = 3, signed: bool = True)
     return f"{a}{operator}{b}", str(a + b if operator == "+" else a - b)
 
 
-@dataclass(frozen=True)
-class FormulaTask:
+@dataclass
+class FormulaTask(Arithmetic):
     """Formulas of one form, split into those to train on and those held out.
 
     A fixed list is split as the formula report does, but disjoint: training is the first `train_size` of the stream of
@@ -53,36 +54,28 @@ class FormulaTask:
     held_out: float = 0.5
     sampling: str = "uniform"
 
-    @property
-    def vocabulary(self) -> Vocabulary:
-        return FORMULA
+    vocabulary = FORMULA
+    size: int = field(init=False)
 
-    @property
-    def source_length(self) -> int:
-        return self.form.source_length
-
-    @property
-    def target_length(self) -> int:
-        return self.form.target_length
-
-    @property
-    def size(self) -> int:
-        return self.form.size
+    def __post_init__(self) -> None:
+        form = self.form
+        self.source_length, self.target_length, self.size = form.source_length, form.target_length, form.size
+        self.probes = ("123+123", "321+321") if form.complexity >= 3 else ()  # as the report asks
 
     def operands(self, index: torch.Tensor) -> Operands:
-        """The formulas numbered `index` (N,) in 0..size-1: a, b (N,) int64 and plus (N,) bool."""
         return self.form.operands(index)
 
-    def write(self, a: torch.Tensor, b: torch.Tensor, plus: torch.Tensor) -> Examples:
-        """Formulas as tokens, see `FormulaForm.encode`."""
+    def write(self, a: torch.Tensor, b: torch.Tensor, plus: torch.Tensor) -> Pairs:
         return self.form.encode(a, b, plus)
 
-    def encode(self, index: torch.Tensor) -> Examples:
-        """The formulas numbered `index` (N,) in 0..size-1."""
-        return self.write(*self.operands(index))
+    def hard_sets(self) -> dict[str, tuple[Examples, torch.Tensor]]:
+        found: dict[str, tuple[Examples, torch.Tensor]] = {}
+        for name, problems in hard_problems(self.form.complexity, self.form.signed).items():
+            a, b, plus = torch.tensor(problems).unbind(dim=1)
+            found[name] = self.ask(problems), self.trained_on(self.form.index(a, b, plus))
+        return found
 
     def trained_on(self, index: torch.Tensor) -> torch.Tensor:
-        """Which of the formulas numbered `index` (N,) may have been in training: (N,) bool."""
         if self.fresh:
             return ~self.form.held_out(index, self.held_out, self.seed)
         return torch.isin(index, self._train_index.to(index.device))
@@ -103,11 +96,11 @@ class FormulaTask:
         columns = torch.tensor([(a, b, operator == "+") for a, b, operator in operands]).reshape(-1, 3)
         return columns[:, 0], columns[:, 1], columns[:, 2].bool()
 
-    def draw(self, generator: torch.Generator) -> Examples:
+    def draw(self, generator: torch.Generator) -> Pairs:
         """`train_size` fresh problems to train on, on the generator's device."""
         return generate_formulas(self.form, self.train_size, generator, self.sampling, False, self.held_out, self.seed)
 
-    def split(self) -> tuple[Examples, Examples]:
+    def split(self) -> tuple[Pairs, Pairs]:
         """Training and held-out examples; InputError where too few formulas are left to hold out."""
         if self.fresh:
             generator = torch.Generator().manual_seed(self.seed)
@@ -157,11 +150,9 @@ class FormulaTask:
             )
         return -a if match[1] else a, b, match[3] == "+"
 
-    def question(self, a: int, b: int, plus: bool) -> str:
+    def question(self, problem: tuple[int, int, bool]) -> str:
+        a, b, plus = problem
         return f"{a}{'+' if plus else '-'}{b}"
-
-    def right_answer(self, a: int, b: int, plus: bool) -> str:
-        return str(a + b if plus else a - b)
 
     def decode_answer(self, ids: list[int]) -> str:
         return self.form.read_answer(ids)

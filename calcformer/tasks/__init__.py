@@ -1,0 +1,9 @@
+"""What can be learned: a file and a line for each task. Nothing else knows their names; nothing here needs torch."""
+
+from calcformer.settings import TaskSettings
+from calcformer.tasks.expression import Expressions
+from calcformer.tasks.formula import Formulas
+
+__all__ = ["TASKS"]
+
+TASKS: dict[str, type[TaskSettings]] = {task.task: task for task in (Formulas, Expressions)}  # add yours here
