@@ -195,9 +195,9 @@ class Calculation:
             squares = " + ".join(f"({number(value)} - {term(mean)})^2" for value in row)
             examples += [
                 f"mean[{at}] = ({' + '.join(map(term, row))}) / {len(row)} = {number(mean)}",
-                f"variance[{at}] = ({squares}) / {len(row)} = {number(variance)}",
+                f"variance[{at}] = ({squares}) / {len(row)} = {number(variance, 4)}",
             ]
-        last = f"({number(row[0])} - {term(mean)}) / sqrt({number(variance)})"
+        last = f"({number(row[0])} - {term(mean)}) / sqrt({number(variance, 4)})"
         if (norm.weight != 1).any() or (norm.bias != 0).any():
             text.append("Then each column has a factor and a number to add, both learned.")
             formula[-1] += " * factor + added"

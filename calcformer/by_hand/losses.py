@@ -164,6 +164,10 @@ def losses_page() -> Page:
         ],
         checks,
         "The same by torch.nn.functional, the gradients by autograd.",
+        [
+            "With --picture FILE they are drawn for a yes or no question. The surer a wrong answer, the harder "
+            "cross-entropy pulls at its score; MSE and L1 of a probability then hardly pull at all."
+        ],
     )
 
 

@@ -23,7 +23,7 @@ __all__ = ["KERNELS", "PRECISION", "draw_page", "run_page", "words_of"]
 BEGIN, END = "<begin>", "<end>"
 MOST_SENTENCE = 64  # words
 SENTENCE, ANSWER = "You win, you live!", "you live"
-PRECISION = "Two digits are shown and all calculated with: what you get from those shown may differ in the last."
+PRECISION = "Two digits are shown and all are calculated with: from those shown you may get a little more or less."
 KERNELS = (
     "The same by this package: two loops and no loop by kernels.reference; fused by "
     "kernels.scaled_dot_product_attention and kernels.layer_norm."
@@ -137,7 +137,7 @@ def run_page(run: Path, question: str) -> Page:
             f"layer of encoder and decoder, and the first head. {PRECISION}"
         ],
         [vocabulary_step(vocabulary.tokens, reads), *with_notes(done, told)],
-        [*done.checks, Check("scores of words, by the run", found, allowed(theirs))],
+        [*done.checks, Check("the run's own scores", found, allowed(theirs))],
         KERNELS,
         [str(maps.answer)],
     )

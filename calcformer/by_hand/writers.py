@@ -36,7 +36,8 @@ def all_steps(page: Page) -> list[Step]:
 
 
 def write_text(page: Page, columns: int = COLUMNS) -> str:
-    """The page in lines of so many characters, as far as its words let it."""
+    """The page in lines of so many characters (60 to 140), as far as its words let it."""
+    columns = min(max(columns, 60), 140)
     body: list[str] = []
     for place, step in enumerate(all_steps(page), 1):
         body += [""] if step.text or step.notes else []  # what only repeats an earlier step stands close to it
@@ -118,7 +119,7 @@ def draw(matrix: Matrix, room: int, is_labelled: bool, is_above: bool) -> list[s
 BLUE, ORANGE = "26,115,232", "242,133,0"
 STYLE = """\
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 0 .8rem 3rem; color: #222;
-  background: #fff }
+  background: #fff; overflow-wrap: break-word }
 h1 { font-size: 1.5rem; line-height: 1.25 } h2 { font-size: 1.15rem; margin: 2rem 0 .2rem } p { margin: .3rem 0 }
 code { background: #f2f2f2; padding: .1rem .3rem; border-radius: .2rem }
 .row { display: flex; flex-wrap: wrap; gap: .4rem 1.6rem; margin: .5rem 0 }
