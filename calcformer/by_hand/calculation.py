@@ -131,7 +131,7 @@ class Calculation:
             text += " A learned number for the distance of the two words is added to what is scaled."
         if is_causal:
             text += " A word must not see those after it, which it is to guess: they get -inf, so weight 0."
-        pair = f"[{at}, {named(seen_words[0])}]"
+        pair, divided = f"[{at}, {named(seen_words[0])}]", "masked" if is_causal else "scaled"
         powers = [f"e^{term(value)}" for value in scaled[0, i] if value != -math.inf]
         self.add(
             f"{where}: weights",
@@ -140,12 +140,13 @@ class Calculation:
             [
                 [
                     Matrix.of("scores", scores[0], words, seen_words),
-                    Matrix.of("masked" if is_causal else "scaled", scaled[0], words, seen_words),
+                    Matrix.of(divided, scaled[0], words, seen_words),
                     Matrix.of("weights", shares[0], words, seen_words),
                 ]
             ],
             dot(f"scores{pair}", query[0, i], key[0, 0]),
-            *[f"scaled{pair} = {number(scores[0, i, 0])} / sqrt({size}) = {number(scaled[0, i, 0])}"] * (bias is None),
+            *[f"{divided}{pair} = {number(scores[0, i, 0])} / sqrt({size}) = {number(scaled[0, i, 0])}"]
+            * (bias is None),
             *[f"weights{pair} = {powers[0]} / ({' + '.join(powers)}) = {number(shares[0, i, 0])}"]
             * (len(powers) <= MOST_TERMS),
         )

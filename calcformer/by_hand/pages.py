@@ -85,7 +85,7 @@ def draw_page(
     losses = [-p[i, right].log() for i, right in enumerate(say)]
     told = [
         f"After {words[seen]} it says {words[int(p[i].argmax())]}; right is {words[right]}, of which p is "
-        f"{number(p[i, right])}, so its loss is -ln({number(p[i, right])}) = {number(losses[i])}."
+        f"{number(p[i, right], 4)}, so its loss is -ln({number(p[i, right], 4)}) = {number(losses[i])}."
         for i, (seen, right) in enumerate(zip(read, say))
     ]
     reads = f"The encoder reads {listed(ids)}; the decoder reads {listed(read)} and is to say {listed(say)}."

@@ -178,8 +178,8 @@ def table_of(matrix: Matrix) -> str:
 
 
 def shade(text: str, largest: float) -> str:
-    """The ground of a cell, as an attribute."""
-    if text in (MORE, "-", "-inf"):
+    """The ground of a cell, as an attribute; the sizes of differences have none."""
+    if text in (MORE, "-", "-inf") or "e" in text:
         return ""
     share = float(text) / largest
     return f' style="background:rgba({BLUE if share > 0 else ORANGE},{abs(share) * 0.55:.2f})"' if share else ""
