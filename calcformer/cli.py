@@ -407,8 +407,8 @@ def run_explain(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 2 for wrong input, 130 for Ctrl-C or SIGTERM, 141 where what it
-    printed found no reader.
+    """Run the command; returns its exit code: 0, 1 where `explain` finds numbers that disagree, 2 for wrong input,
+    130 for Ctrl-C or SIGTERM, 141 where what it printed found no reader.
     """
     open_standard_streams()
     words = list(sys.argv[1:] if argv is None else argv)
