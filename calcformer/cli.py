@@ -196,6 +196,32 @@ def build_parser(base: RunConfig) -> Parser:
     for command in commands.choices["tasks"], runs, info:
         command.add_argument("--json", action="store_true", help="print JSON")
 
+    explain = commands.add_parser(
+        "explain",
+        help="a transformer worked by hand, every matrix of it",
+        allow_abbrev=False,
+        description=(
+            "Work a small transformer by hand: every step with its matrices, to calculate along, and held to the "
+            "kernels. In brackets stand the defaults."
+        ),
+    )
+    explain.add_argument("sentence", nargs="?", metavar="SENTENCE", help="what the encoder reads (You win, you live!)")
+    explain.add_argument("--answer", metavar="SENTENCE", help="what the decoder is to say (you live)")
+    for flag, most, text in (
+        ("--width", 256, "numbers a word (4)"),
+        ("--heads", 32, "heads of each attention (1)"),
+        ("--hidden", 1024, "numbers a word within the feed-forward (4)"),
+        ("--d-k", 256, "numbers of a head's query and key (width / heads)"),
+        ("--d-v", 256, "numbers of a head's value (width / heads)"),
+    ):
+        explain.add_argument(flag, type=whole(1, most), metavar="N", help=text)
+    explain.add_argument("--seed", type=whole(0, 2**63 - 1), metavar="N", help="of the weights drawn (0)")
+    explain.add_argument("--run", type=path, metavar="RUN", help="with a run's weights; SENTENCE is a problem then")
+    explain.add_argument("--tutorial", action="store_true", help="a tutorial's numbers, what it prints beside ours")
+    explain.add_argument("--losses", action="store_true", help="six loss functions side by side instead")
+    explain.add_argument("--html", type=path, metavar="FILE", help="write a page for a browser instead of text")
+    explain.add_argument("--picture", type=path, metavar="FILE", help="with --losses: draw them to a PNG as well")
+
     for command in evaluate, solve:
         command.add_argument(
             "--beam",
@@ -416,13 +442,39 @@ def run_listing(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_explain(arguments: argparse.Namespace) -> int:
+    import shutil
+
+    from calcformer import by_hand
+    from calcformer.runs.files import write_atomically
+
+    given = vars(arguments)
+    drawn = {name: given[name] for name in ("answer", "width", "heads", "hidden", "seed")}
+    drawn |= {"key_size": arguments.d_k, "value_size": arguments.d_v}
+    page = by_hand.choose_page(arguments.sentence, arguments.run, arguments.tutorial, arguments.losses, drawn)
+    if arguments.picture is not None and not arguments.losses:
+        raise InputError("--picture is for --losses; leave it out")
+    for file in arguments.html, arguments.picture:  # both, before one is written
+        if file is not None and not file.parent.is_dir():
+            raise InputError(f"{file}: there is no folder {file.parent}; make it, or name another")
+    if arguments.picture is not None:
+        by_hand.draw_losses(arguments.picture)
+        tell(f"drawn to {arguments.picture}")
+    if arguments.html is not None:
+        write_atomically(arguments.html, by_hand.write_html(page).encode())
+        say(f"written to {arguments.html}")
+    else:
+        say(by_hand.write_text(page, shutil.get_terminal_size((by_hand.COLUMNS, 24)).columns))
+    return 0 if page.agrees else 1
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 2 for wrong input, 130 for Ctrl-C or SIGTERM, 141 where what it
-    printed found no reader.
+    """Run the command; returns its exit code: 0, 1 where `explain` finds numbers that disagree, 2 for wrong input,
+    130 for Ctrl-C or SIGTERM, 141 where what it printed found no reader.
     """
     open_standard_streams()
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] in (["solve"], ["attention"]):
+    if words[:1] in (["solve"], ["attention"], ["explain"]):
         # A formula may begin with a minus sign; a space before it tells argparse that it is not a flag.
         words = [f" {word}" if re.match(r"-+[^-\w]|-+\d", word) else word for word in words]
     parser = Parser(prog="calcformer")
@@ -438,6 +490,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "evaluate": run_evaluate,
                 "solve": run_solve,
                 "attention": run_attention,
+                "explain": run_explain,
                 **dict.fromkeys(("tasks", "runs", "info"), run_listing),
             }
             return commands[arguments.command](arguments)

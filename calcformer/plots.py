@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Line", "can_draw", "is_loss", "save_curve", "save_heads", "save_panels"]
+__all__ = ["Line", "can_draw", "is_loss", "save_curve", "save_heads", "save_losses", "save_panels"]
 
 # What metrics.jsonl has beside figures.
 NO_FIGURES = {"epoch", "learning_rate", "seconds", "examples_per_second"}
@@ -169,6 +169,24 @@ def save_panels(
             axes.set_ylim(-0.03, 1.03)
         axes.grid(alpha=0.3)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    _save(figure, path)
+    return True
+
+
+def save_losses(
+    panels: dict[str, dict[str, tuple[list[float], list[float]]]], xlabel: str, title: str, path: Path
+) -> bool:
+    """Draw a panel of curves by title, each curve's x and y by its name, to a PNG; False without matplotlib."""
+    figure = _figure(10, 4.3)
+    if figure is None:
+        return False
+    _title(figure, title)
+    for axes, (name, curves) in zip(figure.subplots(1, len(panels)), panels.items()):
+        for label, (x, y) in curves.items():
+            axes.plot(x, y, label=label)
+        axes.set(title=name, xlabel=xlabel)
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     _save(figure, path)
     return True
 
