@@ -322,15 +322,49 @@ def test_gradients_twice_and_second_ones() -> None:
     assert torch.equal(second(2), new)
 
 
-def test_threads() -> None:
-    new = [run("general", seed, True) for seed in range(4)]
-    forget()
-    found: dict[int, list[torch.Tensor]] = {}
-    threads = [threading.Thread(target=lambda s=s: found.update({s: run("general", s, True)})) for s in range(4)]  # type: ignore[misc]
+class Adding:
+    """A kernel that adds a number to a tensor of two numbers, and waits for another thread before it does."""
+
+    arg_names = ("x", "out", "number")
+
+    def __init__(self, meeting: threading.Barrier) -> None:
+        self.meeting = meeting
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        def run(x: torch.Tensor, out: torch.Tensor, number: int) -> None:
+            self.meeting.wait(10)
+            out.copy_(x + number)
+            self.meeting.wait(10)
+
+        return run
+
+
+def test_threads_do_not_hear_of_each_others_launches() -> None:
+    meeting = threading.Barrier(2)
+    kernel, calls = Adding(meeting), again.Calls()
+    found: dict[int, list[torch.Tensor]] = {1: [], 2: []}
+
+    def attend_twice(number: int) -> None:
+        for i in range(2):
+            x = torch.full((2,), float(i))
+
+            def work() -> tuple[list[torch.Tensor], tuple[()]]:
+                out = torch.empty_like(x)
+                again.run_kernel(kernel, (1,), x, out, number=number)
+                return [out], ()
+
+            found[number] += calls.run([x], number, work)
+
+    threads = [threading.Thread(target=attend_twice, args=(number,)) for number in found]
     for thread in threads:
         thread.start()
-        thread.join()
-    assert all(torch.equal(x, y) for seed in range(4) for x, y in zip(found[seed], new[seed]))
+    for thread in threads:
+        thread.join(20)
+    assert {number: [x.tolist() for x in tensors] for number, tensors in found.items()} == {
+        1: [[1.0, 1.0], [2.0, 2.0]],
+        2: [[2.0, 2.0], [3.0, 3.0]],
+    }
+    assert [len(known.launches) for known in calls.known.values() if known is not None] == [1, 1]
 
 
 def test_as_many_as_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,7 @@ def test_nothing_else_knows_the_name_of_a_task() -> None:
     names = {*TASKS, *PRESETS, *(kind.__name__ for kind in kinds)}
     known = []
     for path in PACKAGE.rglob("*.py"):
-        if "tasks" not in path.relative_to(PACKAGE).parts:
+        if not {"tasks", "by_hand"} & set(path.relative_to(PACKAGE).parts):  # by hand a step has a formula
             for node in ast.walk(ast.parse(path.read_text())):
                 words = (getattr(node, name, None) for name in ("value", "id", "name"))
                 known += [(path.name, word) for word in words if isinstance(word, str) and word in names]
