@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import subprocess
 import sys
 
@@ -370,6 +371,20 @@ def test_kernels_imports_without_triton() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "the triton package is not installed" in done.stdout
+
+
+def test_calls_on_a_cpu_import_no_kernels() -> None:
+    code = (
+        "import sys, torch, kernels\n"
+        "q = torch.randn(1, 2, 40, 8, requires_grad=True)\n"
+        "for mask in None, torch.ones(40, 40, dtype=torch.bool):\n"
+        "    x = kernels.scaled_dot_product_attention(q, q, q, mask, is_causal=True)\n"
+        "    kernels.add_layer_norm(x, q, q.new_ones(8), dropout_p=0.1).sum().backward()\n"
+        "assert not {'kernels.attention.pieces', 'kernels.layer_norm.forward'} & set(sys.modules)\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -329,7 +329,9 @@ def _what_is_looked_at(
     backend: str,
 ) -> Hashable:
     """All that checks and `prepare` look at in a plain call on (B, H, L, E); None for other calls, right or wrong."""
-    if query is None or key is None or value is None or not is_plain(query, key, value, attn_mask):
+    if query is None or key is None or value is None or (getattr(query, "is_cpu", False) and not backends.INTERPRETED):
+        return None
+    if not is_plain(query, key, value, attn_mask):
         return None
     if torch._C._is_any_autocast_enabled() or not (
         type(dropout_p) is float

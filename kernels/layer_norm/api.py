@@ -370,7 +370,9 @@ def _what_is_looked_at(
 ) -> Hashable:
     """All that checks look at in a plain call of `_norm`; None for other calls, right or wrong."""
     tensors = (input, residual, weight, bias)
-    if input is None or not is_plain(*tensors) or torch._C._is_any_autocast_enabled():
+    if input is None or (getattr(input, "is_cpu", False) and not backends.INTERPRETED):
+        return None
+    if not is_plain(*tensors) or torch._C._is_any_autocast_enabled():
         return None
     kinds = tuple(map(type, numbers))
     if not KINDS.issuperset(kinds):
