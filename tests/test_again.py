@@ -82,6 +82,7 @@ CALLS: dict[str, tuple[Function, Callable[[int], Tensors], dict[str, Any]]] = {
     "general": (attend, lambda seed: attention_inputs(seed, 17, 20), {}),
     "general causal": (attend, lambda seed: attention_inputs(seed, 17, 20), {"is_causal": True, "scale": 0.3}),
     "bool mask": (attend, lambda seed: attention_inputs(seed, attn_mask=mask), {}),
+    "mask of two dimensions": (attend, lambda seed: attention_inputs(seed, attn_mask=lambda s: mask(s)[0, 0]), {}),
     "float mask": (attend, lambda seed: attention_inputs(seed, attn_mask=bias), {}),
     "dropout": (attend, attention_inputs, {"dropout_p": 0.3}),
     "negative scale": (attend, attention_inputs, {"scale": -0.5}),

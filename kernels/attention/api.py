@@ -254,7 +254,8 @@ def scaled_dot_product_attention(
             call, known = CHECKED[asked]
             if known is not None and not wants_gradient(query, key, value, attn_mask):
                 return known.run((query, key, value, attn_mask, *NO_TENSORS[1:]), query.device)[0]
-            call = call if attn_mask is None else call._replace(attn_mask=attn_mask)
+            if attn_mask is not None:
+                call = call._replace(attn_mask=attn_mask[(None,) * (4 - attn_mask.ndim)])
             return triton_attention(query, key, value, call, False, known)[0]
     if (
         not type(query) is type(key) is type(value) is torch.Tensor
@@ -341,7 +342,7 @@ def _what_is_looked_at(
         and _are_defaults(options)
     ):
         return None
-    if attn_mask is not None and (attn_mask.ndim != 4 or attn_mask.device != query.device or attn_mask.requires_grad):
+    if attn_mask is not None and (attn_mask.ndim > 4 or attn_mask.device != query.device or attn_mask.requires_grad):
         return None
     if not query.device == key.device == value.device:
         return None
