@@ -266,13 +266,20 @@ def processes(word: str) -> list[int]:
 # What is decided by rows
 
 
-def test_only_hopper_kernels_that_passed_run_later() -> None:
+def test_hopper_kernels_that_passed_or_were_decided_for_before_run_later(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    measured = tmp_path / "measured.py"
+    measured.write_text('HOPPER = {("forward", 128): "file", ("backward", 128): "file"}')
+    monkeypatch.setattr(gpu_first, "MEASURED", measured)
     stage = Stage("any", 1, (("python", "--rows"),))
     rows = [
         {"kind": "verdict", "kernel": name, "passed": name != "forward128", "failed": []}
         for name in ("general", "forward64", "forward128", "backward64")
     ]
-    assert gpu_first.environment(stage, rows)["KERNELS_HOPPER"] == "forward64 backward64"
+    assert gpu_first.environment(stage, rows)["KERNELS_HOPPER"] == "forward64 backward64 backward128"
+    assert gpu_first.environment(stage, [])["KERNELS_HOPPER"] == "forward128 backward128"
+    measured.write_text("HOPPER = {}")
     assert gpu_first.environment(stage, [])["KERNELS_HOPPER"] == "0"
     assert [name for names in gpu_first.HOPPER.values() for name in names] == [
         f"{direction}{size}" for direction, sizes in plan.HOPPER_HEAD_SIZES.items() for size in sizes
