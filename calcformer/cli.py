@@ -258,8 +258,8 @@ def run_train(base: RunConfig, arguments: argparse.Namespace) -> int:
             f"{stopped.folder}"
         )
         return 130
-    figures = describe_figures(last, read_config(Path(last["run"])))
-    say(f"{last['run']}: {figures} on held-out problems")
+    config = read_config(Path(last["run"]))
+    say(f"{last['run']}: {describe_figures(last, config)} on {config.data.measured}")
     return 0
 
 
@@ -283,7 +283,7 @@ def run_sweep(base: RunConfig, arguments: argparse.Namespace) -> int:
         if study is not None and "preset" in settings:
             raise InputError("a study has its own preset; leave out --preset")
         settings.pop("preset", None)
-        plan = Sweep.of(settings, vary, 1 if seeds is None else seeds, base.preset, study)
+        plan = Sweep.of(settings, vary, seeds, base.preset, study)
     try:
         results = sweep.run_sweep(plan, out, jobs)
     except Stopped as stopped:

@@ -2,6 +2,7 @@
 
 import itertools
 import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,34 @@ from calcformer.training import measure
 
 __all__ = ["draw", "make_table", "summarize"]
 
+START, CONVERGENCE = "start", "convergence"  # figures that metrics.jsonl does not name
+ROUNDING = 1e-6  # of an accuracy, a quotient of numbers in float32
 
-def label_figures(data: TaskSettings) -> dict[str, str]:
-    """What the columns of the table are called, by the names of metrics.jsonl; the one that counts last but one."""
-    held_out = dict(reversed(data.figures.items()))
-    if "valid_loss" in held_out:
-        held_out["valid_loss"] = "validation loss"
-    return {"loss": "training loss", **held_out, "seconds": "seconds"}
+
+def label_figures(data: TaskSettings, epochs: Iterable[int] = ()) -> dict[str, str]:
+    """What the columns of the table are called, by the names of metrics.jsonl; the one that counts last but one.
+
+    Where the best possible figures are known, with the loss before the first step and at the end of those `epochs`, and
+    the first epoch at whose end the figure that counts was the best possible.
+    """
+    measured = dict(reversed(data.figures.items()))
+    if data.best_possible:
+        losses = {f"valid_loss@{epoch}": f"loss after {epoch}" for epoch in epochs}
+        return {START: "loss at the start", **losses, **measured, CONVERGENCE: "convergence", "seconds": "seconds"}
+    if "valid_loss" in measured:
+        measured["valid_loss"] = "validation loss"
+    return {"loss": "training loss", **measured, "seconds": "seconds"}
+
+
+def add_convergence(figures: dict[str, Any], entries: list[dict[str, Any]], data: TaskSettings) -> None:
+    """Add what `label_figures` says of data whose best possible figures are known."""
+    main, best = next(iter(data.figures)), data.best_possible
+    figures |= {f"valid_loss@{entry['epoch']}": entry["valid_loss"] for entry in entries if "valid_loss" in entry}
+    if entries and entries[0]["epoch"] == 1:
+        figures[START] = entries[0]["loss"]
+    for entry in reversed(entries):
+        if main in entry and abs(entry[main] - best[main]) < ROUNDING:
+            figures[CONVERGENCE] = entry["epoch"]
 
 
 def measure_member(folder: Path, member: Member, study: str | None) -> dict[str, Any]:
@@ -30,6 +52,8 @@ def measure_member(folder: Path, member: Member, study: str | None) -> dict[str,
     last = entries[-1] if entries else {}  # of a log that was lost
     figures = {**last, "seconds": sum(entry.get("seconds", 0.0) for entry in entries)}
     answers: dict[str, str] = {}
+    if member.config.data.best_possible:
+        add_convergence(figures, entries, member.config.data)
     if study is not None:
         solver = Solver(folder / member.name, member.config.training.device)
         questions = STUDIES[study].questions
@@ -37,16 +61,20 @@ def measure_member(folder: Path, member: Member, study: str | None) -> dict[str,
         if STUDIES[study].measure_training:
             examples = solver.task.split()[0].to(solver.device)
             figures |= measure(solver.model, examples, solver.task, member.config.data.figures)
-    shown = {name: figures[name] for name in label_figures(member.config.data) if name in figures}
+    epochs = STUDIES[study].epochs if study else ()
+    shown = {name: figures[name] for name in label_figures(member.config.data, epochs) if name in figures}
     return {"figures": shown, "answers": answers}
 
 
 def summarize(folder: Path, sweep: Sweep, failed: dict[str, str]) -> dict[str, Any]:
     """What results.json holds."""
     reports = [] if sweep.study is None else STUDIES[sweep.study].reported
-    labels = label_figures(sweep.base.data)
+    epochs = STUDIES[sweep.study].epochs if sweep.study else ()
+    epochs = tuple(epoch for epoch in epochs if epoch < sweep.base.training.epochs)
+    labels = label_figures(sweep.base.data, epochs)
     rows = []
-    for values, members in itertools.groupby(sweep.members(), key=lambda member: member.values):
+    for values, group in itertools.groupby(sweep.members(), key=lambda member: member.values):
+        members = list(group)
         runs: list[dict[str, Any]] = [
             {"run": member.name, "failed": failed[member.name]}
             if member.name in failed
@@ -60,10 +88,22 @@ def summarize(folder: Path, sweep: Sweep, failed: dict[str, str]) -> dict[str, A
             for function, least in ((statistics.fmean, 1), (statistics.stdev, 2))
         )
         reported = next((theirs for place, theirs in reports if place.items() <= values.items()), {})
-        rows.append({"values": values, "mean": mean, "spread": spread, "reported": reported, "runs": runs})
+        row = {"values": values, "mean": mean, "spread": spread, "reported": reported, "runs": runs}
+        if best := members[0].config.data.best_possible:
+            row |= {"best": best, "earliest": min(found[CONVERGENCE], default=None)}
+        rows.append(row)
     main = next(iter(sweep.base.data.figures))
     plan = {"study": sweep.study, "vary": sweep.vary, "seeds": sweep.seeds}
     return {**plan, "figures": labels, "main": main, "rows": rows}
+
+
+def _beside(name: str, results: dict[str, Any]) -> list[str]:
+    """The heads of the columns that stand beside a figure whose best possible value is known."""
+    if name == CONVERGENCE:
+        return ["earliest", "runs"]
+    if not any(name in row.get("best", {}) for row in results["rows"]):
+        return []
+    return ["floor" if is_loss(name) else "best possible"]
 
 
 def _report(results: dict[str, Any]) -> str:
@@ -79,7 +119,7 @@ def best_row(results: dict[str, Any]) -> dict[str, Any] | None:
     """The row that is best by the figure that counts, of equal ones by validation loss; None of one row."""
     main = results["main"]
     rows = [row for row in results["rows"] if row["mean"].keys() >= {main, "valid_loss"}]
-    if len(results["rows"]) < 2 or not rows:
+    if len(results["rows"]) < 2 or not rows or "best" in rows[0]:  # of which there is a different one for some rows
         return None
     sign = -1 if is_loss(main) else 1
     return max(rows, key=lambda row: (sign * row["mean"][main], -row["mean"]["valid_loss"]))
@@ -93,17 +133,23 @@ def make_table(results: dict[str, Any]) -> str:
     lines = [
         [
             *(name.replace("_", " ") for name in results["vary"]),
-            *labels.values(),
+            *(text for name, label in labels.items() for text in (label, *_beside(name, results))),
             *(f"{report} {labels[name]}" for name in reported),
             *questions,
         ]
     ]
     for row in rows:
-        cells = [f"**{value}**" if row is best else str(value) for value in row["values"].values()]
+        values = [str(row["values"].get(name, "–")) for name in results["vary"]]
+        cells = [f"**{value}**" if row is best else value for value in values]
         for name in labels:
-            digits = 1 if name == "seconds" else 4
+            digits = 1 if name in ("seconds", CONVERGENCE) else 4
             text = f"{row['mean'][name]:.{digits}f}" if name in row["mean"] else "–" if row["mean"] else "failed"
             cells.append(f"{text} ± {row['spread'][name]:.{digits}f}" if name in row["spread"] else text)
+            if name == CONVERGENCE:
+                converged = sum(name in run.get("figures", {}) for run in row["runs"])
+                cells += [str(row["earliest"] or "–"), f"{converged} of {len(row['runs'])}"]
+            elif _beside(name, results):
+                cells.append(f"{row['best'][name]:.4f}")
         cells += [str(row["reported"].get(name, "")) for name in reported]
         cells += [
             ", ".join(run["answers"][question] for run in row["runs"] if "answers" in run) for question in questions
@@ -112,6 +158,8 @@ def make_table(results: dict[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
     notes = ["Token accuracy counts single tokens, the end token too, given the right ones before."]
+    if CONVERGENCE in labels:
+        notes = [f"Convergence: the first epoch at whose end {labels[results['main']]} was the best possible."]
     if best:
         notes.insert(0, f"Best by {labels[results['main']]}: {_label(best['values'])}.")
     if results["seeds"] > 1:
@@ -145,10 +193,16 @@ def _by_setting(axis: str, name: str, results: dict[str, Any]) -> list[Line]:
     return [*lines, Line(_report(results), [(x, y, 0.0) for x, y in reported.items()], "black", reported=True)]
 
 
-def _by_epoch(folder: Path, name: str, results: dict[str, Any]) -> list[Line]:
-    """A figure by epoch: a line for each row of the table, and the report's figure at the end of it."""
+def _by_epoch(
+    folder: Path, name: str, results: dict[str, Any], rows: Sequence[dict[str, Any]], hidden: Iterable[str] = ()
+) -> list[Line]:
+    """A figure by epoch: a line for each of the rows of the table, and the report's figure at the end of it.
+
+    Args:
+        hidden: settings that its label leaves out.
+    """
     lines = []
-    for number, row in enumerate(results["rows"]):
+    for number, row in enumerate(rows):
         logs = [RunLog(folder / run["run"] / METRICS).read() for run in row["runs"] if "figures" in run]
         points = []
         for entries in zip(*logs):  # one epoch, of all seeds
@@ -158,7 +212,8 @@ def _by_epoch(folder: Path, name: str, results: dict[str, Any]) -> list[Line]:
                 points.append((entries[0]["epoch"], statistics.fmean(values), spread))
         if points and _measures_training(results) and name != "loss":  # which the log does not
             points = [(points[-1][0], row["mean"][name], row["spread"].get(name, 0.0))]
-        label = _label(row["values"]) + (" (best)" if row is best_row(results) else "")
+        own = {key: value for key, value in row["values"].items() if key not in hidden}
+        label = _label(own) + (" (best)" if row is best_row(results) else "")
         lines.append(Line(label or "ours", points, f"C{number}"))
         if points and name in row["reported"]:
             lines.append(
@@ -176,6 +231,25 @@ def _label(values: dict[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
 
 
+def _by_best(folder: Path, figures: dict[str, str], results: dict[str, Any]) -> dict[str, list[Line]]:
+    """Panels of figures by epoch: rows that have the best possible figures in common, which is drawn, share a panel."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        groups.setdefault(tuple(row["best"].items()), []).append(row)
+    panels = {}
+    for name, panel in figures.items():
+        for rows in groups.values():
+            first, best = rows[0]["values"], rows[0]["best"].get(name, 0.0)
+            shared = {key: first[key] for key in first if all(row["values"].get(key) == first[key] for row in rows)}
+            lines = _by_epoch(folder, name, results, rows, shared)
+            ends = [point[0] for line in lines for point in line.points]
+            if ends and (best or not is_loss(name)):  # a logarithmic axis has no 0
+                limit = [(end, best, 0.0) for end in (min(ends), max(ends))]
+                lines.append(Line("best possible", limit, "black", limit=True))
+            panels[", ".join(filter(None, (panel, _label(shared))))] = lines
+    return panels
+
+
 def draw(results: dict[str, Any], folder: Path, path: Path) -> bool:
     """The results as a picture; returns False where matplotlib is not installed."""
     axis = next(
@@ -188,10 +262,15 @@ def draw(results: dict[str, Any], folder: Path, path: Path) -> bool:
     )
     title = results["study"] or folder.resolve().name
     figures = {name: panel for name, panel in results["figures"].items() if name != "seconds"}
+    if all("best" in row for row in results["rows"]):
+        figures = {name: panel for name, panel in figures.items() if name in results["rows"][0]["best"]}
+        panels = _by_best(folder, figures, results)
+        last = max((point[0] for lines in panels.values() for line in lines for point in line.points), default=1)
+        ticks = [tick for tick in (1, 5, 50, 500, 5000, 50_000, 500_000) if tick < last]
+        return save_panels(panels, "epoch", title, path, [*ticks, last])
     if axis is None:
-        return save_panels(
-            {panel: _by_epoch(folder, name, results) for name, panel in figures.items()}, "epoch", title, path
-        )
+        panels = {panel: _by_epoch(folder, name, results, results["rows"]) for name, panel in figures.items()}
+        return save_panels(panels, "epoch", title, path)
     best = best_row(results)
     return save_panels(
         {panel: _by_setting(axis, name, results) for name, panel in figures.items()},

@@ -142,12 +142,16 @@ class RunConfig:
 
 
 def describe_figures(figures: dict[str, float], config: RunConfig) -> str:
-    """Figures in words, the one that counts first, and beside them those of the report that the preset repeats."""
-    said = [
-        ", ".join(f"{label} {found[name]:.4f}" for name, label in config.data.figures.items() if name in found)
-        for found in (figures, config.reported)
-    ]
-    return f"{said[0]} (the report: {said[1]})" if said[1] else said[0]
+    """Figures in words, the one that counts first, and beside them those that nothing can surpass and the report's."""
+    said = {
+        beside: ", ".join(f"{label} {found[name]:.4f}" for name, label in config.data.figures.items() if name in found)
+        for beside, found in (
+            ("", figures),
+            ("best possible", config.data.best_possible),
+            ("the report", config.reported),
+        )
+    }
+    return said.pop("") + "".join(f" ({beside}: {text})" for beside, text in said.items() if text)
 
 
 PRESETS = {

@@ -16,6 +16,7 @@ from calcformer.data import Examples
 from calcformer.decoding import BATCH
 from calcformer.errors import InputError
 from calcformer.runs.folder import MODEL
+from calcformer.settings import kinds_of
 from calcformer.solver import Solver
 from calcformer.training import evaluate
 
@@ -180,6 +181,8 @@ def evaluate_run(solver: Solver, beam: int = 1, problems: int | None = None) -> 
         answers, also distinct, wrong, exact_match, interval, groups, hard, mistakes, beam.
     """
     data = solver.config.data
+    if problems is not None and "valid_size" not in kinds_of(data):
+        raise InputError(f"{data.task} is measured on {data.measured}, all of them; leave out --problems")
     task = solver.task if problems is None else replace(data, valid_size=problems).build()
     examples = task.split()[1].to(solver.device)
     score = evaluate(solver.model, examples, task.ignored_label)
@@ -219,7 +222,7 @@ def report(solver: Solver, result: dict[str, Any]) -> str:
     how = "" if result.get("beam", 1) == 1 else f" with a beam of {result['beam']}"
     found = {name: result[name.removeprefix("valid_")] for name in data.figures}
     lines = [
-        f"{solver.folder}, epoch {result['epoch']}, {result['n']} held-out problems{how}: "
+        f"{solver.folder}, epoch {result['epoch']}, {result['n']} {data.measured.removeprefix('the ')}{how}: "
         + describe_figures(found, solver.config)
     ]
     if not solver.task.has_answers:

@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from calcformer.settings import TaskSettings
+
 __all__ = ["Line", "can_draw", "is_loss", "save_curve", "save_heads", "save_losses", "save_panels"]
 
 # What metrics.jsonl has beside figures.
 NO_FIGURES = {"epoch", "learning_rate", "seconds", "examples_per_second"}
+LIMIT: dict[str, Any] = {"color": "black", "linestyle": ":"}  # what nothing can surpass
 WIDEST_HEADS = 16  # inches of a row of heads, 1,920 pixels: what a screen shows
 
 
@@ -69,11 +72,12 @@ def _label_loss(axes: "Axes") -> None:
     axes.grid(alpha=0.15, which="minor", axis="y")
 
 
-def save_curve(entries: list[dict[str, Any]], title: str, path: Path) -> bool:
+def save_curve(entries: list[dict[str, Any]], title: str, path: Path, data: "TaskSettings | None" = None) -> bool:
     """Draw loss and accuracy by epoch to a PNG; returns False where matplotlib is not installed.
 
     Args:
         entries: the lines of metrics.jsonl.
+        data: which figures the best possible are drawn of, and whether anything is held out.
     """
     figure = _figure(10, 4.3)
     if figure is None:
@@ -89,6 +93,9 @@ def save_curve(entries: list[dict[str, Any]], title: str, path: Path) -> bool:
             "exact_match": "whole answers, held out",
         },
     }
+    best = data.best_possible if data else {}
+    if best:  # the data are known whole
+        panels["loss"]["valid_loss"], panels["accuracy"]["valid_token_accuracy"] = "after the epoch", "after the epoch"
     others = {name for entry in entries for name in entry if not is_loss(name)} - NO_FIGURES
     panels["accuracy"] |= {name: name.replace("_", " ") for name in sorted(others - panels["accuracy"].keys())}
     for axes, (panel, names) in zip(figure.subplots(1, 2), panels.items()):
@@ -96,6 +103,8 @@ def save_curve(entries: list[dict[str, Any]], title: str, path: Path) -> bool:
             points = [(entry["epoch"], entry[name]) for entry in entries if name in entry]
             if points:
                 axes.plot(*zip(*points), label=label, marker="." if len(points) < 20 else None)
+            if name in best and (best[name] or panel != "loss"):  # a logarithmic axis has no 0
+                axes.axhline(best[name], label="best possible", **LIMIT)
         axes.set(title=panel, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
@@ -109,12 +118,13 @@ def save_curve(entries: list[dict[str, Any]], title: str, path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Line:
-    """Points (x, y, spread around y) to draw; `reported` are another's figures, not ours."""
+    """Points (x, y, spread around y) to draw; `reported` are another's figures, not ours, `limit` the best possible."""
 
     label: str
     points: Sequence[tuple[float, float, float]]
     color: str
     reported: bool = False
+    limit: bool = False
 
 
 def save_panels(
@@ -133,9 +143,9 @@ def save_panels(
             far apart; none for epochs.
         best: the value of x to be marked.
     """
-    columns = 2
+    columns = 3 if len(panels) == 6 else 2
     rows = math.ceil(len(panels) / columns)
-    figure = _figure(11, 0.8 + 3.4 * rows)
+    figure = _figure(5.5 * columns, 0.8 + 3.4 * rows)
     if figure is None:
         return False
     from matplotlib.ticker import MaxNLocator, NullLocator
@@ -149,7 +159,9 @@ def save_panels(
             style: dict[str, Any] = {"marker": "." if len(x) < 20 else None}
             if line.reported:
                 style = {"marker": "x", "markersize": 8, "markeredgewidth": 2, "linestyle": "--", "zorder": 3}
-            (handles[line.label],) = axes.plot(x, y, color=line.color, **style)
+            if line.limit:
+                style = LIMIT
+            (handles[line.label],) = axes.plot(x, y, **{"color": line.color, **style})
             if any(spread):
                 low, high = ([value + sign * width for value, width in zip(y, spread)] for sign in (-1, 1))
                 axes.fill_between(x, low, high, color=handles[line.label].get_color(), alpha=0.2, linewidth=0)

@@ -13,7 +13,7 @@ from calcformer.errors import InputError, shown
 
 if TYPE_CHECKING:
     from calcformer.data import Task
-    from calcformer.model import EncoderDecoder
+    from calcformer.model import EncoderDecoder, FeedForwardNextWord, RecurrentNextWord, TransformerNextWord
 
 __all__ = [
     "MODELS",
@@ -78,6 +78,8 @@ class TaskSettings(Settings):
         "valid_token_accuracy": "token accuracy",
         "valid_loss": "loss",
     }
+    measured: ClassVar[str] = "held-out problems"  # what those figures are of
+    epochs_a_checkpoint: ClassVar[int] = 1  # more where to write one takes longer than an epoch
     former: ClassVar[dict[str, Any]] = {}  # keys that older versions wrote to config.json, with what meant nothing
 
     train_size: int = setting(10_000, "problems to train on, fresh or not, an epoch", 1, LARGEST_SET)
@@ -87,6 +89,11 @@ class TaskSettings(Settings):
     def build(self) -> Task:
         """The task itself; only now is torch needed."""
         raise NotImplementedError
+
+    @property
+    def best_possible(self) -> dict[str, float]:
+        """The figures that no model can surpass, by the names of metrics.jsonl, where the data tell them."""
+        return {}
 
     @classmethod
     def presets(cls) -> dict[str, Preset]:
@@ -168,7 +175,81 @@ class ModelConfig(ModelSettings):
         return self.encoder_layers + self.decoder_layers
 
 
-MODELS: dict[str, type[ModelSettings]] = {kind.kind: kind for kind in (ModelConfig,)}  # add a kind here
+@dataclass(frozen=True)
+class FeedForwardSettings(ModelSettings):
+    """The embeddings of a fixed number of words side by side, and one hidden layer."""
+
+    kind: ClassVar[str] = "feed-forward"
+
+    width: int = setting(16, "numbers of a word", 1, 16_384)
+    hidden: int = setting(64, "width of the hidden layer", 1, 65_536)
+
+    def build(self, task: Task) -> FeedForwardNextWord:
+        from calcformer.model import FeedForwardNextWord
+
+        return FeedForwardNextWord(len(task.vocabulary), task.source_length, **vars(self))
+
+    def activations(self, source: int, target: int, vocabulary: int) -> int:
+        return 2 * source * self.width + 2 * self.hidden + 4 * vocabulary
+
+    @property
+    def layers(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True)
+class RecurrentSettings(ModelSettings):
+    """Recurrent layers of torch.nn, whose last state says what follows."""
+
+    kind: ClassVar[str] = "recurrent"
+
+    cell: Literal["rnn", "lstm", "gru"] = setting("rnn", "recurrent cell")
+    layers: int = setting(1, "recurrent layers", 1, 100)
+    width: int = setting(16, "numbers of a word", 1, 16_384)
+    hidden: int = setting(64, "numbers of a state", 1, 65_536)
+    dropout: float = setting(0.0, "dropout probability, between layers", 0, 0.99)
+
+    def build(self, task: Task) -> RecurrentNextWord:
+        from calcformer.model import RecurrentNextWord
+
+        return RecurrentNextWord(len(task.vocabulary), **vars(self))
+
+    def activations(self, source: int, target: int, vocabulary: int) -> int:
+        return source * (self.width + 6 * self.hidden * self.layers) + 4 * vocabulary
+
+
+@dataclass(frozen=True)
+class TransformerSettings(ModelSettings):
+    """One layer of the decoder-only transformer, whose last place says what follows."""
+
+    kind: ClassVar[str] = "transformer"
+
+    width: int = setting(16, "model width", 1, 16_384)
+    heads: int = setting(4, "attention heads", 1, 1024)
+    hidden: int = setting(64, "width of the feed-forward layer", 1, 65_536)
+    dropout: float = setting(0.0, "dropout probability", 0, 0.99)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width % self.heads:
+            raise InputError(f"width must be a multiple of heads, got width {self.width} and {self.heads} heads")
+
+    def build(self, task: Task) -> TransformerNextWord:
+        from calcformer.model import TransformerNextWord
+
+        return TransformerNextWord(len(task.vocabulary), task.source_length, **vars(self))
+
+    def activations(self, source: int, target: int, vocabulary: int) -> int:
+        return source * (12 * self.width + 3 * self.hidden + 2 * self.heads * source) + 4 * vocabulary
+
+    @property
+    def layers(self) -> int:
+        return 1
+
+
+MODELS: dict[str, type[ModelSettings]] = {  # add a kind here
+    kind.kind: kind for kind in (ModelConfig, FeedForwardSettings, RecurrentSettings, TransformerSettings)
+}
 
 
 @dataclass(frozen=True)
@@ -228,6 +309,8 @@ class Study:
     Args:
         preset, settings: the run that is varied, as a preset and what differs from it.
         vary: the values of each setting that is varied.
+        seeds: how many training seeds each has.
+        epochs: those before the last whose figures the table has too.
         reported: the report's figures, each with the values of the varied settings it belongs to.
         questions: asked of every run at the end.
         measure_training: the figures of validation are of the problems trained on.
@@ -239,3 +322,5 @@ class Study:
     settings: dict[str, Any] = field(default_factory=dict)
     questions: tuple[str, ...] = ()
     measure_training: bool = False
+    seeds: int = 1
+    epochs: tuple[int, ...] = ()

@@ -62,7 +62,7 @@ class Sweep:
         cls,
         settings: dict[str, Any],
         vary: dict[str, list[Any]],
-        seeds: int = 1,
+        seeds: int | None = None,
         preset: str = DEFAULT,
         study: str | None = None,
     ) -> "Sweep":
@@ -74,26 +74,33 @@ class Sweep:
             preset = STUDIES[study].preset
             own = {name: value for name, value in STUDIES[study].settings.items() if name not in vary}
             settings, vary = {**own, **settings}, {**STUDIES[study].vary, **vary}
+            seeds = seeds or STUDIES[study].seeds
         for name in vary.keys() & settings.keys():
             raise InputError(f"{name} is varied; leave out --{name.replace('_', '-')}")
-        return cls(PRESETS[preset].with_settings({"processes": 1, **settings}), vary, seeds, study)
+        return cls(PRESETS[preset].with_settings({"processes": 1, **settings}), vary, seeds or 1, study)
 
     def members(self) -> list[Member]:
-        """Every run, in the order of the table; InputError where a combination of settings is refused."""
+        """Every run, in the order of the table; InputError where a combination of settings is refused.
+
+        Where kinds of model are compared, what one of them does not have is left out of its runs.
+        """
         first = self.base.training.seed
         axes = {**self.vary, **({"seed": range(first, first + self.seeds)} if self.seeds > 1 else {})}
-        members = []
+        members: dict[str, Member] = {}
         given, usual = self.base.training.warmup_steps, PRESETS.get(self.base.preset, self.base).training.warmup_steps
         warmup = {} if given == usual else {"warmup_steps": given}  # what a user wants is not cut to fit a shorter run
         for combination in itertools.product(*axes.values()):
             settings = dict(zip(axes, combination))
+            if "model" in axes:
+                known = self.base.with_settings({"model": settings["model"]}).kinds
+                settings = {name: value for name, value in settings.items() if name in known}
             name = ",".join(f"{name.replace('_', '-')}={value}" for name, value in settings.items()) or "run"
             if len(name) > LONGEST_NAME or "/" in name:
                 raise InputError(f"{shown(name)} cannot be the name of a folder; vary fewer settings at once")
-            members.append(
-                Member(name, {key: settings[key] for key in self.vary}, self.base.with_settings(warmup | settings))
-            )
-        return members
+            values = {key: settings[key] for key in self.vary if key in settings}
+            if name not in members:
+                members[name] = Member(name, values, self.base.with_settings(warmup | settings))
+        return list(members.values())
 
     def to_json(self) -> str:
         content = {

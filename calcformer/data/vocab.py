@@ -14,26 +14,26 @@ class Vocabulary:
 
     Args:
         tokens: the tokens, without repetition.
-        bos: the token that begins every target.
-        eos: the token that ends every source and every target.
+        bos: the token that begins every target, None where nothing does.
+        eos: the token that ends every source and every target, None where nothing does.
         pad: the token that fills short sequences, None where all sequences have the same length.
     """
 
     tokens: tuple[str, ...]
-    bos: str
-    eos: str
+    bos: str | None = None
+    eos: str | None = None
     pad: str | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.tokens)) != len(self.tokens):
             raise ValueError(f"the tokens of a vocabulary must differ from each other, got {self.tokens}")
-        for token in (self.bos, self.eos) + (() if self.pad is None else (self.pad,)):
+        for token in filter(None, (self.bos, self.eos, self.pad)):
             self.id(token)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def id(self, token: str) -> int:
+    def id(self, token: str | None) -> int:
         """The id of one token; ValueError where it is not in the vocabulary."""
         try:
             return self.tokens.index(token)

@@ -1,10 +1,10 @@
-"""The transformers, their layers and position encodings, and small models without attention."""
+"""The transformers, their layers and position encodings, and small models of the next word."""
 
 from calcformer.model.cache import Cache
 from calcformer.model.decoder_only import DecoderOnly
 from calcformer.model.encoder_decoder import EncoderDecoder
 from calcformer.model.layers import CrossAttention, DecoderLayer, EncoderLayer, FeedForward, Memory, SelfAttention
-from calcformer.model.next_word import FeedForwardNextWord, RecurrentNextWord
+from calcformer.model.next_word import FeedForwardNextWord, RecurrentNextWord, TransformerNextWord
 from calcformer.model.weights import AttentionWeights, attention_weights
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "Memory",
     "RecurrentNextWord",
     "SelfAttention",
+    "TransformerNextWord",
     "attention_weights",
 ]

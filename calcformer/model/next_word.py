@@ -1,9 +1,11 @@
-"""Small models that say the next word from a fixed number of words before it, without attention."""
+"""Small models that say the next word from a fixed number of words before it."""
 
 import torch
 from torch import nn
 
-__all__ = ["FeedForwardNextWord", "RecurrentNextWord"]
+from calcformer.model.decoder_only import DecoderOnly
+
+__all__ = ["FeedForwardNextWord", "RecurrentNextWord", "TransformerNextWord"]
 
 CELLS = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 
@@ -69,3 +71,33 @@ class RecurrentNextWord(nn.Module):
         """ids (B, N) int64, the words before, of any number; returns scores (B, V) of the word that follows."""
         states, _ = self.recurrent(self.embedding(ids))
         return self.prediction(states[:, -1])
+
+
+class TransformerNextWord(nn.Module):
+    """A decoder-only transformer that says what follows its last word only.
+
+    Args:
+        vocabulary_size: V.
+        context: N, how many words it sees.
+        width, heads, layers, hidden, dropout: as of `DecoderOnly`.
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        context: int,
+        *,
+        width: int = 16,
+        heads: int = 4,
+        layers: int = 1,
+        hidden: int = 64,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.decoder = DecoderOnly(
+            vocabulary_size, context, width=width, heads=heads, layers=layers, hidden=hidden, dropout=dropout
+        )
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids (B, N) int64, the words before; returns scores (B, V) of the word that follows."""
+        return self.decoder(ids)[:, -1]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from calcformer.config import RunConfig
+from calcformer.config import RunConfig, describe_figures
 from calcformer.data import Examples
 from calcformer.errors import InputError, tell
 from calcformer.interrupt import interruptible
@@ -24,6 +24,7 @@ from calcformer.runs.device import pick_device, torchrun_place
 from calcformer.runs.files import write_atomically
 from calcformer.runs.folder import CONFIG, METRICS, MODEL, RESUME, RunError
 from calcformer.runs.run_log import RunLog
+from calcformer.settings import TaskSettings
 from calcformer.training.board import Board
 from calcformer.training.cuda_graph import CudaRecorder, GraphedSteps
 from calcformer.training.metrics import Totals, count_labels, measure, token_loss
@@ -48,15 +49,15 @@ def epoch_seed(seed: int, epoch: int) -> int:
 class Curve:
     """curve.png of a run, drawn after an epoch unless drawing would take more than a twentieth of the time."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, data: TaskSettings) -> None:
+        self.folder, self.data = folder, data
         self.next_time = time.monotonic() + QUIET_SECONDS
 
     def draw(self, at_once: bool = False) -> None:
         started = time.monotonic()
         entries = RunLog(self.folder / METRICS).read()
         if entries and (at_once or started > self.next_time):
-            save_curve(entries, str(self.folder), self.folder / "curve.png")
+            save_curve(entries, str(self.folder), self.folder / "curve.png", self.data)
             finished = time.monotonic()
             self.next_time = finished + 20 * (finished - started)
 
@@ -225,7 +226,8 @@ class Trainer:
     def _show_measured(self, entry: dict[str, Any]) -> None:
         """Show a finished epoch in the bar."""
         (main, label), *others = self.config.data.figures.items()
-        word = "held out" if main.startswith("valid_") else label.split()[0]
+        is_held_out = self.config.data.measured == TaskSettings.measured
+        word = "held out" if main.startswith("valid_") and is_held_out else label.split()[0]
         found = [entry[name] for name, _ in others if name in entry]
         if main in entry:
             self.measured = f" {word} {entry[main]:.4f}"
@@ -260,7 +262,9 @@ class Trainer:
             self.log.append(entry)
             if self.board is not None:
                 self.board.add(entry)
-            save_checkpoint(self.folder, self.model, self.optimizer, entry["epoch"])
+            epoch = entry["epoch"]
+            if epoch % self.config.data.epochs_a_checkpoint == 0 or epoch == self.config.training.epochs:
+                save_checkpoint(self.folder, self.model, self.optimizer, epoch)
             self.curve.draw()
         except OSError as error:
             what = f"{error.filename or self.folder}: {error.strerror or error}"
@@ -278,7 +282,7 @@ class Trainer:
     def run(self, finished: int) -> dict[str, Any]:
         """Train the epochs after `finished`; returns the last line of the log."""
         self.log.rewind(finished)
-        self.curve = Curve(self.folder)
+        self.curve = Curve(self.folder, self.config.data)
         self._introduce(finished)
         size = len(self.train_examples)
         hidden = None if self.want_bar is None else not self.want_bar
@@ -317,10 +321,12 @@ class Trainer:
     def _introduce(self, finished: int) -> None:
         """A line to stderr: what is trained, and where to."""
         training, size = self.config.training, len(self.train_examples)
-        held_out = len(self.valid_examples)
+        is_held_out = self.config.data.measured == TaskSettings.measured
+        held_out = f"{len(self.valid_examples):,}" if is_held_out else "none"
+        best = describe_figures({}, self.config) if self.config.data.best_possible else ""
         again = f", {finished} of {training.epochs} epochs done" if finished else ""
         tell(
             f"{self.folder}: {len(self.gradient.vector):,} parameters; {size:,} "
-            f"{'fresh ' if self.task.fresh else ''}{self.config.data.noun} an epoch, {held_out:,} held out; "
-            f"{self.device}, {self.team.size} process{'es' if self.team.size > 1 else ''}{again}"
+            f"{'fresh ' if self.task.fresh else ''}{self.config.data.noun} an epoch, {held_out} held out; "
+            f"{self.device}, {self.team.size} process{'es' if self.team.size > 1 else ''}{again}{best}"
         )
