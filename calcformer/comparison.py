@@ -23,13 +23,13 @@ ROUNDING = 1e-6  # of an accuracy, a quotient of numbers in float32
 def label_figures(data: TaskSettings, epochs: Iterable[int] = ()) -> dict[str, str]:
     """What the columns of the table are called, by the names of metrics.jsonl; the one that counts last but one.
 
-    Where the best possible figures are known, with the loss before the first step and at the end of those `epochs`, and
-    the first epoch at whose end the figure that counts was the best possible.
+    Where the best possible figures are known, with the mean loss of the first epoch, that at the end of those `epochs`,
+    and the first epoch at whose end the figure that counts was the best possible.
     """
     measured = dict(reversed(data.figures.items()))
     if data.best_possible:
         losses = {f"valid_loss@{epoch}": f"loss after {epoch}" for epoch in epochs}
-        return {START: "loss at the start", **losses, **measured, CONVERGENCE: "convergence", "seconds": "seconds"}
+        return {START: "loss in epoch 1", **losses, **measured, CONVERGENCE: "convergence", "seconds": "seconds"}
     if "valid_loss" in measured:
         measured["valid_loss"] = "validation loss"
     return {"loss": "training loss", **measured, "seconds": "seconds"}

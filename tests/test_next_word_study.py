@@ -221,7 +221,7 @@ def test_the_study_makes_a_table_and_a_picture(capsys: pytest.CaptureFixture[str
     assert main(["sweep", "--study", "s2-next-word", "--out", "study", *words.split()]) == 0
     head = capsys.readouterr().out.splitlines()[0]
     assert [cell.strip() for cell in head.split("|")[1:-1]] == (
-        "model,layers,context,loss at the start,loss after 5,loss,floor,accuracy,best possible,convergence,earliest,"
+        "model,layers,context,loss in epoch 1,loss after 5,loss,floor,accuracy,best possible,convergence,earliest,"
         "runs,seconds"
     ).split(",")
     results = json.loads(Path("study", RESULTS).read_text())

@@ -84,7 +84,6 @@ def test_config_survives_json(preset: str) -> None:
         ({"signed": 1}, "signed must be of type bool"),
         ({"task": "expression"}, "no setting 'task'"),
         ({"model": "cat"}, "model must be one of encoder-decoder, got 'cat'"),
-        ({"model": "recurrent"}, "learned by a model of kind encoder-decoder, got 'recurrent'"),
         ({"learning_rat": 1.0}, "no setting 'learning_rat'"),
         ({"sampling": "hard"}, "sampling hard is for fresh problems"),
         ({"truncate": True, "zero_pad": True}, "takes no zero_pad"),
