@@ -10,7 +10,7 @@ compile or needs more shared memory than the chip has; if a norm kernel, or a 16
 most 128, spills: the latter in its steady loop, or more than a few bytes outside of it; if warps make each other's
 products without a reason in WASTED; if a loop is dearer than docs/compiled.md says; if an attention kernel whose tile
 allows warp-group matrix instructions on sm_90 has none, or if a Hopper kernel waits for every product at once; and if
-LLVM has made the code of a pair of numbers wrong, see `spoils_a_pair`.
+LLVM or ptxas has made wrong code, see `spoils_a_pair` and `reads_unset`.
 """
 
 from __future__ import annotations
@@ -87,6 +87,8 @@ def compile_case(case: Case) -> list[Result]:
             found = judge(case, kernel, options, compiled)
             if not found.fault and spoils_a_pair(compiled.asm["ptx"]):
                 found = found._replace(fault="LLVM mixes two numbers: spoils_a_pair in compile_check.py says how")
+            if not found.fault and case.arch == 90 and reads_unset(disassemble(compiled.asm["cubin"])):
+                found = found._replace(fault="ptxas reads what nothing wrote: reads_unset in compile_check.py says how")
             results.append(found)
 
     with compiling(Chip(case.arch), add):
@@ -179,6 +181,28 @@ def spoils_a_pair(ptx: str) -> bool:
     taken = set(re.findall(r"mov\.b64\s+\{_, %r\d+\}, (%rd\d+);", ptx))
     pairs = re.findall(r"or\.b64\s+(%rd\d+), (%rd\d+), (%rd\d+);", ptx)
     return any(pair in taken and products & set(parts) for pair, *parts in pairs)
+
+
+def reads_unset(text: str) -> bool:
+    """Whether machine code of sm_90 reads a uniform register before any line writes it.
+
+    Where two tiles of different layouts take turns in one place of shared memory, ptxas 12.8 (of Triton 3.6 and 3.7;
+    not 12.9) forgets the place when it makes their descriptors for matrix instructions. The first of the tile of
+    values has it, the others begin at whatever the register holds, often outside of shared memory:
+
+        UIADD3 UR22, UP0, UR22, 0x20, URZ ;  UIADD3.X UR23, UR23, -0x3ffffff0, URZ, UP0, !UPT ;
+    """
+    written: set[int] = set()
+    for operation, line in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)\s+(.*?);", text):
+        operands = re.sub(r"^(U?P\w,\s*)+", "", line)
+        made = re.match(r"UR(\d+)\s*,", operands) if "SETP" not in operation else None
+        read = {int(number) for number in re.findall(r"\bUR(\d+)", operands[made.end() :] if made else line)}
+        if read - written and "gdesc" not in line:  # which names four, of which a product may need the last two alone
+            return True
+        if made:
+            count = 4 if ".128" in operation else 2 if re.search(r"\.(64|WIDE)", operation) else 1
+            written.update(range(int(made[1]), int(made[1]) + count))
+    return False
 
 
 def ask(tool: str, flag: str, cubin: bytes) -> str:

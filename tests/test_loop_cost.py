@@ -19,7 +19,7 @@ from bench.compile_check import Result
 from bench.loop_cost import Cost, Loop, loops, recorded, traffic, why_dearer
 from bench.rows import ROOT
 from kernels.attention.call import TENSORS, Call
-from kernels.attention.tiles import ASKED, choose_tile, what_is_asked
+from kernels.attention.tiles import ASKED, choose_tile, column_blocks, what_is_asked
 
 # Two loops with products, one inside a loop over heads, and one that only loads; the first is the steady one.
 CODE = """
@@ -91,6 +91,16 @@ def test_a_pair_of_numbers_that_llvm_mixes_is_seen() -> None:
     assert compile_check.spoils_a_pair(code)
     for right in code.replace("mul.wide.u32", "and.b64"), code.replace("{_, %r2}", "{%r2, %r3}"):
         assert not compile_check.spoils_a_pair(right)
+
+
+def test_a_register_that_nothing_wrote_is_seen() -> None:
+    code = (
+        "/*0000*/ R2UR UR4, R2 ;\n /*0010*/ @!P0 UIADD3.64 UR6, UR4, 0x2, URZ ;\n"
+        "/*0020*/ UIADD3 UR8, UP0, UR7, 0x20, URZ ;\n /*0030*/ HGMMA.64x16x16.F32.BF16 R8, R4, gdesc[UR6], R8 ;\n"
+    )
+    assert not compile_check.reads_unset(code)
+    for wrong in code.replace("UR7,", "UR8,"), code.replace("UIADD3.64", "UIADD3"), code.replace("R2UR UR4", "MOV R4"):
+        assert compile_check.reads_unset(wrong)
 
 
 def test_float32_arithmetic_runs_at_half_rate_on_ampere() -> None:
@@ -271,6 +281,13 @@ def test_only_what_is_not_known_to_fit_is_compiled(
     assert seen("--spills-allowed") == two
 
 
+def test_narrow_values_are_laid_out_as_their_keys() -> None:
+    """What `reads_unset` looks for came of tiles of 32 and 16, 64 and 32, and 128 and 32 columns."""
+    sizes = (20, 12), (12, 20), (40, 24), (80, 24), (72, 40), (16, 16), (128, 256), (300, 16)
+    found = [(blocks["BLOCK_E"], blocks["BLOCK_EV"]) for blocks in (column_blocks(*size) for size in sizes)]
+    assert found == [(32, 32), (32, 32), (64, 64), (128, 64), (128, 64), (16, 16), (128, 256), (128, 128)]
+
+
 def test_the_record_is_of_cases_there_are() -> None:
     pytest.importorskip("triton")
     text = compile_check.RECORD.read_text()
@@ -299,3 +316,22 @@ def test_every_kernel_compiles() -> None:
         command, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0 and "FAULT" not in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_values_narrower_than_keys_compile_right() -> None:
+    """In rows that cannot be copied asynchronously, so that both take turns in one place: `column_blocks`."""
+    pytest.importorskip("triton")
+    script = """
+import torch, kernels
+from bench.compile_check import disassemble, reads_unset
+from bench.pretended import Chip, compiling
+from kernels.attention.plan import forced
+q, k, v = (torch.empty(1, 131, 3, size, dtype=torch.float16, device="meta").transpose(1, 2) for size in (20, 20, 12))
+found = lambda name, options, compiled: print(name, reads_unset(disassemble(compiled.asm["cubin"])))
+with compiling(Chip(90), found), forced(kernel="general"):
+    kernels.scaled_dot_product_attention(q, k, v, backend="triton")
+"""
+    command, settings = [sys.executable, "-c", script], {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "forward_kernel False\n", done.stdout + done.stderr

@@ -18,6 +18,7 @@ MAX_HEAD_SIZE = 2048  # largest E or Ev
 MAX_BLOCK = 256  # largest E or Ev that one tile holds; wider heads are worked on in chunks
 CHUNK_COLS = 128  # columns of a wide head that a program makes
 LOOP_COLS = 64  # columns of a wide head that it multiplies at a time
+SWIZZLED = 64  # columns of 16 bits from which on all tiles are laid out alike in shared memory
 MAX_SHORT = 64  # queries and keys of the kernels for short sequences
 MAX_SHORT_HEAD_SIZE = 128
 FEW_ROWS = 32  # up to this many queries a small query tile wastes less than the large one
@@ -131,9 +132,16 @@ def block_of(head_size: int) -> int:
 
 @functools.lru_cache(LAYOUTS)
 def column_blocks(e: int, ev: int) -> dict[str, int]:
-    """The compile-time sizes of the head dimension: whole in a tile, or in chunks where E or Ev is too wide (LOOP)."""
+    """The compile-time sizes of the head dimension: whole in a tile, or in chunks where E or Ev is too wide (LOOP).
+
+    The narrower of two blocks has SWIZZLED columns, or as many as the wider. Fewer are laid out otherwise in shared
+    memory, where tiles of keys and values may take turns in one place, and of two layouts in one place ptxas 12.8, of
+    Triton 3.6 and 3.7, makes wrong code for Hopper's matrix instructions (`reads_unset` in bench/compile_check.py).
+    """
     if max(e, ev) <= MAX_BLOCK:
-        return {"E": e, "EV": ev, "BLOCK_E": block_of(e), "BLOCK_EV": block_of(ev), "LOOP": 0}
+        least = min(SWIZZLED, block_of(max(e, ev)))
+        blocks = {"BLOCK_E": max(block_of(e), least), "BLOCK_EV": max(block_of(ev), least)}
+        return {"E": e, "EV": ev, **blocks, "LOOP": 0}
     return {"E": e, "EV": ev, "BLOCK_E": CHUNK_COLS, "BLOCK_EV": CHUNK_COLS, "LOOP": LOOP_COLS}
 
 
