@@ -72,7 +72,7 @@ def test_a_task_is_a_file_and_a_line(tmp_path: Path) -> None:
     (tmp_path / "calcformer" / "tasks" / "reversal.py").write_text(toy)
     registry = tmp_path / "calcformer" / "tasks" / "__init__.py"
     text = registry.read_text().replace("\n\n__all__", "\nfrom calcformer.tasks.reversal import Reversal\n\n__all__")
-    registry.write_text(text.replace("Expressions)}", "Expressions, Reversal)}"))
+    registry.write_text(text.replace("Text)}", "Text, Reversal)}"))
     commands = [
         ["train", "reversal", "--out", "run"],
         ["evaluate", "run", "--json"],

@@ -3,7 +3,8 @@
 from calcformer.settings import TaskSettings
 from calcformer.tasks.expression import Expressions
 from calcformer.tasks.formula import Formulas
+from calcformer.tasks.text import Text
 
 __all__ = ["TASKS"]
 
-TASKS: dict[str, type[TaskSettings]] = {task.task: task for task in (Formulas, Expressions)}  # add yours here
+TASKS: dict[str, type[TaskSettings]] = {task.task: task for task in (Formulas, Expressions, Text)}  # add yours here
