@@ -72,6 +72,7 @@ class Text(TaskSettings):
                     weight_decay=0.1,
                     beta2=0.99,
                     clip_norm=1.0,
+                    valid_every=2,
                     exact_match_every=5,
                 ),
             ),
