@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from calcformer.errors import InputError
 from calcformer.settings import DecoderOnlyConfig, Preset, TaskSettings, TrainingConfig, setting
@@ -37,18 +37,15 @@ class Text(TaskSettings):
     context: int = setting(64, "tokens of a window", 1, 65_536)
     held_out: float = setting(0.1, "share at the end that is held out; 0 measures what is trained on", 0, 0.9)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def build(self) -> TextTask:
+        from calcformer.tasks.language.texts import TextTask
+
         if bool(self.vocabulary) != (self.tokenizer == "word-piece"):
             raise InputError(
                 "--tokenizer word-piece needs --vocabulary FILE, BERT's vocab.txt"
                 if not self.vocabulary
                 else f"--vocabulary is for --tokenizer word-piece, got {self.tokenizer}; leave one of them out"
             )
-
-    def build(self) -> TextTask:
-        from calcformer.tasks.language.texts import TextTask
-
         return TextTask(self)
 
     def restore(self, folder: Path) -> TextTask:
@@ -58,6 +55,9 @@ class Text(TaskSettings):
 
     @classmethod
     def presets(cls) -> dict[str, Preset]:
+        sentence: dict[str, Any] = {"train_size": 4, "text": LINE, "context": 16, "held_out": 0.0}
+        narrow = DecoderOnlyConfig(heads=8, head_size=64, positions="sinusoid", tied=False)
+        steady = TrainingConfig(epochs=10, batch_size=2, exact_match_every=5)
         return {
             "shakespeare": Preset(
                 "a text in characters, in a quarter of an hour on two cores; made for Shakespeare's plays",
@@ -95,10 +95,13 @@ class Text(TaskSettings):
                 {"valid_loss": 1.4697},
             ),
             "sentence-report": Preset(
-                "one sentence, as S2, a report, learned it (there by --tokenizer word-piece)",
-                cls(train_size=4, valid_size=100, text=LINE, tokenizer="words", context=16, held_out=0.0),
-                DecoderOnlyConfig(heads=8, head_size=64, positions="sinusoid", tied=False),
-                TrainingConfig(epochs=10, batch_size=2, exact_match_every=5),
+                "one sentence in BERT's word pieces, as S2, a report, learned it; needs --vocabulary vocab.txt",
+                cls(tokenizer="word-piece", **sentence),
+                narrow,
+                steady,
                 {"valid_loss": 6.09},
+            ),
+            "sentence-words": Preset(
+                "the same in words, a tokenizer built from the text", cls(tokenizer="words", **sentence), narrow, steady
             ),
         }
