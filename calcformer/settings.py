@@ -243,7 +243,7 @@ class TrainingConfig(Settings):
     seed: int = setting(0, "seed of initial weights, order and dropout", 0, 2**62)
     valid_every: int = setting(1, "epochs between validations (the last epoch always has one)", 1, MOST_EPOCHS)
     exact_match_every: int = setting(
-        0, "epochs between exact-match measurements, 0 for the last epoch only", 0, MOST_EPOCHS
+        0, "epochs between measurements of exact match, or samples of a text; 0: the last epoch only", 0, MOST_EPOCHS
     )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N; auto takes the GPU where there is one")
     processes: int = setting(
