@@ -13,18 +13,19 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from calcformer import __version__
 from calcformer.config import DEFAULT, PRESETS, RunConfig, describe_figures
 from calcformer.errors import InputError, shown, tell
-from calcformer.flags import Parser, add_settings, path, whole
+from calcformer.flags import Parser, add_settings, path, real, whole
 from calcformer.interrupt import Stopped, handle_signals
 from calcformer.settings import LARGEST_SET
 from calcformer.studies import MOST_SEEDS, STUDIES, Sweep, parse_vary
 from calcformer.tasks import TASKS
 
 if TYPE_CHECKING:
+    from calcformer.model import DecoderOnly
     from calcformer.solver import Solver
 
 __all__ = ["main"]
@@ -173,6 +174,38 @@ def build_parser(base: RunConfig) -> Parser:
     )
     solve.add_argument("--json", action="store_true", help="print one JSON object")
 
+    generate = commands.add_parser(
+        "generate",
+        help="go on with a text",
+        allow_abbrev=False,
+        description="Let a language model go on with a text, each token drawn by its probability.",
+    )
+    generate.add_argument("run", type=path, metavar="RUN", help="run folder")
+    generate.add_argument("beginning", nargs="?", metavar="BEGINNING", help="what the text begins with (a new line)")
+    generate.add_argument("--length", type=whole(1, 1_000_000), default=200, metavar="N", help="tokens to say (200)")
+    generate.add_argument(
+        "--temperature",
+        type=real(0, 1000),
+        default=0.8,
+        metavar="T",
+        help="below 1 for likely tokens, above for others, 0 for the likeliest (0.8)",
+    )
+    generate.add_argument(
+        "--top-k", type=whole(0, 10**9), default=0, metavar="K", help="of the K likeliest tokens only, 0 for all (0)"
+    )
+    generate.add_argument(
+        "--top-p",
+        type=real(0, 1),
+        default=1.0,
+        metavar="P",
+        help="of the fewest tokens only whose probabilities sum to P (1)",
+    )
+    generate.add_argument(
+        "--seed", type=whole(0, 2**62), metavar="N", help="for the same text again (another each time)"
+    )
+    generate.add_argument("--count", type=whole(1, 10_000), default=1, metavar="N", help="texts (1)")
+    generate.add_argument("--json", action="store_true", help="print one JSON object")
+
     attention = commands.add_parser(
         "attention", help="draw what every head attends to while a run answers", allow_abbrev=False
     )
@@ -230,7 +263,7 @@ def build_parser(base: RunConfig) -> Parser:
             metavar="WIDTH",
             help="follow the WIDTH best beginnings of an answer instead of the best one (1)",
         )
-    for command in evaluate, solve, attention:
+    for command in evaluate, solve, generate, attention:
         command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     return parser
 
@@ -401,6 +434,29 @@ def converse(solver: "Solver", beam: int) -> int:
             raise
 
 
+def run_generate(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from calcformer.sampling import generate
+    from calcformer.solver import Solver
+
+    solver = Solver(arguments.run, arguments.device)
+    torch.set_num_threads(min(solver.config.training.threads or 1, torch.get_num_threads()))
+    ids = solver.task.beginning(arguments.beginning)
+    seed = torch.seed() % 2**32 if arguments.seed is None else arguments.seed
+    drawn = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")} | {"seed": seed}
+    said = generate(cast("DecoderOnly", solver.model), [ids] * arguments.count, arguments.length, **drawn)
+    # With what was asked, since a piece of a word may belong to the last of it.
+    texts = [solver.task.decode_answer((ids if arguments.beginning else []) + more) for more in said]
+    if arguments.json:
+        facts = {"run": str(solver.folder), "epoch": solver.epoch, "length": arguments.length}
+        say(json.dumps({**facts, "beginning": arguments.beginning, **drawn, "texts": texts}))
+    else:
+        tell(f"by {solver}, seed {seed}")
+        say("\n---\n".join(texts))
+    return 0
+
+
 def run_attention(arguments: argparse.Namespace) -> int:
     import torch
 
@@ -489,6 +545,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "sweep": partial(run_sweep, base),
                 "evaluate": run_evaluate,
                 "solve": run_solve,
+                "generate": run_generate,
                 "attention": run_attention,
                 "explain": run_explain,
                 **dict.fromkeys(("tasks", "runs", "info"), run_listing),

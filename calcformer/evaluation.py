@@ -183,17 +183,18 @@ def evaluate_run(solver: Solver, beam: int = 1, problems: int | None = None) -> 
     data = solver.config.data
     if problems is not None and "valid_size" not in kinds_of(data):
         raise InputError(f"{data.task} is measured on {data.measured}, all of them; leave out --problems")
-    task = solver.task if problems is None else replace(data, valid_size=problems).build()
+    task = solver.task if problems is None else replace(data, valid_size=problems).restore(solver.folder)
     examples = task.split()[1].to(solver.device)
-    score = evaluate(solver.model, examples, task.ignored_label)
+    score = evaluate(solver.model, examples, task.ignored_label, task.measured_at_once)
     if not math.isfinite(score.loss):
         raise InputError(
             f"{solver.folder}: its weights are so large that its loss is no number; "
             "train the run again or give another one"
         )
+    figures = score.figures | task.text_figures(score.loss)
     return {
         "n": len(examples),
-        **{name.removeprefix("valid_"): value for name, value in score.figures.items() if name in data.figures},
+        **{name.removeprefix("valid_"): value for name, value in figures.items() if name in data.figures},
         "epoch": solver.epoch,
         "preset": solver.config.preset,
         "checkpoint": str(solver.folder / MODEL),

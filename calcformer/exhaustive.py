@@ -94,7 +94,7 @@ def check_exhaustive(solver: Solver, processes: int | None) -> int:
     if processes is None:
         processes = min(max(1, solver.config.training.processes), count_cores())
     check_cores(processes, "--processes")
-    check_memory(memory_to_answer(solver.config, processes), solver.device)
+    check_memory(memory_to_answer(solver.config, solver.task, processes), solver.device)
     return processes
 
 

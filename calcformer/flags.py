@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable
 from dataclasses import Field, fields
@@ -14,7 +15,7 @@ from calcformer.errors import shown, tell
 from calcformer.settings import MODELS, kinds_of
 from calcformer.tasks import TASKS
 
-__all__ = ["Parser", "add_settings", "path", "whole"]
+__all__ = ["Parser", "add_settings", "path", "real", "whole"]
 
 LONGEST = 600  # characters of an error
 
@@ -37,6 +38,21 @@ def whole(low: int, high: int) -> Callable[[str], int]:
         if not re.fullmatch(r"[0-9]{1,18}", text.strip()) or not low <= int(text) <= high:
             raise argparse.ArgumentTypeError(f"must be a whole number, {low} to {high}, got {shown(text)}")
         return int(text)
+
+    return read
+
+
+def real(low: float, high: float) -> Callable[[str], float]:
+    """The type of a flag that is any number from `low` to `high`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:  # NaN lies nowhere
+            raise argparse.ArgumentTypeError(f"must be a number, {low} to {high}, got {shown(text)}")
+        return value
 
     return read
 

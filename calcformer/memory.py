@@ -2,36 +2,28 @@
 
 import math
 import os
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from calcformer.config import RunConfig
+from calcformer.data import Task
 from calcformer.errors import InputError
-from calcformer.settings import ModelSettings, TaskSettings
 
 __all__ = ["check_memory", "free_memory", "memory_to_answer", "memory_to_train"]
 
 PROCESS = 450 << 20  # bytes of a process that has imported PyTorch and matplotlib
-EVALUATED = 1_000  # problems at once in validation
 FLOAT = 4  # bytes
 
 
-@lru_cache  # runs of a sweep seldom differ in it
-def _count_parameters(model: ModelSettings, data: TaskSettings) -> int:
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in model.build(data.build()).parameters())
-
-
-def count_parameters(config: RunConfig) -> int:
+def count_parameters(config: RunConfig, task: Task) -> int:
     """Of the model, which is built without memory for its values."""
-    return _count_parameters(config.model, config.data)
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in config.model.build(task).parameters())
 
 
-def activations(config: RunConfig, problems: int) -> int:
+def activations(config: RunConfig, task: Task, problems: int) -> int:
     """Bytes of what a model of these settings keeps of `problems` problems for the backward pass."""
-    task = config.data.build()
     numbers = config.model.activations(task.source_length, task.target_length, len(task.vocabulary))
     return FLOAT * problems * numbers
 
@@ -43,19 +35,19 @@ def memory_to_train(config: RunConfig, processes: int) -> int:
     are written; the activations of a batch; the problems, as numbers in Python first where they are a fixed list.
     """
     task = config.data.build()
-    weights = FLOAT * count_parameters(config)
+    weights = FLOAT * count_parameters(config, task)
     problems = config.data.train_size + config.data.valid_size
     lists = 0 if task.fresh else 200 * problems
     data = 3 * 8 * (task.source_length + task.target_length) * problems + lists
-    batch = activations(config, math.ceil(min(config.training.batch_size, config.data.train_size) / processes))
+    batch = activations(config, task, math.ceil(min(config.training.batch_size, config.data.train_size) / processes))
     shared = 2 * processes * weights if processes > 1 else 0
     return processes * (PROCESS + 11 * weights + batch + data) + shared
 
 
-def memory_to_answer(config: RunConfig, processes: int = 1) -> int:
+def memory_to_answer(config: RunConfig, task: Task, processes: int = 1) -> int:
     """Bytes that `processes` processes need together to load a run and answer problems, roughly."""
-    layer = activations(config, EVALUATED) // config.model.layers
-    return processes * (PROCESS + 2 * FLOAT * count_parameters(config) + layer)
+    layer = activations(config, task, task.measured_at_once) // config.model.layers
+    return processes * (PROCESS + 2 * FLOAT * count_parameters(config, task) + layer)
 
 
 def free_memory(device: torch.device) -> int:

@@ -12,11 +12,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, 
 from calcformer.errors import InputError, shown
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from calcformer.data import Task
-    from calcformer.model import EncoderDecoder, FeedForwardNextWord, RecurrentNextWord, TransformerNextWord
+    from calcformer.model import (
+        DecoderOnly,
+        EncoderDecoder,
+        FeedForwardNextWord,
+        RecurrentNextWord,
+        TransformerNextWord,
+    )
 
 __all__ = [
     "MODELS",
+    "DecoderOnlyConfig",
     "ModelConfig",
     "ModelSettings",
     "Preset",
@@ -94,6 +103,10 @@ class TaskSettings(Settings):
     def best_possible(self) -> dict[str, float]:
         """The figures that no model can surpass, by the names of metrics.jsonl, where the data tell them."""
         return {}
+
+    def restore(self, folder: Path) -> Task:
+        """The task of the run in `folder`, where it keeps what `Task.files` gave."""
+        return self.build()
 
     @classmethod
     def presets(cls) -> dict[str, Preset]:
@@ -247,8 +260,59 @@ class TransformerSettings(ModelSettings):
         return 1
 
 
+@dataclass(frozen=True)
+class DecoderOnlyConfig(ModelSettings):
+    """The decoder-only transformer, a language model."""
+
+    kind: ClassVar[str] = "decoder-only"
+
+    width: int = setting(64, "model width", 1, 16_384)
+    heads: int = setting(4, "attention heads", 1, 1024)
+    layers: int = setting(2, "layers", 1, 100)
+    hidden: int = setting(256, "width of the feed-forward layers", 1, 65_536)
+    dropout: float = setting(0.0, "dropout probability", 0, 0.99)
+    norm: Literal["layer", "rms"] = setting("layer", "layer norm or RMS norm, before each sublayer")
+    activation: Literal["gelu", "gelu-tanh", "relu", "swiglu"] = setting(
+        "gelu", "activation of the feed-forward layers; swiglu has a gate beside it"
+    )
+    positions: Literal["learned", "sinusoid", "relative", "rotary", "simple", "course", "none"] = setting(
+        "rotary", "position encoding"
+    )
+    tied: bool = setting(True, "the output's matrix is the embedding's")
+    key_heads: int = setting(0, "heads of keys and values, shared by those of queries; 0 for as many", 0, 1024)
+    head_size: int = setting(0, "numbers of a head's query and key, 0 for width / heads", 0, 4096)
+    value_size: int = setting(0, "numbers of a head's value, 0 for as many as of its key", 0, 4096)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.head_size and self.width % self.heads:
+            raise InputError(
+                f"width must be a multiple of heads where no head_size is given, got width {self.width} and "
+                f"{self.heads} heads"
+            )
+        if self.key_heads and self.heads % self.key_heads:
+            raise InputError(f"heads must be a multiple of key_heads, got {self.heads} and {self.key_heads}")
+        size = self.head_size or self.width // self.heads
+        if self.positions == "rotary" and size % 2:
+            raise InputError(f"rotary positions need an even head size, got {size}")
+
+    def build(self, task: Task) -> DecoderOnly:
+        from calcformer.model import DecoderOnly
+
+        settings: dict[str, Any] = dict(vars(self))
+        for name in "key_heads", "head_size", "value_size":
+            settings[name] = settings[name] or None
+        return DecoderOnly(len(task.vocabulary), task.source_length, **settings)
+
+    def activations(self, source: int, target: int, vocabulary: int) -> int:
+        inner = self.heads * (self.head_size or self.width // self.heads)
+        token = self.layers * (8 * self.width + 6 * inner + 4 * self.hidden) + 4 * vocabulary
+        return source * token + self.layers * self.heads * source**2
+
+
 MODELS: dict[str, type[ModelSettings]] = {  # add a kind here
-    kind.kind: kind for kind in (ModelConfig, FeedForwardSettings, RecurrentSettings, TransformerSettings)
+    kind.kind: kind
+    for kind in (ModelConfig, DecoderOnlyConfig, FeedForwardSettings, RecurrentSettings, TransformerSettings)
 }
 
 
@@ -266,7 +330,7 @@ class TrainingConfig(Settings):
     seed: int = setting(0, "seed of initial weights, order and dropout", 0, 2**62)
     valid_every: int = setting(1, "epochs between validations (the last epoch always has one)", 1, MOST_EPOCHS)
     exact_match_every: int = setting(
-        0, "epochs between exact-match measurements, 0 for the last epoch only", 0, MOST_EPOCHS
+        0, "epochs between measurements of exact match, or samples of a text; 0: the last epoch only", 0, MOST_EPOCHS
     )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N; auto takes the GPU where there is one")
     processes: int = setting(

@@ -58,9 +58,19 @@ class Task:
     group_labels: dict[str, str] = {}  # how a table names the members of a group, such as "{} digits"
 
     @property
+    def measured_at_once(self) -> int:
+        """Examples of a batch that is only measured: a thousand, or as many as have 2^15 tokens and 2^26 scores."""
+        tokens = min(1 << 15, (1 << 26) // len(self.vocabulary))
+        return max(1, min(1_000, tokens // self.target_length))
+
+    @property
     def ignored_label(self) -> int | None:
         """The label that is none: neither loss nor accuracy counts it."""
         return self.vocabulary.pad_id
+
+    def files(self) -> dict[str, bytes]:
+        """What a run folder keeps for `TaskSettings.restore`, by the names of files."""
+        return {}
 
     # Examples
 
@@ -137,6 +147,17 @@ class Task:
 
     # What a model says
 
+    def show(self, model: Any, device: torch.device) -> list[str]:
+        """Lines for all to see while a model, in evaluation mode, is trained: what it says to the probes."""
+        if not self.probes:
+            return []
+        problems = [self.read_question(question) for question in self.probes]
+        return [str(answer) for answer in self.answers(model, problems, device)]
+
+    def beginning(self, text: str | None) -> list[int]:
+        """The tokens of a text that a language model goes on with, None for one of its own; InputError for others."""
+        raise InputError("this run answers problems and goes on with no text; ask it by: calcformer solve --run RUN")
+
     def answer(
         self,
         model: Any,
@@ -173,6 +194,10 @@ class Task:
         """What the figures of answers are made of: sums over examples, float32, which several processes add up."""
         right = self.is_right(said, examples)
         return torch.stack((right.sum(), torch.ones_like(right).sum())).float()
+
+    def text_figures(self, loss: float) -> dict[str, float]:
+        """Figures of held-out texts beside loss, accuracy and perplexity, from the loss of a token in nats."""
+        return {}
 
     def answer_figures(self, sums: list[float]) -> dict[str, float]:
         """Figures from what `count_answers` counted."""

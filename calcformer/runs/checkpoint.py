@@ -90,8 +90,8 @@ def _fill(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> Non
 def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[RunConfig, Task, nn.Module, int]:
     """Settings, task, trained model in evaluation mode, and the epoch its weights are from."""
     config = read_config(folder)
-    task = config.data.build()
-    check_memory(memory_to_answer(config), torch.device(device))
+    task = config.data.restore(folder)
+    check_memory(memory_to_answer(config, task), torch.device(device))
     weights, epoch = _read_tensors(folder / MODEL)
     with torch.random.fork_rng(devices=[]):
         model = config.model.build(task)

@@ -28,7 +28,8 @@ def newest_run(questions: Sequence[str] = (), folder: Path = RUNS) -> Path:
         raise InputError(
             f"there is no trained run in {folder}/; make one with: calcformer train, or name one with --run"
         )
-    found.sort(key=lambda each: each[:2], reverse=True)
+    # What has no example is not asked: a language model goes on with any text.
+    found.sort(key=lambda each: (bool(each[3].data.example), *each[:2]), reverse=True)
     return next((run for *_, run, config in found if can_read(config, questions)), found[0][2])
 
 

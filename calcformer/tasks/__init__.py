@@ -4,9 +4,10 @@ from calcformer.settings import TaskSettings
 from calcformer.tasks.expression import Expressions
 from calcformer.tasks.formula import Formulas
 from calcformer.tasks.next_word import NextWords
+from calcformer.tasks.text import Text
 
 __all__ = ["TASKS"]
 
 TASKS: dict[str, type[TaskSettings]] = {
-    task.task: task for task in (Formulas, Expressions, NextWords)
+    task.task: task for task in (Formulas, Expressions, NextWords, Text)
 }  # add yours here

@@ -15,7 +15,7 @@ from calcformer.errors import InputError, tell
 from calcformer.interrupt import Stopped
 from calcformer.memory import check_memory, memory_to_train
 from calcformer.runs.checkpoint import load_resume_state
-from calcformer.runs.device import count_cores, count_processes, pick_device, torchrun_place
+from calcformer.runs.device import count_cores, count_processes, keep_memory, pick_device, torchrun_place
 from calcformer.runs.files import hold, new_folder
 from calcformer.runs.folder import finished_epochs, read_config
 from calcformer.training.board import require_tensorboard
@@ -30,7 +30,8 @@ def follow(folder: Path, team: Team) -> None:
     """Train the epochs that are left of the run in `folder` beside rank 0, which writes it."""
     config = read_config(folder)
     torch.set_num_threads(config.training.threads or 1)
-    trainer = Trainer(config, bar=False, team=team)
+    keep_memory()
+    trainer = Trainer(config, bar=False, team=team, of=folder)
     finished = load_resume_state(folder, trainer.model, trainer.optimizer)
     team.meet()
     for epoch in range(finished + 1, config.training.epochs + 1):
@@ -73,8 +74,10 @@ def _name_compiler(is_wanted: bool) -> Iterator[None]:
         raise InputError(f"torch.compile does not work here ({reason}); leave out --compile") from None
 
 
-def _run(config: RunConfig, claimed: AbstractContextManager[Path], bar: bool | None, continued: bool) -> dict[str, Any]:
-    """Check all that can be checked, then take the folder, and only then write."""
+def _run(
+    config: RunConfig, claimed: AbstractContextManager[Path], bar: bool | None, of: Path | None = None
+) -> dict[str, Any]:
+    """Check all that can be checked, then take the folder, and only then write. `of`: the run that goes on."""
     device = pick_device(config.training.device)
     processes = count_processes(config.training, device)
     check_memory(memory_to_train(config, 1 if torchrun_place() else processes), device)
@@ -83,12 +86,13 @@ def _run(config: RunConfig, claimed: AbstractContextManager[Path], bar: bool | N
         require_tensorboard()
     threads = torch.get_num_threads()
     torch.set_num_threads(config.training.threads or 1)
+    keep_memory()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            trainer = Trainer(config, bar)
+            trainer = Trainer(config, bar, of=of)
             with claimed as folder, _name_compiler(config.training.compile):
                 try:
-                    finished = trainer.load(folder) if continued else trainer.begin(folder)
+                    finished = trainer.begin(folder) if of is None else trainer.load(folder)
                     with trainer.start_team() as trainer.team:
                         return {"run": str(folder), **trainer.run(finished)}
                 except KeyboardInterrupt:
@@ -114,7 +118,7 @@ def train(config: RunConfig, out: Path | str | None = None, bar: bool | None = N
         Stopped: Ctrl-C or SIGTERM came; what is finished is saved.
     """
     _follow_torchrun()
-    return _run(config, new_folder(None if out is None else Path(out), config.preset), bar, continued=False)
+    return _run(config, new_folder(None if out is None else Path(out), config.preset), bar)
 
 
 def resume(folder: Path | str, bar: bool | None = None) -> dict[str, Any]:
@@ -125,7 +129,7 @@ def resume(folder: Path | str, bar: bool | None = None) -> dict[str, Any]:
     """
     _follow_torchrun()
     folder = Path(folder)
-    return _run(_fit_cores(read_config(folder), folder), hold(folder), bar, continued=True)
+    return _run(_fit_cores(read_config(folder), folder), hold(folder), bar, folder)
 
 
 def _fit_cores(config: RunConfig, folder: Path) -> RunConfig:

@@ -121,7 +121,8 @@ def measure(
     """The figures of a task that are `wanted`: from the labels, and from answers where any of them needs those."""
     found: dict[str, float] = {}
     if validation:
-        found |= evaluate(model, examples, task.ignored_label, team=team).figures
-    if answers and not set(wanted) <= set(FROM_LABELS):
+        score = evaluate(model, examples, task.ignored_label, task.measured_at_once, team)
+        found |= score.figures | task.text_figures(score.loss)
+    if answers and task.has_answers and not set(wanted) <= set(FROM_LABELS):
         found |= measure_answers(model, examples, task, team=team)
     return {name: value for name, value in found.items() if name in wanted}

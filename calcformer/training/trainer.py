@@ -63,15 +63,19 @@ class Curve:
 
 
 class Trainer:
-    """The state of one training run."""
+    """The state of one training run.
+
+    Args:
+        of: the folder of the run, where one goes on.
+    """
 
     folder: Path
 
-    def __init__(self, config: RunConfig, bar: bool | None, team: Team | None = None) -> None:
+    def __init__(self, config: RunConfig, bar: bool | None, team: Team | None = None, of: Path | None = None) -> None:
         self.config = config
         self.team = team or Team()
         self.device = pick_device(config.training.device)
-        self.task = config.data.build()
+        self.task = config.data.build() if of is None else config.data.restore(of)
         train, valid = self.task.split()
         self.train_examples, self.valid_examples = train.to(self.device), valid.to(self.device)
         torch.manual_seed(config.training.seed)
@@ -96,6 +100,8 @@ class Trainer:
         """Write a run folder as it is before the first epoch; returns 0, the epochs finished."""
         self.folder = folder
         write_atomically(folder / CONFIG, self.config.to_json().encode())
+        for name, content in self.task.files().items():
+            write_atomically(folder / name, content)
         save_checkpoint(folder, self.model, self.optimizer, 0)
         return 0
 
@@ -237,12 +243,10 @@ class Trainer:
         self.bar.refresh()
 
     def _show_probes(self) -> None:
-        """A line to stderr for each of the task's probes and what the model says to it."""
-        if self.task.probes:
-            self.model.eval()
-            problems = [self.task.read_question(question) for question in self.task.probes]
-            for answer in self.task.answers(self.model, problems, self.device):
-                self.bar.write(f"  {answer}", file=sys.stderr)
+        """Lines to stderr: what the task shows of the model."""
+        self.model.eval()
+        for line in self.task.show(self.model, self.device):
+            self.bar.write(f"  {line}", file=sys.stderr)
 
     def _say(self, entry: dict[str, Any]) -> None:
         """A line to stderr now and then, where there is no bar."""
