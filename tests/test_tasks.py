@@ -283,8 +283,8 @@ def test_a_classifier_is_learned_measured_and_asked(capsys: pytest.CaptureFixtur
 def test_a_task_is_learned_by_its_own_kinds_of_model_only(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError, match="cycle is learned by a model of kind bag, got 'encoder-decoder'"):
         RunConfig("", Cycles())
-    assert "width is a setting of encoder-decoder and decoder-only, not of bag; leave it out" in fails(
-        capsys, "train", "cycle", "--width", 8
+    assert "encoder_layers is a setting of encoder-decoder, not of bag; leave it out" in fails(
+        capsys, "train", "cycle", "--encoder-layers", 8
     )
     assert "invalid choice: 'encoder-decoder'" in fails(capsys, "train", "cycle", "--model", "encoder-decoder")
     assert main(["train", "mood", "--model", "bag", "--size", "3", "--epochs", "1", *ALONE, "--out", "run"]) == 0
