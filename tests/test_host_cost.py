@@ -72,6 +72,7 @@ def test_sizes_are_worked_out_once(way: Way, monkeypatch: pytest.MonkeyPatch) ->
         tiles.choose_tile,
         tiles.choose_short_tile,
         tiles.column_blocks,
+        tiles.whole_columns,
         norm_tiles._choose,
         forward.triton_dtype,
         ops._row_layout,

@@ -319,19 +319,20 @@ def test_every_kernel_compiles() -> None:
 
 
 @pytest.mark.slow
-def test_values_narrower_than_keys_compile_right() -> None:
-    """In rows that cannot be copied asynchronously, so that both take turns in one place: `column_blocks`."""
+@pytest.mark.parametrize("kernel", ["general", "short"])
+def test_values_narrower_than_keys_compile_right(kernel: str) -> None:
+    """In rows that cannot be copied asynchronously, so that both take turns in one place: `whole_columns`."""
     pytest.importorskip("triton")
     script = """
-import torch, kernels
+import sys, torch, kernels
 from bench.compile_check import disassemble, reads_unset
 from bench.pretended import Chip, compiling
 from kernels.attention.plan import forced
-q, k, v = (torch.empty(1, 131, 3, size, dtype=torch.float16, device="meta").transpose(1, 2) for size in (20, 20, 12))
-found = lambda name, options, compiled: print(name, reads_unset(disassemble(compiled.asm["cubin"])))
-with compiling(Chip(90), found), forced(kernel="general"):
-    kernels.scaled_dot_product_attention(q, k, v, backend="triton")
+new = lambda size: torch.empty(1, 60, 3, size, dtype=torch.float16, device="meta").transpose(1, 2).requires_grad_()
+found = lambda name, options, compiled: print(reads_unset(disassemble(compiled.asm["cubin"])))
+with compiling(Chip(90), found), forced(kernel=sys.argv[1]):
+    kernels.scaled_dot_product_attention(new(40), new(40), new(24), backend="triton").sum().backward()
 """
-    command, settings = [sys.executable, "-c", script], {**os.environ, "TRITON_INTERPRET": "0"}
+    command, settings = [sys.executable, "-c", script, kernel], {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, env=settings, capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout == "forward_kernel False\n", done.stdout + done.stderr
+    assert done.stdout.split() == ["False"] * (2 if kernel == "short" else 4), done.stdout + done.stderr

@@ -22,7 +22,7 @@ from kernels.attention.arguments import dot_precision, for_kernel, shape_of, str
 from kernels.attention.call import Call
 from kernels.attention.pieces import dot, dropout_factors, keys_in_use, zero_nonfinite
 from kernels.attention.score import CARE, Bounds, Where, exponent_factor, exponentials, find_head, tile_scores
-from kernels.attention.tiles import ShortTile, block_of
+from kernels.attention.tiles import ShortTile, block_of, whole_columns
 from kernels.launch import cdiv, launch_on, settle
 
 
@@ -202,14 +202,10 @@ settle(short_forward_kernel)
 
 def short_options(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call, tile: ShortTile) -> dict:
     """Compile-time sizes and switches of a launch, and its warps."""
-    e, ev = query.shape[3], value.shape[3]
     return {
         "EXACT": call.has_float_mask,  # whole rows are at hand, so that float32 needs no more
         "PRECISION": dot_precision(query.dtype),
-        "E": e,
-        "EV": ev,
-        "BLOCK_E": block_of(e),
-        "BLOCK_EV": block_of(ev),
+        **whole_columns(query.shape[3], value.shape[3]),
         "BLOCK_L": block_of(query.shape[2]),
         "BLOCK_S": block_of(key.shape[2]),
         **tile.options(),

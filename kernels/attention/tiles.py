@@ -131,17 +131,22 @@ def block_of(head_size: int) -> int:
 
 
 @functools.lru_cache(LAYOUTS)
-def column_blocks(e: int, ev: int) -> dict[str, int]:
-    """The compile-time sizes of the head dimension: whole in a tile, or in chunks where E or Ev is too wide (LOOP).
+def whole_columns(e: int, ev: int) -> dict[str, int]:
+    """The compile-time sizes of heads that are whole in a tile.
 
     The narrower of two blocks has SWIZZLED columns, or as many as the wider. Fewer are laid out otherwise in shared
     memory, where tiles of keys and values may take turns in one place, and of two layouts in one place ptxas 12.8, of
     Triton 3.6 and 3.7, makes wrong code for Hopper's matrix instructions (`reads_unset` in bench/compile_check.py).
     """
+    least = min(SWIZZLED, block_of(max(e, ev)))
+    return {"E": e, "EV": ev, "BLOCK_E": max(block_of(e), least), "BLOCK_EV": max(block_of(ev), least)}
+
+
+@functools.lru_cache(LAYOUTS)
+def column_blocks(e: int, ev: int) -> dict[str, int]:
+    """The compile-time sizes of the head dimension: whole in a tile, or in chunks where E or Ev is too wide (LOOP)."""
     if max(e, ev) <= MAX_BLOCK:
-        least = min(SWIZZLED, block_of(max(e, ev)))
-        blocks = {"BLOCK_E": max(block_of(e), least), "BLOCK_EV": max(block_of(ev), least)}
-        return {"E": e, "EV": ev, **blocks, "LOOP": 0}
+        return {**whole_columns(e, ev), "LOOP": 0}
     return {"E": e, "EV": ev, "BLOCK_E": CHUNK_COLS, "BLOCK_EV": CHUNK_COLS, "LOOP": LOOP_COLS}
 
 
