@@ -272,6 +272,7 @@ def test_what_is_not_plain() -> None:
     assert batched == [False, False]
 
 
+@pytest.mark.filterwarnings("ignore")  # what the profiler misses on a machine without a GPU
 def test_modes_hear_of_the_operation() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
