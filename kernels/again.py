@@ -14,8 +14,8 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 
+from kernels.autograd import is_followed
 from kernels.backend import INTERPRETED
 from kernels.launch import LAYOUTS, launch_on
 from kernels.subclasses import PLAIN
@@ -244,14 +244,7 @@ def is_plain(*tensors: Any) -> bool:
 
     Then the implementation of an operation can be called as it is. None is plain.
     """
-    if (
-        torch.compiler.is_dynamo_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch.autograd._profiler_enabled()
-    ):
+    if is_followed() or torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled():
         return False
     for x in tensors:
         if x is None:

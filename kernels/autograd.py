@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["apply_at_once", "differentiable", "in_forward_mode", "transformed"]
+__all__ = ["apply_at_once", "differentiable", "in_forward_mode", "is_followed", "transformed"]
 
 
 def in_forward_mode() -> bool:
@@ -21,6 +21,16 @@ def transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def is_followed() -> bool:
+    """Whether what is called is followed: compiled by Dynamo, traced, transformed by torch.func, or in forward mode."""
+    return (
+        torch.compiler.is_dynamo_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def apply_at_once(function: type[torch.autograd.Function], *args: Any) -> Any:

@@ -292,6 +292,20 @@ def test_a_row_does_not_depend_on_its_batch_on_either_backend(normal, backend, c
             assert torch.equal(together[rows], ours(centre, backend=backend)(x[rows], residual[rows], *parameters)[0])
 
 
+@pytest.mark.usefixtures("as_on_a_cpu")
+@pytest.mark.parametrize("sparse", ["input", "residual", "weight", "bias"])
+def test_sparse_tensors_are_refused_in_one_line_on_a_cpu(sparse):
+    tensors = {
+        "input": torch.randn(4, 8),
+        "residual": torch.randn(4, 8),
+        "weight": torch.ones(8),
+        "bias": torch.ones(8),
+    }
+    kernels.add_layer_norm(**tensors)
+    with pytest.raises(TypeError, match=f"{sparse} must be a dense tensor, found the layout torch.sparse_coo; convert"):
+        kernels.add_layer_norm(**{**tensors, sparse: tensors[sparse].to_sparse()})
+
+
 @pytest.mark.parametrize("shape", [(23, 7), (5, 3, 64), (9, 1)], ids=str)
 def test_a_row_alone_runs_the_machine_code_of_its_batch(shape):
     """Triton specialises a kernel to what it knows of the strides, and another one may add up in another order."""

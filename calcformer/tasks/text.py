@@ -78,7 +78,7 @@ class Text(TaskSettings):
             ),
             # nanoGPT's setting of train_shakespeare_char.py, which it says reaches 1.4697.
             "shakespeare-gpu": Preset(
-                "the same in minutes on a GPU, with 10.7 million parameters",
+                "the same with 10.7 million parameters, for a GPU; not run yet",
                 cls(train_size=16_000, context=256),
                 DecoderOnlyConfig(width=384, heads=6, layers=6, hidden=1_536, dropout=0.2, positions="learned"),
                 TrainingConfig(

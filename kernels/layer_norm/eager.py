@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from kernels import backend as backends
-from kernels.autograd import apply_at_once, transformed
+from kernels.autograd import apply_at_once, is_followed, transformed
 from kernels.backend import HALF, autocasts, wants_gradient
 from kernels.subclasses import PLAIN, is_traced
 
@@ -167,11 +166,8 @@ def is_simple(
         or type(weight) not in PLAIN
         or not (type(shape) is tuple or type(shape) is torch.Size)
         or not (type(eps) is type(dropout_p) is float and dropout_p == 0.0)
-        or torch.compiler.is_dynamo_compiling()
-        or torch._C._is_tracing()
+        or is_followed()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
         or torch._C._is_any_autocast_enabled()
         or x.is_nested
     ):
@@ -187,10 +183,16 @@ def is_simple(
         and weight.shape == shape == sizes[-1:]
         and 0.0 <= eps < math.inf
         and (backend == "torch" or (backend == "auto" and not backends.INTERPRETED))
-        and (bias is None or (type(bias) in PLAIN and bias.is_cpu and bias.dtype is dtype and bias.shape == shape))
+        and (
+            bias is None
+            or (type(bias) in PLAIN and bias.is_cpu and bias.layout is torch.strided)
+            and bias.dtype is dtype
+            and bias.shape == shape
+        )
         and (
             residual is None
-            or (type(residual) is torch.Tensor and residual.is_cpu and residual.dtype is dtype)
+            or (type(residual) is torch.Tensor and residual.is_cpu and residual.layout is torch.strided)
+            and residual.dtype is dtype
             and not residual.is_nested
             and residual.shape == sizes
         )

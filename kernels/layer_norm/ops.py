@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -102,27 +103,10 @@ def _new_outputs(
     return output, total, rstd.new_empty((n_rows, 2) if centre else 0), rstd
 
 
-def _forward(
-    input: torch.Tensor,
-    residual: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    normalized_shape: Sequence[int],
-    eps: float,
-    dropout_p: float,
-    centre: bool,
-    need_sum: bool,
-    dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """Output (dtype, by default the input's), sum, mean (M, 2), 1 / sqrt(variance + eps) (M,), in float32 at least."""
-    if input.numel() == 0:
-        output, total, mean, rstd = _new_outputs(input, residual, normalized_shape, centre, need_sum, dtype)
-        return output, total, mean.zero_(), rstd.zero_()
-    _require_triton(input)
-    inputs = (input, residual, seed, weight, bias)
-    shape, asked = tuple(normalized_shape), (eps, dropout_p, centre, need_sum, dtype)
-    return FORWARDS.run(inputs, (shape, *asked), lambda: (_make_outputs(*inputs, shape, *asked), ()))
+def _forward(input: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    """`norm_forward`, what `_make_outputs` makes."""
+    inputs, asked = (input, *rest[:4]), (tuple(rest[4]), *rest[5:])  # the second begins with the normalized shape
+    return FORWARDS.run(inputs, asked, lambda: _make_outputs(*inputs, *asked))
 
 
 def _make_outputs(
@@ -136,12 +120,17 @@ def _make_outputs(
     dropout_p: float,
     centre: bool,
     need_sum: bool,
-    dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, ...]:
-    """`norm_forward` for calls that are new."""
-    from kernels.layer_norm.forward import launch_forward
+    dtype: torch.dtype | None = None,
+) -> tuple[tuple[torch.Tensor, ...], tuple[()] | None]:
+    """Output (dtype, by default the input's), sum, mean (M, 2), 1 / sqrt(variance + eps) (M,), in float32 at least.
 
+    For calls that are new; and what `Calls.run` wants to know.
+    """
     output, total, mean, rstd = _new_outputs(input, residual, normalized_shape, centre, need_sum, dtype)
+    if input.numel() == 0:
+        return (output, total, mean.zero_(), rstd.zero_()), None
+    _require_triton(input)
+    from kernels.layer_norm.forward import launch_forward
 
     n_cols = math.prod(normalized_shape)
     seed, weight, bias = (None if x is None else x.contiguous() for x in (seed, weight, bias))
@@ -159,7 +148,7 @@ def _make_outputs(
         dropout_p,
         sum_dtype(input, residual),
     )
-    return output, total, mean, rstd
+    return (output, total, mean, rstd), ()
 
 
 def _new_gradients(
@@ -178,34 +167,11 @@ def _new_gradients(
     )
 
 
-def _backward(
-    grad_output: torch.Tensor,
-    grad_sum: torch.Tensor | None,
-    x: torch.Tensor,
-    seed: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    normalized_shape: Sequence[int],
-    input_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-    dropout_p: float,
-    centre: bool,
-    from_output: bool,
-    output_mask: Sequence[bool],
-) -> tuple[torch.Tensor, ...]:
-    """Gradients of input, residual, weight and bias; one that the mask leaves out has 0 elements.
-
-    x: what was normalised, or, `from_output`, what came out.
-    """
-    if x.numel() == 0:
-        grads = _new_gradients(x, weight, bias, input_dtype, residual_dtype, output_mask)
-        return tuple(grad.zero_() for grad in grads)
-    inputs = (grad_output, grad_sum, x, seed, weight, bias, mean, rstd)
-    asked = (input_dtype, residual_dtype, dropout_p, centre, from_output, tuple(output_mask))
-    shape = tuple(normalized_shape)
-    return BACKWARDS.run(inputs, (shape, *asked), lambda: _make_gradients(*inputs, shape, *asked))
+def _backward(*args: Any) -> tuple[torch.Tensor, ...]:
+    """`norm_backward`, what `_make_gradients` makes."""
+    *numbers, output_mask = args[9:]
+    inputs, asked = args[:8], (tuple(args[8]), *numbers, tuple(output_mask))
+    return BACKWARDS.run(inputs, asked, lambda: _make_gradients(*inputs, *asked))
 
 
 def _make_gradients(
@@ -224,11 +190,18 @@ def _make_gradients(
     centre: bool,
     from_output: bool,
     output_mask: Sequence[bool],
-) -> tuple[tuple[torch.Tensor, ...], Sequence[torch.Tensor]]:
-    """`norm_backward` for calls that are new, and the sums of its programs."""
+) -> tuple[tuple[torch.Tensor, ...], Sequence[torch.Tensor] | None]:
+    """Gradients of input, residual, weight and bias; one that the mask leaves out has 0 elements.
+
+    For calls that are new; and the sums of the kernels' programs, see `Calls.run`.
+
+    x: what was normalised, or, `from_output`, what came out.
+    """
+    grads = _new_gradients(x, weight, bias, input_dtype, residual_dtype, output_mask)
+    if x.numel() == 0:
+        return tuple(grad.zero_() for grad in grads), None
     from kernels.layer_norm.backward import launch_backward
 
-    grads = _new_gradients(x, weight, bias, input_dtype, residual_dtype, output_mask)
     n_cols = math.prod(normalized_shape)
     seed, weight, bias = (None if y is None else y.contiguous() for y in (seed, weight, bias))
     dinput, dresidual, dweight, dbias = (grad if need else None for grad, need in zip(grads, output_mask))

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernels import backend as backends
@@ -22,7 +21,7 @@ from kernels.attention.cpu.fused import Fused, _is_fused_with_gradients, fused_a
 from kernels.attention.cpu.short import is_short
 from kernels.attention.formula import all_finite
 from kernels.attention.layout import ordered_as, overlaps
-from kernels.autograd import apply_at_once
+from kernels.autograd import apply_at_once, is_followed
 from kernels.backend import HALF, wants_gradient
 from kernels.subclasses import PLAIN
 
@@ -85,10 +84,7 @@ def way_of(
     if (
         not type(query) is type(key) is type(value) is torch.Tensor  # those of torch.export are not
         or not query.is_cpu
-        or torch.compiler.is_dynamo_compiling()
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or is_followed()
         or torch._C._is_any_autocast_enabled()
         or query.is_nested
         or key.is_nested
