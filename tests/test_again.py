@@ -299,7 +299,7 @@ def test_a_trace_is_no_constant() -> None:
     assert torch.equal(traced(*two), attends(*two))
 
 
-def test_what_is_forced_and_precision_count(replayed: list[str]) -> None:
+def test_what_is_forced_precision_and_determinism_count(replayed: list[str]) -> None:
     tensors = attention_inputs(1)
     attend(**tensors)
     with forced(kernel="general"):
@@ -310,7 +310,12 @@ def test_what_is_forced_and_precision_count(replayed: list[str]) -> None:
         attend(**tensors)
     finally:
         torch.set_float32_matmul_precision(before)
-    assert replayed == [] and len(attention_ops.FORWARDS.known) == 3
+    torch.use_deterministic_algorithms(True)
+    try:
+        attend(**tensors)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert replayed == [] and len(attention_ops.FORWARDS.known) == 4
 
 
 def test_gradients_twice_and_second_ones() -> None:
