@@ -31,9 +31,10 @@ def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
     """Write the state after `epoch` finished epochs."""
     state = {f"model.{name}": value for name, value in _weights(model).items()}
-    for index, parameter in enumerate(trained_parameters(optimizer)):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            state[f"{key}.{index}"] = value.detach().cpu()
+    for index, group in enumerate(optimizer.param_groups if optimizer.state else []):
+        for key in ADAM_STATE:
+            values = [optimizer.state[parameter][key].cpu() for parameter in group["params"]]
+            state[f"{key}.{index}"] = values[0] if key == "step" else torch.cat([value.flatten() for value in values])
     write_atomically(folder / RESUME, save(state, {"epoch": str(epoch)}))
     save_weights(folder, model, epoch)
 
@@ -108,16 +109,18 @@ def load_resume_state(folder: Path, model: nn.Module, optimizer: torch.optim.Opt
     _check_finite(tensors, path)
     if epoch == 0:  # Adam makes its state in its first step
         return 0
-    for index, parameter in enumerate(trained_parameters(optimizer)):
-        state = {key: tensors.get(f"{key}.{index}") for key in ADAM_STATE}
-        for key, value in state.items():
-            expected = torch.Size() if key == "step" else parameter.shape
+    for index, group in enumerate(optimizer.param_groups):
+        sizes = [parameter.numel() for parameter in group["params"]]
+        for key in ADAM_STATE:
+            value = tensors.get(f"{key}.{index}")
+            expected = torch.Size([] if key == "step" else [sum(sizes)])
             if value is None or (value.shape, value.dtype) != (expected, torch.float32):
                 raise RunError(
                     f"{path} does not fit the settings of its {CONFIG} (first difference: {key}.{index}); "
                     "train the run again or give another one"
                 )
-        optimizer.state[parameter] = {
-            key: value.to(parameter.device) for key, value in state.items() if value is not None
-        }
+            parts = [value.clone() for _ in sizes] if key == "step" else value.split(sizes)
+            for parameter, part in zip(group["params"], parts):
+                shaped = part if key == "step" else part.view_as(parameter)
+                optimizer.state[parameter][key] = shaped.to(parameter.device)
     return epoch

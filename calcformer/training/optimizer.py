@@ -1,7 +1,8 @@
-"""Adam over all parameters at once."""
+"""Adam over many parameters at once."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -9,6 +10,8 @@ from torch import nn
 from calcformer.settings import TrainingConfig
 
 __all__ = ["Gradient", "build_optimizer", "flatten", "learning_rate"]
+
+LARGE = 1 << 16  # numbers of a parameter: to copy the gradient of a larger one takes longer than a step of its own
 
 
 def learning_rate(step: int, steps: int, config: TrainingConfig) -> float:
@@ -22,50 +25,67 @@ def learning_rate(step: int, steps: int, config: TrainingConfig) -> float:
 
 
 class Gradient:
-    """The gradient of all that an optimiser trains, as one vector.
+    """The gradients of all that an optimiser trains.
 
     Args:
-        parameters: of the model, in the order of the vector.
-        vector: (N,), whose parts are the gradients of the optimiser's own parameters.
+        parts: each parameter of the optimiser, and those of the model that it holds, in its order.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], vector: torch.Tensor) -> None:
-        self.parameters, self.vector = parameters, vector
+    def __init__(self, parts: Sequence[tuple[nn.Parameter, Sequence[nn.Parameter]]]) -> None:
+        self.parts = parts
+        self.parameters = [parameter for _, held in parts for parameter in held]
+        for whole, _ in parts:
+            whole.grad = torch.zeros_like(whole)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Those of the optimiser's parameters."""
+        return [whole.grad for whole, _ in self.parts if whole.grad is not None]
 
     def fill(self, loss: torch.Tensor) -> None:
-        """Write the gradient of the loss (), in one pass over it: none is zeroed before, and none added up."""
-        grads = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
-        torch.cat([grad.flatten() for grad in grads], out=self.vector)
+        """Make them those of the loss (): none is zeroed before, and none added up."""
+        grads = iter(torch.autograd.grad(loss, self.parameters, materialize_grads=True))
+        for whole, held in self.parts:
+            if len(held) == 1:
+                whole.grad = next(grads).contiguous()
+            else:
+                torch.cat([next(grads).flatten() for _ in held], out=whole.grad)
 
 
-def flatten(groups: Sequence[Sequence[nn.Parameter]]) -> tuple[list[nn.Parameter], Gradient]:
-    """One parameter for each group, which holds all parameters of the group, and the gradient of all groups.
+def flatten(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, list[nn.Parameter]]]:
+    """One parameter for each run of small ones, which then become views of it; large ones stay as they are.
 
-    The parameters given become views of those. An optimiser then has a few long vectors to work on, where seventy short
-    ones would cost it a millisecond a step, and clipping and summing over processes have one gradient.
+    An optimiser then has a few long vectors to work on, where seventy short ones would cost it a millisecond a step,
+    and so has who sums over processes.
+
+    Returns:
+        Each of them, and those it holds.
     """
-    parameters = [parameter for group in groups for parameter in group]
-    data = torch.cat([parameter.detach().flatten() for parameter in parameters])
-    gradient = torch.zeros_like(data)
-    for parameter, values in zip(parameters, data.split([parameter.numel() for parameter in parameters])):
-        parameter.data = values.view_as(parameter)
-    lengths = [sum(parameter.numel() for parameter in group) for group in groups]
-    flat = [nn.Parameter(values) for values in data.split(lengths)]
-    for parameter, grad in zip(flat, gradient.split(lengths)):
-        parameter.grad = grad
-    return flat, Gradient(parameters, gradient)
+    parts: list[tuple[nn.Parameter, list[nn.Parameter]]] = []
+    for is_large, run in itertools.groupby(parameters, lambda parameter: parameter.numel() > LARGE):
+        held = list(run)
+        if is_large or len(held) == 1:
+            parts += [(parameter, [parameter]) for parameter in held]
+            continue
+        whole = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in held]))
+        for parameter, values in zip(held, whole.detach().split([parameter.numel() for parameter in held])):
+            parameter.data = values.view_as(parameter)
+        parts.append((whole, held))
+    return parts
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> tuple[torch.optim.Optimizer, Gradient]:
     """Adam whose weight decay, if any, is decoupled (Loshchilov and Hutter 2019) and spares biases and norms.
 
     Returns:
-        The optimiser, and the gradient of all it trains. The model's parameters become views, see `flatten`.
+        The optimiser, and the gradients of all it trains. Parameters of the model become views, see `flatten`.
     """
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
-    flat, gradient = flatten([matrices, vectors] if config.weight_decay else [matrices + vectors])
-    groups = [
-        {"params": [parameter], "weight_decay": decay} for parameter, decay in zip(flat, (config.weight_decay, 0.0))
+    groups = [(matrices, config.weight_decay), (vectors, 0.0)] if config.weight_decay else [(matrices + vectors, 0.0)]
+    parts = [flatten(parameters) for parameters, _ in groups]
+    options = [
+        {"params": [whole for whole, _ in part], "weight_decay": decay} for part, (_, decay) in zip(parts, groups)
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True), gradient
+    optimizer = torch.optim.AdamW(options, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True)
+    return optimizer, Gradient(list(itertools.chain(*parts)))

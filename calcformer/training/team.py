@@ -35,7 +35,7 @@ class Team:
     size = 1
 
     def sum_(self, tensor: torch.Tensor) -> None:
-        """Replace a float32 vector by its sum over all processes, which all call this; TeamLost where one has ended."""
+        """Replace a float32 tensor by its sum over all processes, which all call this; TeamLost where one has ended."""
 
     def meet(self) -> None:
         """Wait until every process is here; TeamLost where one has ended."""
@@ -88,8 +88,8 @@ class SharedMemoryTeam(Team):
             raise TeamLost
 
     def sum_(self, tensor: torch.Tensor) -> None:
-        """Replace a float32 vector by its sum over all processes."""
-        parts = self._memory[self._turn, :, : tensor.numel()]
+        """Replace a float32 tensor by its sum over all processes."""
+        parts = self._memory[self._turn, :, : tensor.numel()].view(self.size, *tensor.shape)
         self._turn = 1 - self._turn
         parts[self.rank].copy_(tensor)
         self.meet()
@@ -106,7 +106,7 @@ def start_team(folder: Path, size: int, length: int) -> Iterator[Team]:
     """Rank 0 of `size` processes that train the run in `folder`, whose checkpoint stands there already.
 
     Args:
-        length: of the longest vector that is summed.
+        length: numbers of the largest tensor that is summed.
 
     Raises:
         InputError: another process ended before its work was done.

@@ -123,7 +123,8 @@ class Trainer:
         """The other processes of a run whose folder is written."""
         if torchrun_place() is not None and self.config.training.processes > 1:
             return lead_torchrun(self.folder)
-        return start_team(self.folder, self.config.training.processes, len(self.gradient.vector))
+        longest = max(tensor.numel() for tensor in self.gradient.tensors)
+        return start_team(self.folder, self.config.training.processes, longest)
 
     def step(self, batch: Examples, rate: float | torch.Tensor) -> None:
         """One step of the optimiser on one batch; the totals hear of this process's part of it.
@@ -142,8 +143,10 @@ class Trainer:
             self.gradient.fill(loss / count)
             self.totals.add(loss, logits, part.labels)
         else:
-            self.gradient.vector.zero_()
-        self.team.sum_(self.gradient.vector)
+            for tensor in self.gradient.tensors:
+                tensor.zero_()
+        for tensor in self.gradient.tensors:
+            self.team.sum_(tensor)
         if training.clip_norm:
             torch.nn.utils.clip_grad_norm_(trained_parameters(self.optimizer), training.clip_norm)
         for group in self.optimizer.param_groups:
@@ -330,7 +333,7 @@ class Trainer:
         best = describe_figures({}, self.config) if self.config.data.best_possible else ""
         again = f", {finished} of {training.epochs} epochs done" if finished else ""
         tell(
-            f"{self.folder}: {len(self.gradient.vector):,} parameters; {size:,} "
+            f"{self.folder}: {sum(tensor.numel() for tensor in self.gradient.tensors):,} parameters; {size:,} "
             f"{'fresh ' if self.task.fresh else ''}{self.config.data.noun} an epoch, {held_out} held out; "
             f"{self.device}, {self.team.size} process{'es' if self.team.size > 1 else ''}{again}{best}"
         )
