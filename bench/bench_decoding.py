@@ -19,7 +19,7 @@ from bench.timing import measure, play_samples
 from calcformer.config import PRESETS
 from calcformer.data import Vocabulary
 from calcformer.decoding import beam_search, greedy_decode, log_probability
-from calcformer.model import EncoderDecoder
+from calcformer.model.encoder_decoder import EncoderDecoder
 from calcformer.tasks.arithmetic.formulas import FormulaTask
 
 if TYPE_CHECKING:

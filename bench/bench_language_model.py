@@ -30,7 +30,7 @@ from bench.machine import describe, pick_device
 from bench.record import Context, name_row
 from bench.timing import play_samples
 from calcformer.config import TrainingConfig
-from calcformer.model import DecoderOnly
+from calcformer.model.decoder_only import DecoderOnly
 from calcformer.runs.device import keep_memory
 from calcformer.training.cuda_graph import CudaRecorder
 from calcformer.training.optimizer import build_optimizer

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from calcformer.data import Examples, Pairs, Task
 from calcformer.model.positions import sinusoid
-from calcformer.settings import ModelConfig
+from calcformer.model.settings import ModelConfig
 
 __all__ = ["S1Transformer", "TransformerTrainer"]
 

@@ -28,7 +28,7 @@ import torch
 from bench.machine import describe, pick_device
 from bench.s1_transformer import TransformerTrainer
 from calcformer.config import PRESETS, RunConfig
-from calcformer.settings import ModelConfig
+from calcformer.model.settings import ModelConfig
 from calcformer.training.trainer import Trainer
 
 OURS, PEER, LEAN = "calcformer", "nn.Transformer", "nn.Transformer, no padding, fused Adam"

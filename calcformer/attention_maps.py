@@ -11,7 +11,8 @@ import torch
 
 from calcformer.decoding import greedy_decode
 from calcformer.errors import InputError
-from calcformer.model import EncoderDecoder, attention_weights
+from calcformer.model.encoder_decoder import EncoderDecoder
+from calcformer.model.weights import attention_weights
 from calcformer.plots import can_draw, save_heads
 from calcformer.runs.files import write_atomically
 from calcformer.solver import Answer, Solver
@@ -25,9 +26,9 @@ class AttentionMaps:
 
     Args:
         answer: that answer, its probability, and what is right.
-        source: the S tokens of the problem.
-        target: the T tokens the decoder reads: the begin token and the answer.
-        said: the T tokens it says at those places: the answer and the end token.
+        source: the S tokens of the problem, where an encoder reads it.
+        target: the T tokens the decoder reads: the begin token and the answer, or without an encoder the problem.
+        said: the T tokens it says at those places: the answer and the end token; none without an encoder.
         encoder, decoder, cross: by layer, (1, H, S, S), (1, H, T, T) and (1, H, T, S) on the CPU; rows sum to 1.
     """
 
@@ -44,39 +45,36 @@ class AttentionMaps:
 def attention_maps(solver: Solver, question: str) -> AttentionMaps:
     """Answer one problem and look at the attention weights; InputError where the run was not trained for it."""
     vocabulary = solver.task.vocabulary
-    if not isinstance(solver.model, EncoderDecoder):
-        raise InputError(f"{solver.folder}: pictures of attention need an encoder-decoder; give a run of that kind")
     examples = solver.task.ask([solver.task.read_question(question)]).to(solver.device)
     ids = examples.trim(vocabulary.pad_id).inputs[0]
-    source = ids[0].tolist()
-    said = greedy_decode(solver.model, ids, solver.task.target_length - 1, vocabulary)[0].tolist()
-    if vocabulary.eos_id in said:
-        said = said[: said.index(vocabulary.eos_id) + 1]
-    target = [vocabulary.bos_id, *said[:-1]]
-    weights = attention_weights(solver.model, ids, torch.tensor([target], device=solver.device))
-    encoder, decoder, cross = (
-        [layer.float().cpu() for layer in layers] for layers in (weights.encoder, weights.decoder, weights.cross)
-    )
-    tokens = vocabulary.decode
-    answer = solver.answers([question])[0]
-    return AttentionMaps(answer, tokens(source), tokens(target), tokens(said), encoder, decoder, cross)
+    source, target, said, inputs = [], ids[0].tolist(), [], [ids]
+    if isinstance(solver.model, EncoderDecoder):
+        source, said = target, greedy_decode(solver.model, ids, solver.task.target_length - 1, vocabulary)[0].tolist()
+        if vocabulary.eos_id in said:
+            said = said[: said.index(vocabulary.eos_id) + 1]
+        target = [vocabulary.bos_id, *said[:-1]]
+        inputs.append(torch.tensor([target], device=solver.device))
+    layers = [[layer.cpu() for layer in stack] for stack in attention_weights(solver.model, *inputs)]
+    if not any(layers):
+        raise InputError(f"{solver.folder}: a {solver.config.model.kind} model has no attention; give a run of another")
+    tokens = [[vocabulary.tokens[place] for place in row] for row in (source, target, said)]
+    return AttentionMaps(solver.answers([question])[0], *tokens, *layers)
 
 
 def save_maps(maps: AttentionMaps, folder: Path) -> list[Path]:
     """Draw every layer and kind of attention to a PNG of its own, with a panel for each head; returns their names.
 
-    A row of the decoder is named after the token it reads and the one it says: `<bos> → 1`.
+    A row of the decoder is named after the token it reads and, beside an encoder, the one it says: `<bos> → 1`.
 
     Raises:
         InputError: matplotlib is not installed; nothing is written then.
     """
     if not can_draw():
         raise InputError("pictures need matplotlib; install it with: pip install matplotlib")
-    answer = maps.answer
-    verdict = f" ({answer.verdict})" if answer.verdict else ""
-    problem = f"{answer.problem} = {answer.said}{verdict}"
-    steps = [f"{token} → {next_token}" for token, next_token in zip(maps.target, maps.said)]
-    reads, says = "attends to", "token read → said"
+    verdict = f" ({maps.answer.verdict})" if maps.answer.verdict else ""
+    problem = f"{maps.answer.equation}{verdict}"
+    steps = [f"{token} → {next_token}" for token, next_token in zip(maps.target, maps.said)] or maps.target
+    reads, says = "attends to", "token read → said" if maps.said else "token"
     kinds = (
         ("encoder-self", maps.encoder, maps.source, maps.source, ("token", reads)),
         ("decoder-self", maps.decoder, steps, maps.target, (says, reads)),
@@ -107,13 +105,16 @@ def head_view(run: str | PathLike[str], question: str, device: str = "auto") -> 
 
     Returns:
         encoder_attention, decoder_attention, cross_attention: lists over layers of (1, H, L, S) float32;
-        encoder_tokens, decoder_tokens: lists of tokens, the decoder's as it reads them.
+        encoder_tokens, decoder_tokens: lists of tokens, the decoder's as it reads them. Without an encoder attention
+        and tokens, likewise.
     """
     return head_view_arguments(attention_maps(Solver(run, device), question))
 
 
 def head_view_arguments(maps: AttentionMaps) -> dict[str, Any]:
     """See `head_view`."""
+    if not maps.encoder:
+        return {"attention": maps.decoder, "tokens": maps.target}
     return {
         "encoder_attention": maps.encoder,
         "decoder_attention": maps.decoder,

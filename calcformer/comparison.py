@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from calcformer.plots import Line, is_loss, save_panels
+from calcformer.plots import Line, save_panels
 from calcformer.runs.folder import METRICS
 from calcformer.runs.run_log import RunLog
-from calcformer.settings import TaskSettings
+from calcformer.settings import TaskSettings, is_loss
 from calcformer.solver import Solver
 from calcformer.studies import STUDIES, Member, Sweep
 from calcformer.training import measure

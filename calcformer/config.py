@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from calcformer.errors import InputError, shown
-from calcformer.settings import MODELS, ModelConfig, ModelSettings, TaskSettings, TrainingConfig, kinds_of
+from calcformer.model.settings import MODELS, ModelConfig
+from calcformer.settings import ModelSettings, TaskSettings, TrainingConfig, kinds_of
 from calcformer.tasks import TASKS
 
 __all__ = ["DEFAULT", "PRESETS", "RunConfig", "describe_figures"]
@@ -155,7 +156,7 @@ def describe_figures(figures: dict[str, float], config: RunConfig) -> str:
 
 
 PRESETS = {
-    name: RunConfig(name, preset.data, preset.model, preset.training)
+    name: RunConfig(name, preset.data, preset.model or MODELS[preset.data.models[0]](), preset.training)
     for task in TASKS.values()
     for name, preset in task.presets().items()
 }

@@ -11,7 +11,7 @@ from calcformer.errors import InputError, shown
 
 if TYPE_CHECKING:
     from calcformer.data import Vocabulary
-    from calcformer.model import EncoderDecoder
+    from calcformer.model.encoder_decoder import EncoderDecoder
 
 __all__ = ["beam_search", "decode", "greedy_decode", "log_probability"]
 

@@ -1,14 +1,25 @@
-"""The error that means: the user can mend this."""
+"""What is said to users, and the error that means: they can mend this."""
 
 import sys
 
-__all__ = ["InputError", "shown", "tell"]
+__all__ = ["STANDARD_OUTPUT", "InputError", "say", "shown", "tell"]
+
+STANDARD_OUTPUT = "standard output"  # the file that an error of `say` names
 
 SHOWN = 60  # characters of a wrong value that an error repeats
 
 
 class InputError(ValueError):
     """Wrong input. The message is one line: what was wrong, what was found, what to do. The command prints it."""
+
+
+def say(text: str) -> None:
+    """Print to standard output, at once, so that an error is one of this line."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        error.filename = STANDARD_OUTPUT
+        raise
 
 
 def tell(text: str) -> None:

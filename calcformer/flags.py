@@ -12,16 +12,20 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from calcformer.config import PRESETS, RunConfig
 from calcformer.errors import shown, tell
-from calcformer.settings import MODELS, kinds_of
+from calcformer.model.settings import MODELS
+from calcformer.settings import kinds_of
 from calcformer.tasks import TASKS
 
-__all__ = ["Parser", "add_settings", "path", "real", "whole"]
+__all__ = ["Commands", "Parser", "add_beam", "add_device", "add_settings", "path", "real", "whole"]
 
 LONGEST = 600  # characters of an error
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line and exit code 2."""
+    """An argument parser whose errors are one line and exit code 2; flags are written whole."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         text = " ".join(message.split())
@@ -29,6 +33,9 @@ class Parser(argparse.ArgumentParser):
             text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
         tell(f"calcformer: error: {text}")
         raise SystemExit(2)
+
+
+Commands = argparse._SubParsersAction  # of Parser: where commands add their own
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
@@ -75,6 +82,20 @@ def path(text: str) -> Path:
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"must be the name of a file or folder, got {shown(text)}")
     return Path(text)
+
+
+def add_beam(parser: Parser) -> None:
+    parser.add_argument(
+        "--beam",
+        type=whole(1, 100),
+        default=1,
+        metavar="WIDTH",
+        help="follow the WIDTH best beginnings of an answer instead of the best one (1)",
+    )
+
+
+def add_device(parser: Parser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
 
 
 def add_settings(parser: argparse.ArgumentParser, base: RunConfig) -> None:

@@ -12,6 +12,7 @@ from calcformer.config import PRESETS
 from calcformer.errors import InputError, shown
 from calcformer.runs.folder import CONFIG, METRICS, MODEL, RESUME, RunError, read_config, read_head, saved_epoch
 from calcformer.runs.run_log import RunLog
+from calcformer.settings import is_loss
 from calcformer.tasks import TASKS
 
 __all__ = ["describe_run", "list_runs", "list_tasks", "runs_text", "run_text", "tasks_text"]
@@ -40,8 +41,8 @@ def describe_run(folder: Path) -> dict[str, Any]:
 
     Returns:
         run, task, model, preset, epoch, epochs; figures, the newest of each by what people call it, the one that counts
-        first; reported, those of the report; age in seconds; changed, the settings that differ from the preset's, all
-        where this version has no such preset; parameters; bytes.
+        first; best, the best of that one, of any epoch; reported, those of the report; age in seconds; changed, the
+        settings that differ from the preset's, all where this version has no such preset; parameters; bytes.
 
     Raises:
         RunError: the folder is no run, or damaged.
@@ -51,10 +52,12 @@ def describe_run(folder: Path) -> dict[str, Any]:
     if epoch is None:
         what = "damaged" if path.exists() else "missing"
         raise RunError(f"{path} is {what}; restore it with: calcformer train --resume {folder}")
-    newest: dict[str, float] = {}
-    for entry in RunLog(folder / METRICS).read():
+    labels, newest = config.data.figures, dict[str, float]()
+    entries = RunLog(folder / METRICS).read()
+    for entry in entries:
         newest |= entry
-    labels = config.data.figures
+    main = next(iter(labels))
+    best = sorted((entry[main] for entry in entries if main in entry), reverse=not is_loss(main))[:1]
     usual = PRESETS[config.preset].settings if config.preset in PRESETS else {}
     tensors = [tensor for name, tensor in read_head(path).items() if name != "__metadata__"]
     return {
@@ -65,6 +68,7 @@ def describe_run(folder: Path) -> dict[str, Any]:
         "epoch": epoch,
         "epochs": config.training.epochs,
         "figures": {label: newest[name] for name, label in labels.items() if name in newest},
+        "best": {labels[main]: value for value in best},
         "reported": {labels[name]: value for name, value in config.reported.items() if name in labels},
         "age": time.time() - path.stat().st_mtime,
         "changed": {name: x for name, x in config.settings.items() if name not in usual or usual[name] != x},
@@ -82,6 +86,7 @@ def run_text(run: dict[str, Any]) -> str:
         "changed": changed or "nothing",
         "epochs": f"{run['epoch']} of {run['epochs']}, {since(run['age'])} ago",
         "figures": figures_text(run["figures"]) or "not measured yet",
+        "best": figures_text(run["best"]) if not run["best"].items() <= run["figures"].items() else "",
         "report": figures_text(run["reported"]),
         "size": f"{run['parameters']:,} parameters, {run['bytes'] / 1e6:,.1f} MB on disk",
     }
@@ -114,13 +119,13 @@ def runs_text(folder: Path, runs: Sequence[dict[str, Any]]) -> str:
             run["task"],
             run["preset"],
             f"{run['epoch']}/{run['epochs']}",
-            figures_text(dict(list(run["figures"].items())[:1])) or "not measured yet",
+            figures_text(run["best"]) or "not measured yet",
             since(run["age"]),
         ]
         for run in runs
         if "error" not in run
     ]
-    lines = [table(["run", "task", "preset", "epochs", "figure", "age"], rows)] if rows else []
+    lines = [table(["run", "task", "preset", "epochs", "best figure", "age"], rows)] if rows else []
     lines += [f"{run['run']} cannot be used: {run['error']}" for run in runs if "error" in run]
     return "\n".join(lines) or f"there is no run in {folder}; make one with: calcformer train"
 

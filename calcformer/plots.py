@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calcformer.runs.files import write_atomically
+from calcformer.settings import is_loss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,17 +18,12 @@ if TYPE_CHECKING:
 
     from calcformer.settings import TaskSettings
 
-__all__ = ["Line", "can_draw", "is_loss", "save_curve", "save_heads", "save_losses", "save_panels"]
+__all__ = ["Line", "can_draw", "save_curve", "save_heads", "save_losses", "save_panels"]
 
 # What metrics.jsonl has beside figures.
 NO_FIGURES = {"epoch", "learning_rate", "seconds", "examples_per_second"}
 LIMIT: dict[str, Any] = {"color": "black", "linestyle": ":"}  # what nothing can surpass
 WIDEST_HEADS = 16  # inches of a row of heads, 1,920 pixels: what a screen shows
-
-
-def is_loss(name: str) -> bool:
-    """Whether a figure, by its name or its label, is the better the lower, without an end, and not a share."""
-    return "loss" in name or "perplexity" in name
 
 
 def can_draw() -> bool:

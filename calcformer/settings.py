@@ -1,4 +1,4 @@
-"""What can be set: fields with help and limits, kinds of model, training; and what every task and preset has.
+"""What can be set: fields with help and limits; what every task, kind of model and preset has; training.
 
 All values are checked here and in the classes that stand on these, and only there. Nothing here imports torch.
 """
@@ -15,26 +15,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from calcformer.data import Task
-    from calcformer.model import (
-        DecoderOnly,
-        EncoderDecoder,
-        FeedForwardNextWord,
-        RecurrentNextWord,
-        TransformerNextWord,
-    )
 
-__all__ = [
-    "MODELS",
-    "DecoderOnlyConfig",
-    "ModelConfig",
-    "ModelSettings",
-    "Preset",
-    "Study",
-    "TaskSettings",
-    "TrainingConfig",
-    "kinds_of",
-    "setting",
-]
+__all__ = ["ModelSettings", "Preset", "Study", "TaskSettings", "TrainingConfig", "is_loss", "kinds_of", "setting"]
 
 MOST_EPOCHS = 1_000_000
 LARGEST_SET = 10_000_000  # problems to train on or to measure
@@ -43,6 +25,11 @@ LARGEST_SET = 10_000_000  # problems to train on or to measure
 def setting(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
     """A dataclass field with its help text and its limits, both included. Every number has both."""
     return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+def is_loss(name: str) -> bool:
+    """Whether a figure, by its name or its label, is the better the lower, without an end, and not a share."""
+    return any(word in name for word in ("loss", "perplexity", "bits"))
 
 
 def kinds_of(settings: Any) -> dict[str, Any]:
@@ -121,7 +108,7 @@ class TaskSettings(Settings):
 
 @dataclass(frozen=True)
 class ModelSettings(Settings):
-    """What every kind of model has. A kind is a subclass and a line of MODELS."""
+    """What every kind of model has. A kind is a subclass in `calcformer/model/settings.py`, and a word there."""
 
     kind: ClassVar[str]
 
@@ -136,184 +123,6 @@ class ModelSettings(Settings):
     @property
     def layers(self) -> int:
         raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class ModelConfig(ModelSettings):
-    """The encoder-decoder transformer."""
-
-    kind: ClassVar[str] = "encoder-decoder"
-
-    width: int = setting(64, "model width", 1, 16_384)
-    heads: int = setting(4, "attention heads", 1, 1024)
-    encoder_layers: int = setting(2, "encoder layers", 0, 100)
-    decoder_layers: int = setting(2, "decoder layers", 1, 100)
-    hidden: int = setting(64, "width of the feed-forward layers", 1, 65_536)
-    dropout: float = setting(0.01, "dropout probability", 0, 0.99)
-    norm: Literal["post", "pre", "course"] = setting(
-        "post", "layer norm after or before each sublayer; course: after it, and then dropout"
-    )
-    activation: Literal["relu", "gelu"] = setting("relu", "activation of the feed-forward layers")
-    positions: Literal["sinusoid", "learned", "relative", "rotary", "simple", "course", "none"] = setting(
-        "sinusoid", "position encoding; simple and course are the expression report's"
-    )
-    embeddings: Literal["separate", "shared", "tied"] = setting(
-        "separate", "source, target and output matrices apart; source and target one; all three one"
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.width % self.heads:
-            raise InputError(f"width must be a multiple of heads, got width {self.width} and {self.heads} heads")
-        if self.positions == "rotary" and self.width // self.heads % 2:
-            raise InputError(f"rotary positions need an even head size, got {self.width // self.heads}")
-
-    def build(self, task: Task) -> EncoderDecoder:
-        from calcformer.model import EncoderDecoder
-
-        vocabulary, settings = task.vocabulary, vars(self)
-        return EncoderDecoder(
-            len(vocabulary), task.source_length, task.target_length, **settings, pad_id=vocabulary.pad_id
-        )
-
-    def activations(self, source: int, target: int, vocabulary: int) -> int:
-        encoder, decoder = self.encoder_layers, self.decoder_layers
-        scores = 2 * self.heads * (source**2 * encoder + target * (target + source) * decoder)
-        tokens = source * encoder * (12 * self.width + 3 * self.hidden)
-        tokens += target * decoder * (20 * self.width + 3 * self.hidden) + target * 4 * vocabulary
-        return tokens + scores
-
-    @property
-    def layers(self) -> int:
-        return self.encoder_layers + self.decoder_layers
-
-
-@dataclass(frozen=True)
-class FeedForwardSettings(ModelSettings):
-    """The embeddings of a fixed number of words side by side, and one hidden layer."""
-
-    kind: ClassVar[str] = "feed-forward"
-
-    width: int = setting(16, "numbers of a word", 1, 16_384)
-    hidden: int = setting(64, "width of the hidden layer", 1, 65_536)
-
-    def build(self, task: Task) -> FeedForwardNextWord:
-        from calcformer.model import FeedForwardNextWord
-
-        return FeedForwardNextWord(len(task.vocabulary), task.source_length, **vars(self))
-
-    def activations(self, source: int, target: int, vocabulary: int) -> int:
-        return 2 * source * self.width + 2 * self.hidden + 4 * vocabulary
-
-    @property
-    def layers(self) -> int:
-        return 1
-
-
-@dataclass(frozen=True)
-class RecurrentSettings(ModelSettings):
-    """Recurrent layers of torch.nn, whose last state says what follows."""
-
-    kind: ClassVar[str] = "recurrent"
-
-    cell: Literal["rnn", "lstm", "gru"] = setting("rnn", "recurrent cell")
-    layers: int = setting(1, "recurrent layers", 1, 100)
-    width: int = setting(16, "numbers of a word", 1, 16_384)
-    hidden: int = setting(64, "numbers of a state", 1, 65_536)
-    dropout: float = setting(0.0, "dropout probability, between layers", 0, 0.99)
-
-    def build(self, task: Task) -> RecurrentNextWord:
-        from calcformer.model import RecurrentNextWord
-
-        return RecurrentNextWord(len(task.vocabulary), **vars(self))
-
-    def activations(self, source: int, target: int, vocabulary: int) -> int:
-        return source * (self.width + 6 * self.hidden * self.layers) + 4 * vocabulary
-
-
-@dataclass(frozen=True)
-class TransformerSettings(ModelSettings):
-    """One layer of the decoder-only transformer, whose last place says what follows."""
-
-    kind: ClassVar[str] = "transformer"
-
-    width: int = setting(16, "model width", 1, 16_384)
-    heads: int = setting(4, "attention heads", 1, 1024)
-    hidden: int = setting(64, "width of the feed-forward layer", 1, 65_536)
-    dropout: float = setting(0.0, "dropout probability", 0, 0.99)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.width % self.heads:
-            raise InputError(f"width must be a multiple of heads, got width {self.width} and {self.heads} heads")
-
-    def build(self, task: Task) -> TransformerNextWord:
-        from calcformer.model import TransformerNextWord
-
-        return TransformerNextWord(len(task.vocabulary), task.source_length, **vars(self))
-
-    def activations(self, source: int, target: int, vocabulary: int) -> int:
-        return source * (12 * self.width + 3 * self.hidden + 2 * self.heads * source) + 4 * vocabulary
-
-    @property
-    def layers(self) -> int:
-        return 1
-
-
-@dataclass(frozen=True)
-class DecoderOnlyConfig(ModelSettings):
-    """The decoder-only transformer, a language model."""
-
-    kind: ClassVar[str] = "decoder-only"
-
-    width: int = setting(64, "model width", 1, 16_384)
-    heads: int = setting(4, "attention heads", 1, 1024)
-    layers: int = setting(2, "layers", 1, 100)
-    hidden: int = setting(256, "width of the feed-forward layers", 1, 65_536)
-    dropout: float = setting(0.0, "dropout probability", 0, 0.99)
-    norm: Literal["layer", "rms"] = setting("layer", "layer norm or RMS norm, before each sublayer")
-    activation: Literal["gelu", "gelu-tanh", "relu", "swiglu"] = setting(
-        "gelu", "activation of the feed-forward layers; swiglu has a gate beside it"
-    )
-    positions: Literal["learned", "sinusoid", "relative", "rotary", "simple", "course", "none"] = setting(
-        "rotary", "position encoding"
-    )
-    tied: bool = setting(True, "the output's matrix is the embedding's")
-    key_heads: int = setting(0, "heads of keys and values, shared by those of queries; 0 for as many", 0, 1024)
-    head_size: int = setting(0, "numbers of a head's query and key, 0 for width / heads", 0, 4096)
-    value_size: int = setting(0, "numbers of a head's value, 0 for as many as of its key", 0, 4096)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.head_size and self.width % self.heads:
-            raise InputError(
-                f"width must be a multiple of heads where no head_size is given, got width {self.width} and "
-                f"{self.heads} heads"
-            )
-        if self.key_heads and self.heads % self.key_heads:
-            raise InputError(f"heads must be a multiple of key_heads, got {self.heads} and {self.key_heads}")
-        size = self.head_size or self.width // self.heads
-        if self.positions == "rotary" and size % 2:
-            raise InputError(f"rotary positions need an even head size, got {size}")
-
-    def build(self, task: Task) -> DecoderOnly:
-        from calcformer.model import DecoderOnly
-
-        settings: dict[str, Any] = dict(vars(self))
-        for name in "key_heads", "head_size", "value_size":
-            settings[name] = settings[name] or None
-        return DecoderOnly(len(task.vocabulary), task.source_length, **settings)
-
-    def activations(self, source: int, target: int, vocabulary: int) -> int:
-        inner = self.heads * (self.head_size or self.width // self.heads)
-        token = self.layers * (8 * self.width + 6 * inner + 4 * self.hidden) + 4 * vocabulary
-        return source * token + self.layers * self.heads * source**2
-
-
-MODELS: dict[str, type[ModelSettings]] = {  # add a kind here
-    kind.kind: kind
-    for kind in (ModelConfig, DecoderOnlyConfig, FeedForwardSettings, RecurrentSettings, TransformerSettings)
-}
 
 
 @dataclass(frozen=True)
@@ -356,12 +165,13 @@ class Preset:
 
     Args:
         about: what it is, in one line.
+        model: None for the first kind that its task is learned by, as it is by default.
         reported: figures of the report that it repeats, by the names of metrics.jsonl.
     """
 
     about: str
     data: TaskSettings
-    model: ModelSettings = field(default_factory=ModelConfig)
+    model: ModelSettings | None = None
     training: TrainingConfig = field(default_factory=TrainingConfig)
     reported: dict[str, float] = field(default_factory=dict)
 

@@ -6,7 +6,8 @@ import torch
 from torch.nn import functional as F
 
 import kernels.nn
-from calcformer.model import CrossAttention, DecoderLayer, EncoderDecoder, EncoderLayer, SelfAttention
+from calcformer.model.encoder_decoder import EncoderDecoder
+from calcformer.model.layers import CrossAttention, DecoderLayer, EncoderLayer, SelfAttention
 from kernels.reference import layer_norm_two_loop, scaled_dot_product_no_loop_batch, scaled_dot_product_two_loop_single
 
 PAD = 12

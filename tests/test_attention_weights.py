@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from calcformer.model import AttentionWeights, EncoderDecoder, attention_weights
+from calcformer.model.decoder_only import DecoderOnly
+from calcformer.model.encoder_decoder import EncoderDecoder
+from calcformer.model.next_word import RecurrentNextWord
 from calcformer.model.positions import sinusoid
+from calcformer.model.weights import AttentionWeights, attention_weights
 from tests.model_problem import NORMS, PAD, POSITIONS, compose_layer, make, padded_problems
 
 pytestmark = pytest.mark.usefixtures("as_on_a_cpu")
@@ -57,6 +60,31 @@ def test_rows_sum_to_one_and_what_is_hidden_has_no_weight(positions: str, norm: 
         assert torch.equal(weights == 0, (source == PAD)[:, None, None].expand_as(weights))
     for weights in found.decoder:
         assert torch.equal(weights == 0, torch.ones(5, 5, dtype=torch.bool).triu(1).expand_as(weights))
+
+
+def test_shared_heads_of_a_decoder_alone_have_the_weights_of_their_output() -> None:
+    """Values that are 1 for one key and 0 for the others give as output the weight of that key."""
+    torch.manual_seed(0)
+    model = DecoderOnly(
+        11, 6, width=8, heads=4, key_heads=2, head_size=6, layers=2, hidden=8, positions="rotary"
+    ).eval()
+    for layer in model.layers:
+        layer.attention.query_key_value.weight.data *= 50  # weights that differ
+    ids = torch.randint(11, (3, 6))
+    found = attention_weights(model, ids)
+    assert found.encoder == found.cross == [] and [x.shape for x in found.decoder] == [(3, 4, 6, 6)] * 2
+    inputs: list[tuple[torch.Tensor, ...]] = []
+    hook = model.layers[1].attention.scaled_dot_product.register_forward_pre_hook(lambda _, given: inputs.append(given))
+    model(ids)
+    hook.remove()
+    query, key, value, *rest = inputs[0]
+    for place in range(6):
+        one = torch.zeros_like(value)
+        one[:, :, place] = 1
+        mixed = model.layers[1].attention.scaled_dot_product(query, key, one, *rest)
+        torch.testing.assert_close(mixed[..., 0], found.decoder[1][..., place])
+    assert found.decoder[1].std() > 0.1
+    assert attention_weights(RecurrentNextWord(11), ids) == ([], [], [])
 
 
 def test_model_is_left_as_it_was() -> None:

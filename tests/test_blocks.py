@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 import kernels.nn
-from calcformer.model import DecoderLayer, EncoderLayer, Memory
-from calcformer.model.layers import ScaledDotProductAttention
+from calcformer.model.layers import DecoderLayer, EncoderLayer, Memory, ScaledDotProductAttention
 from calcformer.model.positions import Positions
 from calcformer.model.rows import Rows
 from tests.model_problem import attend_by_loops, compose_layer

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from calcformer.model import Cache, EncoderDecoder
+from calcformer.model.cache import Cache
+from calcformer.model.encoder_decoder import EncoderDecoder
 from tests.model_problem import NORMS, PAD, POSITIONS, make, padded_problems
 
 pytestmark = pytest.mark.usefixtures("as_on_a_cpu")

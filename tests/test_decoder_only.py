@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kernels
-from calcformer.model import DecoderOnly
+from calcformer.model.decoder_only import DecoderOnly
 from calcformer.model.positions import sinusoid
 from tests.model_problem import POSITIONS
 

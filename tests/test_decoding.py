@@ -11,7 +11,7 @@ import torch
 from calcformer.data import Examples, Vocabulary
 from calcformer.decoding import beam_search, decode, greedy_decode, log_probability
 from calcformer.errors import InputError
-from calcformer.model import EncoderDecoder
+from calcformer.model.encoder_decoder import EncoderDecoder
 from calcformer.tasks.arithmetic.expressions import EXPRESSION
 from calcformer.tasks.arithmetic.formula_tensors import FORMULA, FormulaForm, generate_formulas
 from calcformer.tasks.arithmetic.formulas import FormulaTask

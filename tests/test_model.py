@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import kernels.nn
-from calcformer.model import CrossAttention, EncoderDecoder, SelfAttention
 from calcformer.model.dropout import Dropout
-from calcformer.model.layers import ACTIVATIONS
+from calcformer.model.encoder_decoder import EncoderDecoder
+from calcformer.model.layers import ACTIVATIONS, CrossAttention, SelfAttention
 from calcformer.model.positions import sinusoid
 from calcformer.model.rows import Rows
 from tests.model_problem import NORMS, PAD, POSITIONS, SIZES, make, padded_problems, problems

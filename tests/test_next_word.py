@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from calcformer.model import FeedForwardNextWord, RecurrentNextWord
+from calcformer.model.next_word import FeedForwardNextWord, RecurrentNextWord
 
 LINE = "If you win , you live ! If you lose , you die ! If you don't fight , you can't win !".split()
 

@@ -7,7 +7,7 @@ import torch
 
 from calcformer.config import ModelConfig
 from calcformer.errors import InputError
-from calcformer.model import CrossAttention, Memory, SelfAttention
+from calcformer.model.layers import CrossAttention, Memory, SelfAttention
 from calcformer.model.positions import (
     LearnedPositions,
     Positions,

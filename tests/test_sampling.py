@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from calcformer.errors import InputError
-from calcformer.model import DecoderOnly
+from calcformer.model.decoder_only import DecoderOnly
 from calcformer.sampling import draw, generate, probabilities
 from tests.model_problem import POSITIONS
 from tests.test_decoder_only import CONTEXT, HEADS, SIZE, make

@@ -25,8 +25,9 @@ from calcformer.cli import main
 from calcformer.config import PRESETS, RunConfig
 from calcformer.data import Examples, Labelled, Pairs, Task, Texts, Vocabulary
 from calcformer.errors import InputError
+from calcformer.model.settings import MODELS
 from calcformer.runs.newest import newest_run
-from calcformer.settings import MODELS, ModelSettings, Preset, TaskSettings, TrainingConfig, setting
+from calcformer.settings import ModelSettings, Preset, TaskSettings, TrainingConfig, setting
 from calcformer.solver import Solver
 from calcformer.tasks import TASKS
 from calcformer.training import train
@@ -181,7 +182,9 @@ class CycleTask(Task):
         ids = ids.where(
             torch.arange(10) < torch.randint(5, 11, (count, 1), generator=generator), self.vocabulary.pad_id
         )
-        return Texts(ids[: self.data.train_size]), Texts(ids[self.data.train_size :])
+        texts = Texts(ids[:, :-1], ids[:, 1:])
+        order = torch.arange(len(ids))
+        return texts.select(order[: self.data.train_size]), texts.select(order[self.data.train_size :])
 
 
 @dataclass(frozen=True)
@@ -261,7 +264,7 @@ def test_a_language_model_is_learned_and_measured(capsys: pytest.CaptureFixture[
     assert main(["train", "--resume", "run"]) == 0 and Path("run/metrics.jsonl").read_text().splitlines() == log
     assert main(["runs", "."]) == 0
     assert re.search(r"^run +cycle +cycle +12/12 +loss 0\.0\d{3}", capsys.readouterr().out, re.MULTILINE)
-    assert "pictures of attention need an encoder-decoder" in fails(capsys, "attention", "abc", "--run", "run")
+    assert "a bag model has no attention; give a run of another" in fails(capsys, "attention", "abc", "--run", "run")
     assert "which examples are not; leave it out" in fails(capsys, "evaluate", "run", "--exhaustive")
 
 
@@ -299,8 +302,8 @@ def test_examples_of_every_form_are_cut_and_divided_alike() -> None:
         ids[:, :3].tolist(),
     ]
     assert torch.equal(pairs.inputs[1], pairs.target[:, :-1]) and torch.equal(pairs.labels, pairs.target[:, 1:])
-    texts = Texts(ids).select(torch.tensor([1, 0])).trim(9)
-    assert texts.inputs[0].tolist() == [[3], [1]] and texts.labels.tolist() == [[9], [2]]
+    texts = Texts(ids[:, :-1], ids[:, 1:]).select(torch.tensor([1, 0])).trim(9)
+    assert texts.inputs[0].tolist() == [[3, 9], [1, 2]] and texts.labels.tolist() == [[9, 9], [2, 9]]
     labelled = Labelled(ids, label)
     assert labelled.trim(9).ids.shape == (3, 3) and labelled.trim(9).labels.tolist() == [0, 9, 1]
     assert [part.labels.tolist() for part in labelled.batches(2)] == [[0, 9], [1]] and len(labelled.part(1, 2)) == 2
@@ -444,9 +447,29 @@ def test_runs_are_listed_and_broken_ones_say_why(runs: Path, capsys: pytest.Capt
     assert one["figures"]["loss"] == last["valid_loss"] and 0 <= one["age"] < 600
     assert main(["runs", str(runs)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["run", "task", "preset", "epochs", "figure", "age"]
+    assert lines[0].split() == ["run", "task", "preset", "epochs", "best", "figure", "age"]
     assert lines[2].split()[:4] == [str(runs / "sweep-1" / "seed=3"), "expression", "expression", "1/1"]
     assert len(lines) == 6 and all(" cannot be used: " in line for line in lines[3:])
+
+
+@pytest.mark.parametrize(
+    "figures, best",
+    [({"exact_match": "exact match"}, {"exact match": 0.9}), ({"valid_loss": "loss"}, {"loss": 0.3})],
+    ids=["higher", "lower"],
+)
+def test_the_best_figure_of_a_run_is_of_any_epoch(
+    figures: dict[str, str], best: dict[str, float], runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(runs / "one", tmp_path / "one")
+    log = [{"valid_loss": 0.5}, {"exact_match": 0.9, "valid_loss": 0.3}, {"exact_match": 0.7, "valid_loss": 0.4}]
+    lines = [json.dumps({"epoch": epoch, "loss": 1.0, **entry}) for epoch, entry in enumerate(log, 1)]
+    (tmp_path / "one" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(TASKS["formula"], "figures", figures)
+    run = listing.describe_run(tmp_path / "one")
+    assert run["best"] == best and run["figures"] != best
+    (label, value), *_ = best.items()
+    for text in listing.run_text(run), listing.runs_text(tmp_path, [run]):
+        assert f"{label} {value:.4f}" in text
 
 
 def test_a_run_whose_task_cannot_be_built_is_not_asked(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

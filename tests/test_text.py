@@ -19,10 +19,11 @@ from calcformer.config import PRESETS
 from calcformer.errors import InputError
 from calcformer.runs.newest import newest_run
 from calcformer.solver import Solver
-from calcformer.tasks.language.texts import MEASURED_BEFORE, TOKENIZER, TextTask, cut
+from calcformer.tasks.language.texts import MEASURED_BEFORE, TOKENIZER, NextToken, TextTask, cut
 from calcformer.tasks.language.tokenizers import BytePairs, Characters, WordPieces, Words
 from calcformer.tasks.text import Text
 from calcformer.training import resume, train
+from tests.pictures import is_picture
 
 pytestmark = pytest.mark.usefixtures("as_on_a_cpu", "empty_folder")
 
@@ -270,23 +271,47 @@ def test_the_large_preset_is_the_model_it_says() -> None:
     assert (steps, config.data.context, config.model.dropout) == (5_000, 256, 0.2)
 
 
+def test_solve_says_the_next_token(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    solver = Solver(run, "cpu")
+    for text in "abc", "e", PERIOD * 3:  # the last is longer than a window
+        ids = torch.tensor([solver.task.vocabulary.encode(text)[-8:]])
+        chances = solver.model(ids)[0, -1].softmax(0)
+        (answer,) = solver.answers([text])
+        assert answer.said == PERIOD[int(chances.argmax())] and answer.is_right is None
+        assert answer.probability == pytest.approx(chances.max().item(), abs=1e-6)
+    assert main(["solve", "--run", str(run), "e", "a"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("e -> ") and second.startswith("a -> ") and second.endswith(")")
+    assert NextToken("a\n", " ", 0.5, None).equation == "'a\\n' -> ' '"
+
+
+def test_solve_and_attention_need_no_text(run: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text.unlink()
+    shutil.copytree(run, "runs/text-1")
+    assert newest_run(["abc"]) == Path("runs/text-1")
+    assert main(["attention", "abca", "--bertviz", "view.json"]) == 0
+    assert capsys.readouterr().out.endswith("1 pictures in runs/text-1/attention/abca, of runs/text-1, epoch 1 of 1\n")
+    view = json.loads(Path("view.json").read_text())
+    assert view["tokens"] == list("abca") and torch.tensor(view["attention"]).shape == (1, 1, 2, 4, 4)
+    assert all(x == 0 for head in view["attention"][0][0] for x in head[0][1:])  # the first sees itself alone
+    assert is_picture(Path("runs/text-1/attention/abca/decoder-self-1.png"))
+
+
 # What is asked of the wrong run
 
 
-def test_a_problem_never_goes_to_a_language_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_problem_goes_to_a_language_model_last(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("runs").mkdir()
     shutil.copytree(run, "runs/text-1")
-    assert "this run goes on with a text" in fails(capsys, "solve", "1+1")
-    assert "calcformer generate RUN" in fails(capsys, "solve", "--run", run, "1+1")
+    assert "'1' is not in the text that this run learns" in fails(capsys, "solve", "1+1")
     tiny = {"train_size": 40, "valid_size": 20, "epochs": 1, "width": 8, "hidden": 8, "processes": 1, "device": "cpu"}
     train(PRESETS["formula"].with_settings(tiny), "runs/formula-1", bar=False)
     os.utime("runs/formula-1/model.safetensors", (0, 0))  # the older one
     capsys.readouterr()
-    for questions in ["1+1"], ["a"], []:
-        assert newest_run(questions) == Path("runs/formula-1")
+    for questions, asked in (["1+1"], "formula-1"), (["a"], "text-1"), ([], "formula-1"):
+        assert newest_run(questions) == Path("runs") / asked
     assert "answers problems and goes on with no text" in fails(capsys, "generate", "runs/formula-1", "1+1")
     assert "is for problems that are numbered, which windows are not" in fails(capsys, "evaluate", run, "--exhaustive")
-    assert "calcformer generate RUN" in fails(capsys, "attention", "a", "--run", run)
 
 
 # Bad input

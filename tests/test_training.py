@@ -21,12 +21,13 @@ from safetensors.torch import load_file
 
 from calcformer import worker
 from calcformer.config import PRESETS, RunConfig
+from calcformer.model.settings import MODELS
 from calcformer.plots import save_curve
 from calcformer.runs.checkpoint import load_run, save_checkpoint
 from calcformer.runs.files import hold, write_atomically
 from calcformer.runs.folder import RunError, finished_epochs
 from calcformer.runs.run_log import RunLog
-from calcformer.settings import MODELS, TrainingConfig
+from calcformer.settings import TrainingConfig
 from calcformer.solver import Solver
 from calcformer.tasks import TASKS
 from calcformer.tasks.expression import Expressions

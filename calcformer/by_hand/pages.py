@@ -15,8 +15,8 @@ from calcformer.by_hand.steps import Check, Page, Step, allowed, apart, number
 from calcformer.by_hand.transformer import work_out
 from calcformer.by_hand.weights import draw_weights, weights_of
 from calcformer.errors import InputError, shown
-from calcformer.model import EncoderDecoder
-from calcformer.settings import ModelConfig
+from calcformer.model.encoder_decoder import EncoderDecoder
+from calcformer.model.settings import ModelConfig
 from calcformer.solver import Solver
 
 __all__ = ["KERNELS", "PRECISION", "draw_page", "run_page", "words_of"]

@@ -15,9 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import kernels.nn
-from calcformer.model import CrossAttention, DecoderLayer, EncoderDecoder, EncoderLayer, SelfAttention
+from calcformer.model.encoder_decoder import EncoderDecoder
+from calcformer.model.layers import CrossAttention, DecoderLayer, EncoderLayer, SelfAttention
 from calcformer.model.positions import Positions, build_positions
-from calcformer.settings import ModelConfig
+from calcformer.model.settings import ModelConfig
 
 __all__ = ["Activation", "Attention", "Layer", "Linear", "Weights", "draw_weights", "weights_of"]
 

@@ -105,17 +105,22 @@ class Pairs(Examples):
 
 @dataclass(frozen=True)
 class Texts(Examples):
-    """Texts to be continued, for a language model: ids (N, T + 1) int64, each read and the next one said."""
+    """Texts for a language model: ids (N, T) int64, and the token that follows each, (N, T) int64."""
 
     ids: torch.Tensor
+    following: torch.Tensor
 
     @property
     def inputs(self) -> tuple[torch.Tensor, ...]:
-        return (self.ids[:, :-1],)
+        return (self.ids,)
 
     @property
     def labels(self) -> torch.Tensor:
-        return self.ids[:, 1:]
+        return self.following
+
+    def trim(self, pad_id: int | None) -> Texts:
+        used = self.ids.shape[1] if pad_id is None else int((self.ids != pad_id).any(dim=0).sum())
+        return replace(self, ids=self.ids[:, :used], following=self.following[:, :used])
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -24,6 +24,7 @@ class Answer:
     said: str
     probability: float
     expected: str | None
+    sign: ClassVar[str] = "="  # between a problem and its answer
 
     @property
     def is_right(self) -> bool | None:
@@ -35,7 +36,13 @@ class Answer:
 
     def __str__(self) -> str:
         facts = [f"probability {self.probability:.4f}", self.verdict]
-        return f"{self.problem} = {self.said}  ({', '.join(filter(None, facts))})"
+        return f"{self.equation}  ({', '.join(filter(None, facts))})"
+
+    @property
+    def equation(self) -> str:
+        """The problem and the answer; in quotes what could not be seen, or would be several lines."""
+        seen = [text if text.strip() and text.isprintable() else repr(text) for text in (self.problem, self.said)]
+        return f" {self.sign} ".join(seen)
 
 
 class Task:

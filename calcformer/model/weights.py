@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 import kernels
-from calcformer.model.encoder_decoder import EncoderDecoder
-from calcformer.model.layers import ScaledDotProductAttention
+from calcformer.model.layers import CrossAttention, ScaledDotProductAttention, SelfAttention
 
 __all__ = ["AttentionWeights", "attention_weights"]
 
@@ -24,19 +23,25 @@ class AttentionWeights(NamedTuple):
 
 
 @torch.no_grad()
-def attention_weights(model: EncoderDecoder, source: torch.Tensor, target: torch.Tensor) -> AttentionWeights:
-    """The weights with which `model`, in evaluation mode, attends when it reads source and target.
+def attention_weights(model: nn.Module, *inputs: torch.Tensor) -> AttentionWeights:
+    """The weights with which `model`, in evaluation mode, attends when it reads its inputs.
 
     Args:
-        source: (B, S) int64.
-        target: (B, T) int64, as the decoder reads it.
+        inputs: of an encoder-decoder the source (B, S) int64, and the target (B, T) int64 as the decoder reads it; of
+            another model the tokens (B, T) int64. One that has no attention has no weights.
     """
     found: dict[nn.Module, torch.Tensor] = {}
 
-    def keep(attention: nn.Module, inputs: tuple[Any, ...]) -> None:
-        query, key, value, mask, is_causal = inputs
+    def keep(attention: nn.Module, arguments: tuple[Any, ...]) -> None:
+        query, key, value, mask, is_causal = arguments
         weights = kernels.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=is_causal, need_weights=True
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=is_causal,
+            enable_gqa=query.shape[1] != key.shape[1],
+            need_weights=True,
         ).weights
         assert weights is not None
         found[attention] = weights.float()
@@ -47,12 +52,14 @@ def attention_weights(model: EncoderDecoder, source: torch.Tensor, target: torch
         if isinstance(module, ScaledDotProductAttention)
     ]
     try:
-        model(source, target)
+        model(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return AttentionWeights(
-        encoder=[found[layer.attention.scaled_dot_product] for layer in model.encoder],
-        decoder=[found[layer.attention.scaled_dot_product] for layer in model.decoder],
-        cross=[found[layer.cross_attention.scaled_dot_product] for layer in model.decoder],
-    )
+    weights = AttentionWeights([], [], [])
+    for module in model.modules():
+        if isinstance(module, CrossAttention):
+            weights.cross.append(found[module.scaled_dot_product])
+        elif isinstance(module, SelfAttention):
+            (weights.decoder if module.is_causal else weights.encoder).append(found[module.scaled_dot_product])
+    return weights

@@ -28,15 +28,15 @@ def newest_run(questions: Sequence[str] = (), folder: Path = RUNS) -> Path:
         raise InputError(
             f"there is no trained run in {folder}/; make one with: calcformer train, or name one with --run"
         )
-    # What has no example is not asked: a language model goes on with any text.
+    # What has no example comes last: a language model reads any text.
     found.sort(key=lambda each: (bool(each[3].data.example), *each[:2]), reverse=True)
-    return next((run for *_, run, config in found if can_read(config, questions)), found[0][2])
+    return next((run for *_, run, config in found if can_read(run, config, questions)), found[0][2])
 
 
-def can_read(config: RunConfig, questions: Sequence[str]) -> bool:
-    """Whether all questions are ones that a run with these settings knows."""
+def can_read(run: Path, config: RunConfig, questions: Sequence[str]) -> bool:
+    """Whether all questions are ones that a run knows."""
     try:
-        task = config.data.build()
+        task = config.data.restore(run)
         for question in questions:
             task.read_question(question)
     except InputError:

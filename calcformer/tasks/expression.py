@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from calcformer.settings import ModelConfig, Preset, Study, TrainingConfig
+from calcformer.model.settings import ModelConfig
+from calcformer.settings import Preset, Study, TrainingConfig
 from calcformer.tasks.arithmetic import ArithmeticSettings, reported
 
 if TYPE_CHECKING:

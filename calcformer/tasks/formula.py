@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from calcformer.errors import InputError
-from calcformer.settings import ModelConfig, Preset, Study, TrainingConfig, setting
+from calcformer.model.settings import ModelConfig
+from calcformer.settings import Preset, Study, TrainingConfig, setting
 from calcformer.tasks.arithmetic import ArithmeticSettings, reported
 
 if TYPE_CHECKING:

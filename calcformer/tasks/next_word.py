@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from calcformer.errors import InputError
-from calcformer.settings import Preset, RecurrentSettings, Study, TaskSettings, TrainingConfig, setting
+from calcformer.model.settings import RecurrentSettings
+from calcformer.settings import Preset, Study, TaskSettings, TrainingConfig, setting
 
 if TYPE_CHECKING:
     from calcformer.tasks.next_word_task import NextWordTask

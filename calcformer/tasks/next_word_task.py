@@ -25,6 +25,7 @@ class NextWord(Answer):
     """A word said after a context, and how often which words follow there: nowhere in the line, none."""
 
     follows: dict[str, int]
+    sign = "->"
 
     @property
     def is_right(self) -> bool | None:
@@ -37,9 +38,6 @@ class NextWord(Answer):
         total = sum(self.follows.values())
         counted = ", ".join(f"{word} {count} of {total}" for word, count in self.follows.items())
         return f"{'right' if self.is_right else 'wrong'}; by counting {counted}"
-
-    def __str__(self) -> str:
-        return f"{self.problem} -> {self.said}  (probability {self.probability:.4f}, {self.verdict})"
 
 
 class NextWordTask(Task):
@@ -83,13 +81,17 @@ class NextWordTask(Task):
     def questions(self, examples: Examples) -> list[str]:
         return [" ".join(self.vocabulary.decode(ids)) for ids in examples.inputs[0].tolist()]
 
+    def ask(self, problems: Sequence[Context]) -> Labelled:
+        ids = torch.tensor([self.vocabulary.encode(problem) for problem in problems]).view(-1, self.source_length)
+        labels = [self.vocabulary.id(self.right_answer(problem) or self.vocabulary.tokens[0]) for problem in problems]
+        return Labelled(ids, torch.tensor(labels))
+
     @torch.no_grad()
     def answers(
         self, model: Any, problems: Sequence[Context], device: torch.device, *_: Any, **options: Any
     ) -> list[Answer]:
         """The most probable word after each context, its probability, and what the line has there."""
-        ids = torch.tensor([self.vocabulary.encode(problem) for problem in problems], device=device)
-        chances, words = model(ids.view(-1, self.source_length)).double().softmax(dim=1).max(dim=1)
+        chances, words = model(*self.ask(problems).to(device).inputs).double().softmax(dim=1).max(dim=1)
         return [
             NextWord(
                 self.question(problem),

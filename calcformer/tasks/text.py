@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from calcformer.errors import InputError
-from calcformer.settings import DecoderOnlyConfig, Preset, TaskSettings, TrainingConfig, setting
+from calcformer.model.settings import DecoderOnlyConfig
+from calcformer.settings import Preset, TaskSettings, TrainingConfig, setting
 
 if TYPE_CHECKING:
     from calcformer.tasks.language.texts import TextTask

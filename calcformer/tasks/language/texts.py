@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from calcformer.data import Examples, Task
+from calcformer.data import Answer, Examples, Task, Texts
 from calcformer.errors import InputError, shown
 from calcformer.runs.folder import RunError
 from calcformer.sampling import generate
@@ -20,7 +20,7 @@ from calcformer.tasks.language.tokenizers import BytePairs, Characters, Tokenize
 if TYPE_CHECKING:
     from calcformer.tasks.text import Text
 
-__all__ = ["TextTask", "Windows"]
+__all__ = ["NextToken", "TextTask"]
 
 TOKENIZER = "tokenizer.json"  # in a run folder
 KINDS: dict[str, type[Tokenizer]] = {
@@ -33,23 +33,13 @@ MEASURED_BEFORE = -100  # the label of a token that an earlier window has
 SHOWN = 120  # tokens of a sample
 
 
-@dataclass(frozen=True)
-class Windows(Examples):
-    """Windows of a text: ids (N, T) int64, and the token after each, (N, T) int64."""
+class NextToken(Answer):
+    """The likeliest token after a text; what is right nobody knows."""
 
-    ids: torch.Tensor
-    following: torch.Tensor
-
-    @property
-    def inputs(self) -> tuple[torch.Tensor, ...]:
-        return (self.ids,)
-
-    @property
-    def labels(self) -> torch.Tensor:
-        return self.following
+    sign = "->"
 
 
-def cut(ids: torch.Tensor, context: int, most: int) -> Windows:
+def cut(ids: torch.Tensor, context: int, most: int) -> Texts:
     """Windows (N, context), N at most `most`, of which each token of ids (L,) but the first is a label once.
 
     Each begins with the last token of the one before. The last one ends with the text; what others have is no label.
@@ -58,7 +48,7 @@ def cut(ids: torch.Tensor, context: int, most: int) -> Windows:
     begins = starts.clamp(max=len(ids) - 1 - context)
     rows = ids.unfold(0, context + 1, 1)[begins]
     before = torch.arange(context) < (starts - begins)[:, None]
-    return Windows(rows[:, :-1].contiguous(), rows[:, 1:].masked_fill(before, MEASURED_BEFORE))
+    return Texts(rows[:, :-1].contiguous(), rows[:, 1:].masked_fill(before, MEASURED_BEFORE))
 
 
 class TextTask(Task):
@@ -140,15 +130,34 @@ class TextTask(Task):
             len(ids) - context, (self.data.train_size,), generator=generator, device=generator.device
         )
         rows = ids.unfold(0, context + 1, 1)[starts]
-        return Windows(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+        return Texts(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
 
     def text_figures(self, loss: float) -> dict[str, float]:
         """Bits a character: what the tokens of the held-out text cost, shared among its characters."""
         characters = len(self.raw) - self.border(len(self.raw)) if self.data.held_out else len(self.raw)
         return {"bits_per_character": loss / math.log(2) * len(self.sides[1]) / characters}
 
-    def read_question(self, text: str) -> Any:
-        raise InputError('this run goes on with a text and answers no problems; use: calcformer generate RUN "..."')
+    def read_question(self, text: str) -> str:
+        """A text, whose next token is asked for."""
+        self.beginning(text)
+        return text
+
+    def ask(self, problems: Sequence[str]) -> Texts:
+        """The ends of texts, as long as a window, with zeros behind those that are shorter."""
+        rows = [torch.tensor(self.beginning(text)[-self.data.context :]) for text in problems]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return Texts(ids, torch.full_like(ids, MEASURED_BEFORE))
+
+    @torch.no_grad()
+    def answers(
+        self, model: Any, problems: Sequence[str], device: torch.device, *_: Any, **options: Any
+    ) -> list[Answer]:
+        """The likeliest token after each text, and its probability."""
+        found: list[Answer] = []
+        for text in problems:
+            chance, token = model(*self.ask([text]).to(device).inputs)[0, -1].double().softmax(0).max(0)
+            found.append(NextToken(text, self.decode_answer([int(token)]), float(chance), None))
+        return found
 
     def beginning(self, text: str | None) -> list[int]:
         if text is None:  # as a line begins
