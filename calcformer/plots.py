@@ -23,6 +23,7 @@ __all__ = ["Line", "can_draw", "save_curve", "save_heads", "save_losses", "save_
 # What metrics.jsonl has beside figures.
 NO_FIGURES = {"epoch", "learning_rate", "seconds", "examples_per_second"}
 LIMIT: dict[str, Any] = {"color": "black", "linestyle": ":"}  # what nothing can surpass
+SEEN = {" ": "\u2423", "\n": "\u21b5"}  # tokens that would not be seen at an axis
 WIDEST_HEADS = 16  # inches of a row of heads, 1,920 pixels: what a screen shows
 
 
@@ -214,6 +215,7 @@ def save_heads(
         queries, keys: what stands at the rows and at the columns.
         labels: what the queries and the keys are.
     """
+    queries, keys = ([SEEN.get(token, token) for token in tokens] for tokens in (queries, keys))
     # A cell has room for a digit, the axes for their longest word, which keys have upright.
     cell, word = 0.32, 0.085
     panel_width = max(cell * len(keys), 1.6) + word * max(map(len, queries)) + 0.6
