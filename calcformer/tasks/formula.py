@@ -26,13 +26,13 @@ class Formulas(ArithmeticSettings):
     example = "649+864"
 
     data_seed: int = setting(123_456, "seed of the data and its split", 0, 2**62)
-    complexity: int = setting(3, "operands reach 10 to this power", 0, 12)
+    complexity: int = setting(3, "largest operand, as a power of 10: 3 is 1000", 0, 12)
     signed: bool = setting(True, "the first operand may be negative")
     truncate: bool = setting(False, "cut to 9 and 5 tokens, as the formula report did")
-    zero_pad: bool = setting(False, "write all numbers with the same number of digits")
+    zero_pad: bool = setting(False, "write all numbers with as many digits, 7 as 0007")
     reverse_answer: bool = setting(False, "answers say their last digit first")
     sampling: Literal["uniform", "digits", "hard"] = setting(
-        "uniform", "fresh formulas: any numbers alike; any counts of digits alike; half of those with long carries"
+        "uniform", "fresh formulas: all alike; all lengths alike; three in four with long carries or near operands"
     )
 
     def __post_init__(self) -> None:

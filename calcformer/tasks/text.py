@@ -27,15 +27,15 @@ class Text(TaskSettings):
     figures = {"valid_loss": "loss", "perplexity": "perplexity", "bits_per_character": "bits a character"}
 
     train_size: int = setting(4_000, "windows of the text drawn an epoch", 1, 10_000_000)
-    valid_size: int = setting(10_000, "windows of what is held out that are measured, at most", 1, 10_000_000)
+    valid_size: int = setting(10_000, "most windows of the held-out end that are measured", 1, 10_000_000)
     data: str = setting("", "the text, a file or a folder with input.txt or other *.txt, each may be .gz")
     text: str = setting("", "the text itself, where no --data is given")
     tokenizer: Literal["characters", "words", "word-piece", "bpe"] = setting(
-        "characters", "what tokens are: characters; words and punctuation; BERT's pieces; byte pairs"
+        "characters", "what tokens are: characters; words and punctuation; BERT's pieces of words; byte pairs"
     )
     vocabulary: str = setting("", "BERT's vocab.txt, for word-piece")
     vocabulary_size: int = setting(2_000, "tokens of bpe, learned from what is not held out", 257, 1_000_000)
-    context: int = setting(64, "tokens of a window", 1, 65_536)
+    context: int = setting(64, "tokens of a window: how far back the model sees", 1, 65_536)
     held_out: float = setting(0.1, "share at the end that is held out; 0 measures what is trained on", 0, 0.9)
 
     def build(self) -> TextTask:

@@ -14,8 +14,8 @@ __all__ = ["ArithmeticSettings", "reported"]
 @dataclass(frozen=True)
 class ArithmeticSettings(TaskSettings):
     fresh: bool = setting(False, "draw new problems each epoch instead of a fixed list")
-    held_out: float = setting(0.5, "fresh problems: share of all problems never trained on", 0.001, 0.999)
-    leaky_split: bool = setting(False, "let problems stand on both sides, as the reports did")
+    held_out: float = setting(0.5, "of fresh problems: the share of all that is never trained on", 0.001, 0.999)
+    leaky_split: bool = setting(False, "let problems be both trained on and held out, as the reports did")
 
     def __post_init__(self) -> None:
         super().__post_init__()
