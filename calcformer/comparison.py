@@ -157,7 +157,9 @@ def make_table(results: dict[str, Any]) -> str:
         lines.append(cells)
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    notes = ["Token accuracy counts single tokens, the end token too, given the right ones before."]
+    notes = ["Token accuracy counts single tokens, the end token too, given the right ones before."] * (
+        "token accuracy" in labels.values()
+    )
     if CONVERGENCE in labels:
         notes = [f"Convergence: the first epoch at whose end {labels[results['main']]} was the best possible."]
     if best:

@@ -10,13 +10,13 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from calcformer.config import PRESETS, RunConfig
+from calcformer.config import RunConfig
 from calcformer.errors import shown, tell
 from calcformer.model.settings import MODELS
 from calcformer.settings import kinds_of
 from calcformer.tasks import TASKS
 
-__all__ = ["Commands", "Parser", "add_beam", "add_device", "add_settings", "path", "real", "whole"]
+__all__ = ["Commands", "Parser", "add_beam", "add_device", "add_settings", "path", "real", "span", "whole"]
 
 LONGEST = 600  # characters of an error
 
@@ -47,6 +47,15 @@ def whole(low: int, high: int) -> Callable[[str], int]:
         return int(text)
 
     return read
+
+
+def span(text: str) -> tuple[int, int]:
+    """The type of a flag that is a number from 1, or two of them in order: the first and the last."""
+    found = re.fullmatch(r"([1-9][0-9]{0,8})(?:-([1-9][0-9]{0,8}))?", text.strip())
+    first, last = map(int, (found[1], found[2] or found[1])) if found else (2, 1)
+    if first > last:
+        raise argparse.ArgumentTypeError(f"must be a number from 1, or two such as 3-6, got {shown(text)}")
+    return first, last
 
 
 def real(low: float, high: float) -> Callable[[str], float]:
@@ -103,18 +112,15 @@ def add_settings(parser: argparse.ArgumentParser, base: RunConfig) -> None:
 
     Those of other tasks and kinds are read too, and not shown: `RunConfig.with_settings` says whose they are.
     """
-    usual = [preset for preset in PRESETS.values() if preset.data.task == base.data.task]
     known: set[str] = set()
     for section, settings in base.sections.items():
         group = parser.add_argument_group(section)
         if section == "model":
             kinds: dict[str, Any] = {"choices": tuple(base.data.models), "default": argparse.SUPPRESS}
             group.add_argument("--model", help=f"kind of model ({base.model.kind})", **kinds)
-        presets = [vars(preset.sections[section]) for preset in usual]
         for item in fields(settings):
-            values = [preset[item.name] for preset in presets if item.name in preset] or [item.default]
-            default = " / ".join(map(str, values if len(set(values)) > 1 else values[:1]))
-            add_flag(group, settings, item, f"{item.metadata['help']} ({default})")
+            default = getattr(settings, item.name)
+            add_flag(group, settings, item, f"{item.metadata['help']} ({'none' if default == '' else default})")
             known.add(item.name)
     for foreign in (*TASKS.values(), *MODELS.values()):
         for item in fields(foreign):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from calcformer.config import PRESETS
+from calcformer.config import PRESETS, RunConfig
 from calcformer.errors import InputError, shown
 from calcformer.runs.folder import CONFIG, METRICS, MODEL, RESUME, RunError, read_config, read_head, saved_epoch
 from calcformer.runs.run_log import RunLog
@@ -33,7 +35,7 @@ def tasks_text() -> str:
     lines: list[list[str]] = []
     for name, task in TASKS.items():
         lines += [[name, "", task.about], *(["", preset, made.about] for preset, made in task.presets().items())]
-    return table(["task", "preset", ""], lines)
+    return table(["task", "preset", "what it is"], lines)
 
 
 def describe_run(folder: Path) -> dict[str, Any]:
@@ -58,7 +60,6 @@ def describe_run(folder: Path) -> dict[str, Any]:
         newest |= entry
     main = next(iter(labels))
     best = sorted((entry[main] for entry in entries if main in entry), reverse=not is_loss(main))[:1]
-    usual = PRESETS[config.preset].settings if config.preset in PRESETS else {}
     tensors = [tensor for name, tensor in read_head(path).items() if name != "__metadata__"]
     return {
         "run": str(folder),
@@ -71,15 +72,29 @@ def describe_run(folder: Path) -> dict[str, Any]:
         "best": {labels[main]: value for value in best},
         "reported": {labels[name]: value for name, value in config.reported.items() if name in labels},
         "age": time.time() - path.stat().st_mtime,
-        "changed": {name: x for name, x in config.settings.items() if name not in usual or usual[name] != x},
+        "changed": changed_settings(config),
         "parameters": sum(math.prod(tensor["shape"]) for tensor in tensors),
         "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
     }
 
 
+def changed_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that differ from the preset's, without those that follow from the others."""
+    if config.preset not in PRESETS:
+        return config.settings
+    preset = PRESETS[config.preset]
+    usual = preset.settings | ({} if preset.training.processes else {"processes": config.training.processes})
+    found = {name: x for name, x in config.settings.items() if name not in usual or usual[name] != x}
+    for name in found.keys() - {"model"}:
+        rest = preset.with_settings({other: x for other, x in found.items() if other != name}).settings
+        if name in rest and rest[name] == found[name]:
+            del found[name]
+    return found
+
+
 def run_text(run: dict[str, Any]) -> str:
     """What `describe_run` returned."""
-    changed = ", ".join(f"{name} {value}" for name, value in run["changed"].items())
+    changed = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in run["changed"].items())
     lines = {
         "run": run["run"],
         "task": f"{run['task']}, preset {run['preset'] or 'unknown'}, {run['model']}",
@@ -135,9 +150,15 @@ def figures_text(figures: dict[str, float]) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """Columns as wide as they need to be, without anything at the end of a line."""
+    """Columns as wide as they need to be, but for the last one, which has what room the terminal leaves."""
     widths = [max(map(len, column)) for column in zip(head, *rows)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [head, *rows]]
+    *others, _ = widths
+    room = max(30, shutil.get_terminal_size((120, 24)).columns - sum(others) - 2 * len(others))
+    lines = []
+    for *cells, last in [head, *rows]:
+        for place, part in enumerate(textwrap.wrap(last, room, break_on_hyphens=False) or [""]):
+            row = [*(cells if place == 0 else [""] * len(cells)), part]
+            lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     return "\n".join(lines)
 
 

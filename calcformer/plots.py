@@ -103,6 +103,8 @@ def save_curve(entries: list[dict[str, Any]], title: str, path: Path, data: "Tas
             if name in best and (best[name] or panel != "loss"):  # a logarithmic axis has no 0
                 axes.axhline(best[name], label="best possible", **LIMIT)
         axes.set(title=panel, xlabel="epoch")
+        if entries[-1]["epoch"] == entries[0]["epoch"]:
+            axes.set_xlim(0, 2 * entries[0]["epoch"])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if panel == "loss":

@@ -417,17 +417,16 @@ PAGES = {
 def test_html_has_the_numbers_of_the_text(name: str) -> None:
     page = PAGES[name]()
     reader, text = read_html(page), write_text(page, 140)
-    shown = [
-        matrix.cut(MOST_COLUMNS, MOST_ROWS) for step in all_steps(page) for line in step.matrices for matrix in line
-    ]
+    steps = all_steps(page).values()
+    shown = [matrix.cut(MOST_COLUMNS, MOST_ROWS) for step in steps for line in step.matrices for matrix in line]
     cells = [cell for _, body in shown for row in body for cell in row[1:]]
     assert reader.cells == cells
     missing = Counter(cells) - Counter(text.split())
     assert not missing and len(cells) > 40
-    for step in all_steps(page):
+    for step in steps:
         for said in (step.title, step.text, step.formula, *step.examples, *step.notes, *page.intro, *page.closing):
             assert said in reader.text and " ".join(said.split()) in " ".join(text.split())
-    assert reader.tags["section"] == reader.tags["h2"] == len(all_steps(page))
+    assert reader.tags["section"] == reader.tags["h2"] == len(steps)
     is_cut = name == "large"
     assert ("the last are shown" in text) == ("the last are shown" in reader.text) == is_cut
 
@@ -457,7 +456,20 @@ def test_what_comes_without_a_flag_is_short(
     monkeypatch.setenv("COLUMNS", "110")
     assert main(["explain"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 200 and max(map(len, lines)) <= 110
+    assert len(lines) <= 215 and max(map(len, lines)) <= 110
+
+
+def test_steps_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    pages = {}
+    for flags in ["--steps", "4"], ["--steps", "3-5"], ["--steps", "21"], []:
+        assert main(["explain", *flags]) == 0
+        pages[" ".join(flags)] = capsys.readouterr().out
+    headings = {flags: re.findall(r"^(\d+)\. ", text, re.MULTILINE) for flags, text in pages.items()}
+    assert list(headings.values()) == [["4"], ["3", "4", "5"], ["21"], [str(n) for n in range(1, 22)]]
+    step = pages["--steps 4"].split("\n\n")[1].strip()
+    assert step.startswith("4. Encoder self-attention: weights") and step in pages[""]
+    assert main(["explain", "--steps", "20-21", "--html", "page.html"]) == 0
+    assert re.findall(r"<h2>(\d+)\.", Path("page.html").read_text()) == ["20", "21"]
 
 
 def test_the_excerpt_in_the_readme_is_what_is_printed() -> None:
@@ -540,6 +552,9 @@ def test_losses_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (["--picture", "x.png"], "--picture is for --losses"),
         (["--losses", "--html", "x.html", "--picture", "no/x.png"], "no/x.png: there is no folder no"),
         (["--html", "/"], "/: Is a directory"),
+        (["--steps", "22"], "--steps must be 1 to 21, which this page has, got 22"),
+        (["--steps", "5-3"], "--steps: must be a number from 1, or two such as 3-6, got '5-3'"),
+        (["--steps", "0"], "must be a number from 1"),
         (["--html", ""], "--html: must be the name of a file"),
         (["1+1", "--run", "nowhere"], "there is no run folder nowhere"),
         (["one plus one", "--run", "RUN"], "'o' at place 1"),

@@ -494,15 +494,16 @@ def test_a_folder_without_runs_says_how_to_make_one(tmp_path: Path, capsys: pyte
 def test_one_run_is_told(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(runs / "one"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    tiny = {"train_size": 40, "valid_size": 20, "epochs": 1, "width": 8, "hidden": 8, "processes": 1, "device": "cpu"}
-    assert found["changed"] == {**tiny, "warmup_steps": 0}
+    # Neither the processes, which are as many as there were cores, nor a warm-up cut to the length of the run.
+    tiny = {"train_size": 40, "valid_size": 20, "epochs": 1, "width": 8, "hidden": 8, "device": "cpu"}
+    assert found["changed"] == tiny
     model = Solver(runs / "one", "cpu").model
     assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert found["bytes"] == sum(path.stat().st_size for path in (runs / "one").iterdir())
     assert found["reported"] == {"loss": 0.117, "token accuracy": 0.963}
     assert main(["info", str(runs / "one")]) == 0
     text = capsys.readouterr().out
-    assert "formula, preset formula, encoder-decoder" in text and "width 8" in text and "learning_rate" not in text
+    assert "formula, preset formula, encoder-decoder" in text and "--width 8" in text and "learning" not in text
     assert "token accuracy 0.9630" in text and f"{found['parameters']:,} parameters" in text
     config = json.loads((runs / "one" / "config.json").read_text())
     copy = runs / "one" / ".." / "renamed"
@@ -514,7 +515,8 @@ def test_one_run_is_told(runs: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "model.safetensors is damaged" in fails(capsys, "info", runs / "cut")
 
 
-def test_tasks_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tasks_are_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     assert main(["tasks", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["task"], row["preset"]) for row in rows] == [(x.data.task, name) for name, x in PRESETS.items()]
@@ -522,6 +524,35 @@ def test_tasks_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(TASKS) + len(PRESETS) and all(line == line.rstrip() for line in lines)
     assert next(line for line in lines if " ten-digits " in line).endswith("numbers of up to ten digits")
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["tasks"]) == 0
+    narrow = capsys.readouterr().out
+    assert max(map(len, narrow.splitlines())) <= 80 and " ".join(narrow.split()) == " ".join("\n".join(lines).split())
+
+
+def test_what_a_run_has_of_another_model_is_no_change(tmp_path: Path) -> None:
+    config = PRESETS["next-word"].with_settings({"model": "transformer", "hidden": 32, "epochs": 1})
+    assert listing.changed_settings(config) == {"model": "transformer", "hidden": 32, "epochs": 1}
+
+
+def test_what_is_on_both_sides_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = {"train_size": 40, "valid_size": 20, "epochs": 1, "width": 8, "hidden": 8, "processes": 1, "device": "cpu"}
+    for leaky in False, True:
+        train(PRESETS["formula"].with_settings({**tiny, "complexity": 1, "leaky_split": leaky}), bar=False)
+    told = re.findall(r"held out(.*?);", capsys.readouterr().err)
+    assert told[0] == "" and 0 < int(re.fullmatch(r", (\d+) of which are trained on too", told[1])[1]) <= 20  # type: ignore[index]
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_side_without_examples_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = PRESETS["cycle"].data.build().split()
+    for side, what in enumerate(("train on", "hold out")):
+        empty = list(whole)
+        empty[side] = whole[side].select(torch.tensor([], dtype=torch.int64))
+        monkeypatch.setattr(CycleTask, "split", lambda _, sides=empty: sides)
+        assert f"no examples are left to {what}; change how many are held out" in fails(capsys, "train", "cycle")
 
 
 @pytest.mark.parametrize(

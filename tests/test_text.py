@@ -191,7 +191,7 @@ def test_a_text_that_repeats_is_learned_to_its_floor_and_gone_on_with(
     assert len(capsys.readouterr().out) == 4
     for command in ["info", "run"], ["runs", "."]:
         assert main(command) == 0
-        assert re.search("text.*decoder-only|text +shakespeare +6/6 +loss 0.0", capsys.readouterr().out)
+        assert re.search("text.*decoder-only|text +text +6/6 +loss 0.0", capsys.readouterr().out)
 
 
 def test_a_model_that_learned_nothing_is_as_bad_as_it_is(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,6 +139,7 @@ class Page:
         title, intro, closing: what stands before the steps, and after them.
         steps: in order.
         checks: all of one kind, which `checked_by` describes.
+        shown: which steps are, by their numbers from 1, the first and the last; None for all.
     """
 
     title: str
@@ -147,6 +148,7 @@ class Page:
     checks: Sequence[Check]
     checked_by: str
     closing: Sequence[str] = ()
+    shown: tuple[int, int] | None = None
 
     @property
     def agrees(self) -> bool:

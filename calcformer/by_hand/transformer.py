@@ -74,7 +74,8 @@ def embed(
     place = x - word
     done.add(
         title,
-        f"{text}, the same wherever it stands; so a row for its place t, from 0 on, is added.",
+        f"{text}, the same wherever it stands; so a row for its place t, from 0 on, is added."
+        + " Angles are in radians." * (kind in ("sinusoid", "course")),
         f"x = word + place, {PLACES[kind].format(width=width)}",
         [[Matrix.of(name, y, words) for name, y in (("word", word), ("place", place), ("x", x))]],
         *[f"place[{at}, 0] = sin({i} / 10000^(0/{width})) = {number(place[i, 0])}"] * (kind == "sinusoid"),

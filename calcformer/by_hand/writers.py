@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 from calcformer.by_hand.steps import KEPT, MORE, Matrix, Page, Step
+from calcformer.errors import InputError
 
 __all__ = ["COLUMNS", "write_html", "write_text"]
 
@@ -26,21 +27,25 @@ def short(label: str, longest: int = LONGEST_HEAD) -> str:
     return label if len(label) <= longest else label[: longest - 1] + "…"
 
 
-def all_steps(page: Page) -> list[Step]:
-    """The steps, and as the last one what was checked."""
+def all_steps(page: Page) -> dict[int, Step]:
+    """The steps that are shown, by their numbers, of which what was checked is the last; InputError for others."""
     names = list(page.checks[0].apart)
     table = [[check.apart[name] for name in names] for check in page.checks]
     verdict = "All agree: what is left is rounding." if page.agrees else "SOMETHING IS WRONG: not all agree."
     matrix = Matrix("apart", table, [check.name for check in page.checks], names, digits=-1)
-    return [*page.steps, Step("Checked", f"{page.checked_by} {verdict}", matrices=[[matrix]])]
+    steps = [*page.steps, Step("Checked", f"{page.checked_by} {verdict}", matrices=[[matrix]])]
+    first, last = page.shown or (1, len(steps))
+    if last > len(steps):
+        raise InputError(f"--steps must be 1 to {len(steps)}, which this page has, got {last}")
+    return dict(list(enumerate(steps, 1))[first - 1 : last])
 
 
 def write_text(page: Page, columns: int = COLUMNS) -> str:
     """The page in lines of so many characters (60 to 140), as far as its words let it."""
     columns = min(max(columns, 60), 140)
     body: list[str] = []
-    for place, step in enumerate(all_steps(page), 1):
-        body += [""] if step.text or step.notes else []  # what only repeats an earlier step stands close to it
+    for place, step in all_steps(page).items():
+        body.append("")
         head = f"{place}. {step.title}"
         if step.formula and len(head + GAP + step.formula) <= columns:
             body.append(head + GAP + step.formula)
@@ -136,7 +141,7 @@ nav { columns: 18rem; font-size: .9rem } nav a { display: block; color: #06c; te
 def write_html(page: Page) -> str:
     """The page as one HTML document that needs nothing else; numbers above 0 stand on blue, those below on orange."""
     steps = all_steps(page)
-    tables = ["".join(map(table_of, matrices)) for step in steps for matrices in step.matrices]
+    tables = ["".join(map(table_of, matrices)) for step in steps.values() for matrices in step.matrices]
     is_cut = any(f"<td>{MORE}</td>" in table for table in tables)
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -145,10 +150,10 @@ def write_html(page: Page) -> str:
         f"<h1>{html.escape(page.title)}</h1>",
         *paragraphs([*page.intro, *[CUT] * is_cut]),
         "<nav>",
-        *(f'<a href="#step-{place}">{place}. {html.escape(step.title)}</a>' for place, step in enumerate(steps, 1)),
+        *(f'<a href="#step-{place}">{place}. {html.escape(step.title)}</a>' for place, step in steps.items()),
         "</nav>",
     ]
-    for place, step in enumerate(steps, 1):
+    for place, step in steps.items():
         parts.append(f'<section id="step-{place}">\n<h2>{place}. {html.escape(step.title)}</h2>')
         parts += paragraphs([step.text] if step.text else [])
         parts += [f"<p><code>{html.escape(step.formula)}</code></p>"] if step.formula else []

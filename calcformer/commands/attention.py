@@ -12,7 +12,14 @@ __all__ = ["add"]
 
 
 def add(commands: Commands, base: RunConfig) -> None:
-    parser = commands.add_parser("attention", help="draw what every head attends to while a run answers")
+    parser = commands.add_parser(
+        "attention",
+        help="draw what every head attends to while a run answers",
+        description=(
+            "Draw what every head of every layer attends to while a run answers: a picture a layer, a row a token. A "
+            "problem of a language model is a text."
+        ),
+    )
     parser.add_argument("questions", nargs="+", metavar="PROBLEM", help="as for solve")
     parser.add_argument("--run", type=path, metavar="RUN", help="run folder, as for solve")
     parser.add_argument(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 from calcformer.config import RunConfig
 from calcformer.errors import InputError, say, tell
-from calcformer.flags import Commands, path, whole
+from calcformer.flags import Commands, path, span, whole
 
 __all__ = ["add"]
 
@@ -30,10 +31,11 @@ def add(commands: Commands, base: RunConfig) -> None:
         ("--d-v", 256, "numbers of a head's value (width / heads)"),
     ):
         parser.add_argument(flag, type=whole(1, most), metavar="N", help=text)
-    parser.add_argument("--seed", type=whole(0, 2**63 - 1), metavar="N", help="of the weights drawn (0)")
+    parser.add_argument("--seed", type=whole(0, 2**63 - 1), metavar="N", help="another one draws other weights (0)")
     parser.add_argument("--run", type=path, metavar="RUN", help="with a run's weights; SENTENCE is a problem then")
     parser.add_argument("--tutorial", action="store_true", help="a tutorial's numbers, what it prints beside ours")
     parser.add_argument("--losses", action="store_true", help="six loss functions side by side instead")
+    parser.add_argument("--steps", type=span, metavar="N-M", help="the steps with these numbers only: 4, or 3-6 (all)")
     parser.add_argument("--html", type=path, metavar="FILE", help="write a page for a browser instead of text")
     parser.add_argument("--picture", type=path, metavar="FILE", help="with --losses: draw them to a PNG as well")
     parser.set_defaults(work=run)
@@ -49,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     drawn = {name: given[name] for name in ("answer", "width", "heads", "hidden", "seed")}
     drawn |= {"key_size": arguments.d_k, "value_size": arguments.d_v}
     page = by_hand.choose_page(arguments.sentence, arguments.run, arguments.tutorial, arguments.losses, drawn)
+    if arguments.steps is not None:
+        page = replace(page, shown=arguments.steps, closing=())
     if arguments.picture is not None and not arguments.losses:
         raise InputError("--picture is for --losses; leave it out")
     for file in arguments.html, arguments.picture:  # both, before one is written

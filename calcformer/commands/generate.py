@@ -42,7 +42,7 @@ def add(commands: Commands, base: RunConfig) -> None:
         metavar="P",
         help="of the fewest tokens only whose probabilities sum to P (1)",
     )
-    parser.add_argument("--seed", type=whole(0, 2**62), metavar="N", help="for the same text again (another each time)")
+    parser.add_argument("--seed", type=whole(0, 2**62), metavar="N", help="one seed, one text (another each time)")
     parser.add_argument("--count", type=whole(1, 10_000), default=1, metavar="N", help="texts (1)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_device(parser)

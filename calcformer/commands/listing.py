@@ -15,10 +15,22 @@ __all__ = ["add"]
 
 
 def add(commands: Commands, base: RunConfig) -> None:
-    tasks = commands.add_parser("tasks", help="list what can be learned, and the presets")
-    runs = commands.add_parser("runs", help="list the runs in a folder")
-    runs.add_argument("folder", type=path, nargs="?", default=Path("runs"), metavar="FOLDER", help="(runs)")
-    info = commands.add_parser("info", help="say what is known of a run")
+    tasks = commands.add_parser(
+        "tasks",
+        help="list what can be learned, and the presets",
+        description="List what can be learned, and the presets: settings that have a name.",
+    )
+    runs = commands.add_parser(
+        "runs",
+        help="list the runs in a folder",
+        description="List the runs in a folder and in those within: how far each is, its best figure, and its age.",
+    )
+    runs.add_argument("folder", type=path, nargs="?", default=Path("runs"), metavar="FOLDER", help="of runs (runs)")
+    info = commands.add_parser(
+        "info",
+        help="say what is known of a run",
+        description="Say what is known of a run: which settings differ from its preset's, how far it is, its figures.",
+    )
     info.add_argument("run", type=path, metavar="RUN", help="run folder")
     for parser in tasks, runs, info:
         parser.add_argument("--json", action="store_true", help="print JSON")

@@ -80,11 +80,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"no problem was given; give one, such as: calcformer solve {PRESETS[DEFAULT].data.example}")
     questions = [question for question, _ in problems]
     solver = Solver(arguments.run or newest_run(questions), arguments.device)
+    asked = "" if arguments.run else f" (asked was {solver.folder}; --run names another)"
     for question, place in problems:
         try:
             solver.task.read_question(question)
         except InputError as error:
-            raise InputError(f"{place}{error}") from None
+            raise InputError(f"{place}{error}{asked}") from None
     with tqdm(total=len(questions), unit="ex", unit_scale=True, disable=None, delay=2, leave=False) as bar:
         answers = solver.answers(questions, beam=arguments.beam, advance=bar.update)
     tell(f"answered by {solver}")

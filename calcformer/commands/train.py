@@ -46,21 +46,16 @@ def choose(words: list[str]) -> tuple[RunConfig, list[str]]:
 
 def add_run_flags(parser: Parser, base: RunConfig) -> None:
     """The flags of the task and the kind of model of `base`."""
-    parser.prog += " [TASK]"
-    own = presets_of(base)
+    own = [name for name, preset in PRESETS.items() if preset.data.task == base.data.task]
+    parser.usage = f"{parser.prog} [TASK] [--preset PRESET] [--FLAG VALUE ...]"
     parser.add_argument(
         "--preset",
         choices=tuple(PRESETS),
         metavar="PRESET",
         default=argparse.SUPPRESS,
-        help=f"{', '.join(own)} ({base.preset})",
+        help=f"settings with a name: {', '.join(own)} ({base.preset})",
     )
     add_settings(parser, base)
-
-
-def presets_of(base: RunConfig) -> list[str]:
-    """The presets of its task."""
-    return [name for name, preset in PRESETS.items() if preset.data.task == base.data.task]
 
 
 def add(commands: Commands, base: RunConfig) -> None:
@@ -69,8 +64,8 @@ def add(commands: Commands, base: RunConfig) -> None:
         help="train a model",
         description=(
             f"Train a model on a task: {', '.join(TASKS)}. These are the flags of {base.data.task}; another one, "
-            f"named first, has others. In brackets stand the defaults: {' / '.join(presets_of(base))}, or one where "
-            "they agree."
+            f"named first, has others. In brackets stand the defaults, those of the preset {base.preset}; with another "
+            "--preset before --help its own."
         ),
     )
     parser.add_argument("--out", type=path, help="run folder to write (runs/PRESET-N)")

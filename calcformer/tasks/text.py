@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,24 +59,26 @@ class Text(TaskSettings):
         sentence: dict[str, Any] = {"train_size": 4, "text": LINE, "context": 16, "held_out": 0.0}
         narrow = DecoderOnlyConfig(heads=8, head_size=64, positions="sinusoid", tied=False)
         steady = TrainingConfig(epochs=10, batch_size=2, exact_match_every=5)
-        return {
-            "shakespeare": Preset(
-                "a text in characters, in a quarter of an hour on two cores; made for Shakespeare's plays",
-                cls(train_size=4_000, context=128),
-                DecoderOnlyConfig(width=128, heads=4, layers=4, hidden=512),
-                TrainingConfig(
-                    epochs=20,
-                    batch_size=16,
-                    learning_rate=3e-3,
-                    schedule="cosine",
-                    warmup_steps=200,
-                    weight_decay=0.1,
-                    beta2=0.99,
-                    clip_norm=1.0,
-                    valid_every=2,
-                    exact_match_every=5,
-                ),
+        characters = Preset(
+            "a text of yours in characters, in a quarter of an hour on two cores",
+            cls(train_size=4_000, context=128),
+            DecoderOnlyConfig(width=128, heads=4, layers=4, hidden=512),
+            TrainingConfig(
+                epochs=20,
+                batch_size=16,
+                learning_rate=3e-3,
+                schedule="cosine",
+                warmup_steps=200,
+                weight_decay=0.1,
+                beta2=0.99,
+                clip_norm=1.0,
+                valid_every=2,
+                exact_match_every=5,
             ),
+        )
+        return {
+            "text": characters,
+            "shakespeare": replace(characters, about="the same by the name of what it was made for"),
             # nanoGPT's setting of train_shakespeare_char.py, which it says reaches 1.4697.
             "shakespeare-gpu": Preset(
                 "the same with 10.7 million parameters, for a GPU; not run yet",

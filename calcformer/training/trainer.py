@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from calcformer.config import RunConfig, describe_figures
 from calcformer.data import Examples
+from calcformer.data.examples import shared
 from calcformer.errors import InputError, tell
 from calcformer.interrupt import interruptible
 from calcformer.plots import save_curve
@@ -77,6 +78,10 @@ class Trainer:
         self.device = pick_device(config.training.device)
         self.task = config.data.build() if of is None else config.data.restore(of)
         train, valid = self.task.split()
+        for side, what in (train, "train on"), (valid, "hold out"):
+            if not len(side):
+                raise InputError(f"no {config.data.noun} are left to {what}; change how many are held out")
+        self.shared = 0 if self.task.fresh or config.data.measured != TaskSettings.measured else shared(train, valid)
         self.train_examples, self.valid_examples = train.to(self.device), valid.to(self.device)
         torch.manual_seed(config.training.seed)
         self.model = config.model.build(self.task).to(self.device)
@@ -330,10 +335,11 @@ class Trainer:
         training, size = self.config.training, len(self.train_examples)
         is_held_out = self.config.data.measured == TaskSettings.measured
         held_out = f"{len(self.valid_examples):,}" if is_held_out else "none"
+        seen = f", {self.shared:,} of which are trained on too" if self.shared else ""
         best = describe_figures({}, self.config) if self.config.data.best_possible else ""
         again = f", {finished} of {training.epochs} epochs done" if finished else ""
         tell(
             f"{self.folder}: {sum(tensor.numel() for tensor in self.gradient.tensors):,} parameters; {size:,} "
-            f"{'fresh ' if self.task.fresh else ''}{self.config.data.noun} an epoch, {held_out} held out; "
+            f"{'fresh ' if self.task.fresh else ''}{self.config.data.noun} an epoch, {held_out} held out{seen}; "
             f"{self.device}, {self.team.size} process{'es' if self.team.size > 1 else ''}{again}{best}"
         )
