@@ -13,11 +13,13 @@ from calcformer.decoding import greedy_decode
 from calcformer.errors import InputError
 from calcformer.model.encoder_decoder import EncoderDecoder
 from calcformer.model.weights import attention_weights
-from calcformer.plots import can_draw, save_heads
+from calcformer.plots import can_draw, save_heads, visible
 from calcformer.runs.files import write_atomically
 from calcformer.solver import Answer, Solver
 
 __all__ = ["AttentionMaps", "attention_maps", "folder_name", "head_view", "save_head_view", "save_maps"]
+
+MOST_TOKENS = 200  # whose pictures can be looked at
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class AttentionMaps:
         answer: that answer, its probability, and what is right.
         source: the S tokens of the problem, where an encoder reads it.
         target: the T tokens the decoder reads: the begin token and the answer, or without an encoder the problem.
-        said: the T tokens it says at those places: the answer and the end token; none without an encoder.
+        said: the T tokens it says at those places: the answer and the end token, or without an encoder the likeliest;
+            none where a model says one token only.
         encoder, decoder, cross: by layer, (1, H, S, S), (1, H, T, T) and (1, H, T, S) on the CPU; rows sum to 1.
     """
 
@@ -54,6 +57,8 @@ def attention_maps(solver: Solver, question: str) -> AttentionMaps:
             said = said[: said.index(vocabulary.eos_id) + 1]
         target = [vocabulary.bos_id, *said[:-1]]
         inputs.append(torch.tensor([target], device=solver.device))
+    elif (scores := solver.model(ids)).dim() == 3:  # (1, T, V)
+        said = scores[0].argmax(dim=1).tolist()
     layers = [[layer.cpu() for layer in stack] for stack in attention_weights(solver.model, *inputs)]
     if not any(layers):
         raise InputError(f"{solver.folder}: a {solver.config.model.kind} model has no attention; give a run of another")
@@ -64,16 +69,19 @@ def attention_maps(solver: Solver, question: str) -> AttentionMaps:
 def save_maps(maps: AttentionMaps, folder: Path) -> list[Path]:
     """Draw every layer and kind of attention to a PNG of its own, with a panel for each head; returns their names.
 
-    A row of the decoder is named after the token it reads and, beside an encoder, the one it says: `<bos> → 1`.
+    A row of the decoder is named after the token it reads and the one it says: `<bos> → 1`.
 
     Raises:
-        InputError: matplotlib is not installed; nothing is written then.
+        InputError: matplotlib is not installed, or there are too many tokens; nothing is written then.
     """
     if not can_draw():
         raise InputError("pictures need matplotlib; install it with: pip install matplotlib")
+    longest = max(len(maps.source), len(maps.target))
+    if longest > MOST_TOKENS:
+        raise InputError(f"pictures show at most {MOST_TOKENS} tokens, got {longest}; give a shorter text")
     verdict = f" ({maps.answer.verdict})" if maps.answer.verdict else ""
     problem = f"{maps.answer.equation}{verdict}"
-    steps = [f"{token} → {next_token}" for token, next_token in zip(maps.target, maps.said)] or maps.target
+    steps = [f"{visible(token)} → {visible(after)}" for token, after in zip(maps.target, maps.said)] or maps.target
     reads, says = "attends to", "token read → said" if maps.said else "token"
     kinds = (
         ("encoder-self", maps.encoder, maps.source, maps.source, ("token", reads)),

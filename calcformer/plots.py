@@ -18,12 +18,11 @@ if TYPE_CHECKING:
 
     from calcformer.settings import TaskSettings
 
-__all__ = ["Line", "can_draw", "save_curve", "save_heads", "save_losses", "save_panels"]
+__all__ = ["Line", "can_draw", "save_curve", "save_heads", "save_losses", "save_panels", "visible"]
 
 # What metrics.jsonl has beside figures.
 NO_FIGURES = {"epoch", "learning_rate", "seconds", "examples_per_second"}
 LIMIT: dict[str, Any] = {"color": "black", "linestyle": ":"}  # what nothing can surpass
-SEEN = {" ": "\u2423", "\n": "\u21b5"}  # tokens that would not be seen at an axis
 WIDEST_HEADS = 16  # inches of a row of heads, 1,920 pixels: what a screen shows
 
 
@@ -202,6 +201,11 @@ def save_losses(
     return True
 
 
+def visible(token: str) -> str:
+    """What stands for a token at an axis, where a space and a line's end would not be seen."""
+    return token.replace("\n", "\u21b5") if token.strip(" ") else token.replace(" ", "\u2423")
+
+
 def save_heads(
     weights: list[list[list[float]]],
     queries: Sequence[str],
@@ -217,7 +221,7 @@ def save_heads(
         queries, keys: what stands at the rows and at the columns.
         labels: what the queries and the keys are.
     """
-    queries, keys = ([SEEN.get(token, token) for token in tokens] for tokens in (queries, keys))
+    queries, keys = ([visible(token) for token in tokens] for tokens in (queries, keys))
     # A cell has room for a digit, the axes for their longest word, which keys have upright.
     cell, word = 0.32, 0.085
     panel_width = max(cell * len(keys), 1.6) + word * max(map(len, queries)) + 0.6

@@ -8,15 +8,18 @@ import math
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from calcformer.attention_maps import attention_maps, save_maps
 from calcformer.cli import main
 from calcformer.config import PRESETS
 from calcformer.errors import InputError
+from calcformer.plots import visible
 from calcformer.runs.newest import newest_run
 from calcformer.solver import Solver
 from calcformer.tasks.language.texts import MEASURED_BEFORE, TOKENIZER, NextToken, TextTask, cut
@@ -295,6 +298,21 @@ def test_solve_and_attention_need_no_text(run: Path, text: Path, capsys: pytest.
     assert view["tokens"] == list("abca") and torch.tensor(view["attention"]).shape == (1, 1, 2, 4, 4)
     assert all(x == 0 for head in view["attention"][0][0] for x in head[0][1:])  # the first sees itself alone
     assert is_picture(Path("runs/text-1/attention/abca/decoder-self-1.png"))
+    solver = Solver("runs/text-1", "cpu")
+    maps = attention_maps(solver, "abca")
+    assert maps.said[-1] == maps.answer.said and len(maps.said) == 4
+    assert maps.said[:2] == [attention_maps(solver, "abca"[:end]).answer.said for end in (1, 2)]
+    assert [visible(token) for token in (" ", "\n", "a\n", "  ", "a b")] == [
+        "\u2423",
+        "\u21b5",
+        "a\u21b5",
+        "\u2423" * 2,
+        "a b",
+    ]
+    long = replace(maps, target=["a"] * 201)
+    with pytest.raises(InputError, match="pictures show at most 200 tokens, got 201; give a shorter text"):
+        save_maps(long, Path("long"))
+    assert not Path("long").exists()
 
 
 # What is asked of the wrong run

@@ -84,17 +84,7 @@ class Text(TaskSettings):
                 "the same with 10.7 million parameters, for a GPU; not run yet",
                 cls(train_size=16_000, context=256),
                 DecoderOnlyConfig(width=384, heads=6, layers=6, hidden=1_536, dropout=0.2, positions="learned"),
-                TrainingConfig(
-                    epochs=20,
-                    batch_size=64,
-                    learning_rate=1e-3,
-                    schedule="cosine",
-                    warmup_steps=100,
-                    weight_decay=0.1,
-                    beta2=0.99,
-                    clip_norm=1.0,
-                    exact_match_every=5,
-                ),
+                replace(characters.training, batch_size=64, learning_rate=1e-3, warmup_steps=100, valid_every=1),
                 {"valid_loss": 1.4697},
             ),
             "sentence-report": Preset(
