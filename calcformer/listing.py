@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import textwrap
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from calcformer.errors import InputError, shown
 from calcformer.runs.folder import CONFIG, METRICS, MODEL, RESUME, RunError, read_config, read_head, saved_epoch
 from calcformer.runs.run_log import RunLog
 from calcformer.settings import is_loss
+from calcformer.studies import SWEEP
 from calcformer.tasks import TASKS
 
 __all__ = ["describe_run", "list_runs", "list_tasks", "runs_text", "run_text", "tasks_text"]
@@ -85,16 +88,23 @@ def changed_settings(config: RunConfig) -> dict[str, Any]:
     preset = PRESETS[config.preset]
     usual = preset.settings | ({} if preset.training.processes else {"processes": config.training.processes})
     found = {name: x for name, x in config.settings.items() if name not in usual or usual[name] != x}
-    for name in found.keys() - {"model"}:
-        rest = preset.with_settings({other: x for other, x in found.items() if other != name}).settings
-        if name in rest and rest[name] == found[name]:
-            del found[name]
+    for name in [name for name in found if name != "model"]:
+        with suppress(InputError):  # without it the others do not go together
+            rest = preset.with_settings({other: x for other, x in found.items() if other != name}).settings
+            if name in rest and rest[name] == found[name]:
+                del found[name]
     return found
+
+
+def flag_of(name: str, value: Any) -> str:
+    """A setting as it is given."""
+    flag = name.replace("_", "-")
+    return f"--{flag if value else f'no-{flag}'}" if isinstance(value, bool) else f"--{flag} {value}"
 
 
 def run_text(run: dict[str, Any]) -> str:
     """What `describe_run` returned."""
-    changed = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in run["changed"].items())
+    changed = ", ".join(flag_of(name, value) for name, value in run["changed"].items())
     lines = {
         "run": run["run"],
         "task": f"{run['task']}, preset {run['preset'] or 'unknown'}, {run['model']}",
@@ -127,22 +137,34 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
 
 
 def runs_text(folder: Path, runs: Sequence[dict[str, Any]]) -> str:
-    """What `list_runs` returned of a folder."""
-    rows = [
-        [
-            run["run"],
-            run["task"],
-            run["preset"],
-            f"{run['epoch']}/{run['epochs']}",
-            figures_text(run["best"]) or "not measured yet",
-            since(run["age"]),
-        ]
-        for run in runs
-        if "error" not in run
-    ]
+    """What `list_runs` returned of a folder; the runs of a sweep are one line, with the best figure of any."""
+    rows = []
+    for name, group in itertools.groupby((run for run in runs if "error" not in run), key=place_of):
+        members = list(group)
+        known = [(value, label) for run in members for label, value in run["best"].items()]
+        value, label = min(known, key=lambda x: x[0] if is_loss(x[1]) else -x[0], default=(0.0, ""))
+        one, ended = members[0], sum(run["epoch"] == run["epochs"] for run in members)
+        rows.append(
+            [
+                name,
+                one["task"],
+                one["preset"],
+                f"{one['epoch']}/{one['epochs']}" if name == one["run"] else f"{ended}/{len(members)} runs",
+                figures_text({label: value}) if label else "not measured yet",
+                since(min(run["age"] for run in members)),
+            ]
+        )
     lines = [table(["run", "task", "preset", "epochs", "best figure", "age"], rows)] if rows else []
-    lines += [f"{run['run']} cannot be used: {run['error']}" for run in runs if "error" in run]
+    for run in runs:
+        if "error" in run:
+            lines.append(run["error"] if run["run"] in run["error"] else f"{run['run']}: {run['error']}")
     return "\n".join(lines) or f"there is no run in {folder}; make one with: calcformer train"
+
+
+def place_of(run: dict[str, Any]) -> str:
+    """The folder of a run's sweep, or of the run itself where it is in none."""
+    folder = Path(run["run"]).parent
+    return str(folder) if (folder / SWEEP).exists() else run["run"]
 
 
 def figures_text(figures: dict[str, float]) -> str:

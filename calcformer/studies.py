@@ -12,9 +12,9 @@ from calcformer.config import DEFAULT, PRESETS, RunConfig
 from calcformer.errors import InputError, shown
 from calcformer.tasks import TASKS
 
-__all__ = ["STUDIES", "Member", "Sweep", "parse_vary"]
+__all__ = ["STUDIES", "SWEEP", "Member", "Sweep", "parse_vary"]
 
-FORMAT = 1  # of sweep.json
+SWEEP, FORMAT = "sweep.json", 1  # the file of a sweep's folder
 MOST_SEEDS, MOST_RUNS = 1000, 10_000
 LONGEST_NAME = 200  # characters of a folder
 

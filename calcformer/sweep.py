@@ -27,12 +27,12 @@ from calcformer.runs.device import check_cores, count_cores, count_processes, pi
 from calcformer.runs.files import hold, new_folder, write_atomically
 from calcformer.runs.folder import CONFIG, METRICS, MODEL, RESUME, saved_epoch
 from calcformer.runs.run_log import RunLog
-from calcformer.studies import Member, Sweep
+from calcformer.studies import SWEEP, Member, Sweep
 from calcformer.training import resume, train
 
 __all__ = ["read_sweep", "run_sweep"]
 
-SWEEP, RESULTS, TABLE, PICTURE = "sweep.json", "results.json", "table.md", "sweep.png"
+RESULTS, TABLE, PICTURE = "results.json", "table.md", "sweep.png"
 
 
 def read_sweep(folder: Path) -> Sweep:

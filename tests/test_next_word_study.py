@@ -20,8 +20,8 @@ from calcformer.errors import InputError
 from calcformer.interrupt import Stopped
 from calcformer.runs.run_log import RunLog
 from calcformer.solver import Solver
-from calcformer.studies import Sweep
-from calcformer.sweep import RESULTS, SWEEP
+from calcformer.studies import SWEEP, Sweep
+from calcformer.sweep import RESULTS
 from calcformer.tasks.next_word import LINE, NextWords
 from calcformer.training import resume, train
 from calcformer.training.trainer import Trainer

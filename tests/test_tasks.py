@@ -449,7 +449,9 @@ def test_runs_are_listed_and_broken_ones_say_why(runs: Path, capsys: pytest.Capt
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["run", "task", "preset", "epochs", "best", "figure", "age"]
     assert lines[2].split()[:4] == [str(runs / "sweep-1" / "seed=3"), "expression", "expression", "1/1"]
-    assert len(lines) == 6 and all(" cannot be used: " in line for line in lines[3:])
+    assert len(lines) == 6 and all(
+        str(runs / name) in line for name, line in zip(("cut", "damaged", "other"), lines[3:])
+    )
 
 
 @pytest.mark.parametrize(
@@ -530,9 +532,30 @@ def test_tasks_are_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     assert max(map(len, narrow.splitlines())) <= 80 and " ".join(narrow.split()) == " ".join("\n".join(lines).split())
 
 
-def test_what_a_run_has_of_another_model_is_no_change(tmp_path: Path) -> None:
-    config = PRESETS["next-word"].with_settings({"model": "transformer", "hidden": 32, "epochs": 1})
-    assert listing.changed_settings(config) == {"model": "transformer", "hidden": 32, "epochs": 1}
+@pytest.mark.parametrize(
+    "preset, changes",
+    [
+        ("next-word", {"model": "transformer", "hidden": 32, "epochs": 1}),
+        ("formula", {"width": 36, "heads": 3}),  # neither goes without the other
+        ("formula", {"leaky_split": True, "epochs": 2}),
+    ],
+)
+def test_what_follows_from_other_settings_is_no_change(preset: str, changes: dict[str, Any]) -> None:
+    assert listing.changed_settings(PRESETS[preset].with_settings(changes)) == changes
+
+
+def test_the_runs_of_a_sweep_are_one_line(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, exact in (1, 0.25), (2, 0.75):
+        member = tmp_path / "sweep-1" / f"seed={seed}"
+        shutil.copytree(runs / "one", member)
+        (member / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "loss": 1.0, "exact_match": exact}) + "\n")
+    assert main(["runs", str(tmp_path)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3  # they are no sweep yet
+    (tmp_path / "sweep-1" / "sweep.json").write_text("{}")
+    assert main(["runs", str(tmp_path)]) == 0
+    _, line = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"{tmp_path}/sweep-1 +formula +formula +2/2 runs +exact match 0.7500 +\d+ s", line)
+    assert main(["runs", str(tmp_path), "--json"]) == 0 and len(json.loads(capsys.readouterr().out)) == 2
 
 
 def test_what_is_on_both_sides_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -262,7 +262,7 @@ class Trainer:
         if self.bar.disable and (last or time.perf_counter() - self.last_shown > QUIET_SECONDS):
             self.last_shown = time.perf_counter()
             numbers = ", ".join(
-                f"{name.replace('_', ' ')} {value:.4f}"
+                f"{name.replace('_', ' ')} {value:.{4 if name != 'examples_per_second' else 0}f}"
                 for name, value in entry.items()
                 if isinstance(value, float) and name not in ("seconds", "learning_rate")
             )
