@@ -122,6 +122,7 @@ def draw(matrix: Matrix, room: int, is_labelled: bool, is_above: bool) -> list[s
 
 
 BLUE, ORANGE = "26,115,232", "242,133,0"
+LEGEND = "Numbers above 0 stand on blue, those below on orange, the darker the larger beside others of their matrix."
 STYLE = """\
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 0 .8rem 3rem; color: #222;
   background: #fff; overflow-wrap: break-word }
@@ -148,7 +149,7 @@ def write_html(page: Page) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{html.escape(page.title)}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>",
         f"<h1>{html.escape(page.title)}</h1>",
-        *paragraphs([*page.intro, *[CUT] * is_cut]),
+        *paragraphs([*page.intro, *[CUT] * is_cut, LEGEND]),
         "<nav>",
         *(f'<a href="#step-{place}">{place}. {html.escape(step.title)}</a>' for place, step in steps.items()),
         "</nav>",
