@@ -35,7 +35,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     """The type of a flag that counts something."""
 
     def read(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,18}", text.strip()) or not low <= int(text) <= high:
+        if not re.fullmatch(r"[0-9]{1,30}", text.strip()) or not low <= int(text) <= high:
             raise argparse.ArgumentTypeError(f"must be a whole number, {low} to {high}, got {shown(text)}")
         return int(text)
 

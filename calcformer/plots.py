@@ -64,6 +64,8 @@ def _label_loss(axes: "Axes") -> None:
     """A logarithmic axis with plain numbers: at 1, 2 and 5 of each power of ten, where it is long at the powers."""
     from matplotlib.ticker import LogLocator
 
+    if axes.has_data() and axes.dataLim.y1 <= 0:  # of losses that are all 0 there is no logarithm
+        return
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))

@@ -467,6 +467,13 @@ def test_the_excerpt_in_the_readme_is_what_is_printed() -> None:
     assert len(parts) > 1 and all(part.strip("\n") in text for part in parts)
 
 
+def test_the_largest_seed_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--seed", str(2**63 - 1)]) == 0
+    with pytest.raises(SystemExit):
+        main(["explain", "--seed", str(2**63)])
+    assert f"must be a whole number, 0 to {2**63 - 1}, got '{2**63}'" in capsys.readouterr().err
+
+
 def test_html_is_written_in_one_piece(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["explain", '<b>you & "I"</b>', "--html", "page.html", "--seed", "3", "--d-k", "2"]) == 0
     assert capsys.readouterr().out == "written to page.html\n"

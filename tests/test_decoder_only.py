@@ -15,11 +15,13 @@ from tests.model_problem import POSITIONS
 
 CONTEXT, SIZE = 7, 13  # tokens, and words
 SIZES = {"width": 20, "heads": 4, "layers": 3, "hidden": 23}
-# Heads of one size; keys and values shared by two heads each; sizes of their own, as S2's model has them.
+# Heads of one size; keys and values shared by two heads each; sizes of their own, as of the model of S2; rows of an odd
+# number of columns.
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {"head_size": 6},
     "grouped": {"head_size": 6, "key_heads": 2},
     "sizes": {"head_size": 10, "value_size": 3},
+    "odd": {"head_size": 6, "value_size": 3, "key_heads": 1},
 }
 
 as_on_a_cpu = pytest.mark.usefixtures("as_on_a_cpu")

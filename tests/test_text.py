@@ -19,7 +19,7 @@ from calcformer.config import PRESETS
 from calcformer.errors import InputError
 from calcformer.runs.newest import newest_run
 from calcformer.solver import Solver
-from calcformer.tasks.language.texts import MEASURED_BEFORE, TOKENIZER, TextTask, cut
+from calcformer.tasks.language.texts import DIGEST, MEASURED_BEFORE, TOKENIZER, TextTask, cut
 from calcformer.tasks.language.tokenizers import BytePairs, Characters, WordPieces, Words
 from calcformer.tasks.text import Text
 from calcformer.training import resume, train
@@ -254,6 +254,8 @@ def test_the_sentence_of_the_report(tmp_path: Path, capsys: pytest.CaptureFixtur
     log = [json.loads(line) for line in Path("pieces", "metrics.jsonl").read_text().splitlines()]
     assert log[0]["loss"] == pytest.approx(10.3, abs=0.3) and log[1]["loss"] < log[0]["loss"]
     path.unlink()  # the run has the tokens
+    assert main(["train", "--resume", "pieces"]) == 0
+    capsys.readouterr()
     assert main(["generate", "pieces", "you win", "--length", "4"]) == 0
     assert capsys.readouterr().out.startswith("you win")
     assert "'zebra' is not in the text that this run learns" in fails(capsys, "generate", "words", "zebra")
@@ -286,6 +288,7 @@ def test_a_problem_never_goes_to_a_language_model(run: Path, capsys: pytest.Capt
         assert newest_run(questions) == Path("runs/formula-1")
     assert "answers problems and goes on with no text" in fails(capsys, "generate", "runs/formula-1", "1+1")
     assert "is for problems that are numbered, which windows are not" in fails(capsys, "evaluate", run, "--exhaustive")
+    assert "text is measured without answers" in fails(capsys, "evaluate", run, "--beam", "2")
     assert "calcformer generate RUN" in fails(capsys, "attention", "a", "--run", run)
 
 
@@ -300,6 +303,12 @@ BAD = {
     "not gzip": (["--data", "plain.gz"], "plain.gz is no gzip file"),
     "one line": (["--data", "line.txt"], "line.txt has 12 tokens to train on and a window, .* has 129"),
     "long context": (["--data", "text.txt", "--context", "600"], "text.txt has 70 tokens held out .* has 601"),
+    "context too long for memory as well": (
+        ["--data", "text.txt", "--context", "60000", "--batch-size", "1000000"],
+        "text.txt has 630 tokens to train on .* has 60001",
+    ),
+    "no file but a device": (["--data", "/dev/zero"], "/dev/zero is no file on a disk"),
+    "text not UTF-8": (["--text", "caf\udce9 " * 300], "--text has bytes that are no UTF-8"),
     "a vocabulary of another kind": (
         ["--data", "text.txt", "--tokenizer", "word-piece", "--vocabulary", "text.txt"],
         "text.txt is no vocabulary of word pieces",
@@ -334,6 +343,8 @@ def test_wrong_words_of_generate(run: Path, text: Path, capsys: pytest.CaptureFi
     for words, match in (
         (["xyz"], "'x' is not in the text that this run learns; leave it out of 'xyz'"),
         ([""], "'' has no token; begin with another text, or none"),
+        (["a\udce9"], "'a\\udce9' has bytes that are no UTF-8; begin with another text, or none"),
+        (["--length", "1000000", "--count", "10000"], "10000 texts of 1000001 tokens would take about 160."),
         (["--temperature", "-1"], "must be a number, 0 to 1000, got '-1'"),
         (["--top-p", "2"], "must be a number, 0 to 1, got '2'"),
         (["--length", "0"], "must be a whole number, 1 to"),
@@ -346,7 +357,13 @@ def test_wrong_words_of_generate(run: Path, text: Path, capsys: pytest.CaptureFi
 
 def test_a_text_that_is_gone_or_another_is_named(run: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text.write_text("xyz" * 300)
-    assert "'x' is not in the text that this run learns" in fails(capsys, "evaluate", run)
+    for words in ["evaluate", run], ["train", "--resume", run]:
+        assert "text.txt is not the text that run learned; put that one back" in fails(capsys, *words)
+    text.write_text(PERIOD[::-1] * 100)  # of the same characters
+    assert "text.txt is not the text that run learned" in fails(capsys, "evaluate", run)
+    Path(run, DIGEST).unlink()  # as of a run of an older version
+    assert main(["evaluate", str(run)]) == 0
+    capsys.readouterr()
     text.unlink()
     for words in ["evaluate", run], ["train", "--resume", run]:
         assert "there is no text text.txt; give --data FILE or FOLDER, or put it back" in fails(capsys, *words)

@@ -46,7 +46,9 @@ class Text(TaskSettings):
                 if not self.vocabulary
                 else f"--vocabulary is for --tokenizer word-piece, got {self.tokenizer}; leave one of them out"
             )
-        return TextTask(self)
+        task = TextTask(self)
+        task.check_length()
+        return task
 
     def restore(self, folder: Path) -> TextTask:
         from calcformer.tasks.language.texts import TextTask
