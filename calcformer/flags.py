@@ -21,9 +21,24 @@ LONGEST = 600  # characters of an error
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line and exit code 2."""
+    """An argument parser whose errors are one line and exit code 2; words may stand behind flags as well as before."""
+
+    _is_mixing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As of argparse, which takes no word behind a flag where one before it could have been the last."""
+        words = self._get_positional_actions()
+        if self._is_mixing or not words or args is None or "--" in args or words[-1].nargs == argparse.PARSER:
+            return super().parse_known_args(args, namespace)
+        self._is_mixing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_mixing = False
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments"):
+            message += "; leave it out (--help lists what there is), and put what is one text in quotes"
         text = " ".join(message.split())
         if len(text) > LONGEST:  # what is wrong stands at its beginning, what to do at its end
             text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"

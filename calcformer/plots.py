@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calcformer.runs.files import write_atomically
+from calcformer.settings import TaskSettings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from calcformer.settings import TaskSettings
 
 __all__ = ["Line", "can_draw", "is_loss", "save_curve", "save_heads", "save_losses", "save_panels"]
 
@@ -27,7 +26,7 @@ WIDEST_HEADS = 16  # inches of a row of heads, 1,920 pixels: what a screen shows
 
 def is_loss(name: str) -> bool:
     """Whether a figure, by its name or its label, is the better the lower, without an end, and not a share."""
-    return "loss" in name or "perplexity" in name
+    return any(word in name for word in ("loss", "perplexity", "bits"))
 
 
 def can_draw() -> bool:
@@ -74,7 +73,7 @@ def _label_loss(axes: "Axes") -> None:
     axes.grid(alpha=0.15, which="minor", axis="y")
 
 
-def save_curve(entries: list[dict[str, Any]], title: str, path: Path, data: "TaskSettings | None" = None) -> bool:
+def save_curve(entries: list[dict[str, Any]], title: str, path: Path, data: TaskSettings | None = None) -> bool:
     """Draw loss and accuracy by epoch to a PNG; returns False where matplotlib is not installed.
 
     Args:
@@ -96,7 +95,7 @@ def save_curve(entries: list[dict[str, Any]], title: str, path: Path, data: "Tas
         },
     }
     best = data.best_possible if data else {}
-    if best:  # the data are known whole
+    if data and data.measured != TaskSettings.measured:  # nothing is held out
         panels["loss"]["valid_loss"], panels["accuracy"]["valid_token_accuracy"] = "after the epoch", "after the epoch"
     others = {name for entry in entries for name in entry if not is_loss(name)} - NO_FIGURES
     panels["accuracy"] |= {name: name.replace("_", " ") for name in sorted(others - panels["accuracy"].keys())}
@@ -179,7 +178,7 @@ def save_panels(
         axes.tick_params(labelbottom=True)
         if is_loss(name):
             _label_loss(axes)
-        else:
+        elif all(y <= 1 for line in lines for _, y, _ in line.points):  # shares
             axes.set_ylim(-0.03, 1.03)
         axes.grid(alpha=0.3)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)

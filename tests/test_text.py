@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from calcformer.cli import main
+from calcformer.comparison import make_table
 from calcformer.config import PRESETS
 from calcformer.errors import InputError
+from calcformer.plots import is_loss
 from calcformer.runs.newest import newest_run
 from calcformer.solver import Solver
 from calcformer.tasks.language.texts import DIGEST, MEASURED_BEFORE, TOKENIZER, TextTask, cut
@@ -136,6 +138,9 @@ def test_word_pieces_are_the_longest_first(tmp_path: Path) -> None:
     assert made.split("Winning, YOU can't \u00e9") == "win ##n ##ing , you can ' t e".split()
     assert made.split("win\u4e00!") == ["win", "[UNK]", "!"] and made.split("x" * 101) == ["[UNK]"]
     assert made.decode(made.encode("winning, you live!")) == "winning, you live!"
+    saved = tmp_path / "saved.txt"  # as an editor of Windows writes it
+    saved.write_text((tmp_path / "vocab.txt").read_text(), encoding="utf-8-sig", newline="\r\n")
+    assert WordPieces.read(saved).tokens == made.tokens and made.lower
     with pytest.raises(InputError, match="no vocabulary of word pieces"):
         WordPieces.read(Path(__file__))
 
@@ -188,9 +193,32 @@ def test_a_text_that_repeats_is_learned_to_its_floor_and_gone_on_with(
     assert said.out == "abcdefgabc\n---\nabcdefgabc\n" and "epoch 6 of 6, seed 3" in said.err
     assert main(["generate", "run", "--length", "3"]) == 0
     assert len(capsys.readouterr().out) == 4
+    for words in ["run", *options, "a"], ["--count", "2", "run", *options[2:], "a"]:  # in any order
+        assert main(["generate", *words]) == 0
+        assert capsys.readouterr().out == said.out
     for command in ["info", "run"], ["runs", "."]:
         assert main(command) == 0
         assert re.search("text.*decoder-only|text +shakespeare +6/6 +loss 0.0", capsys.readouterr().out)
+
+
+def test_where_nothing_is_held_out_none_is_told_of(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "text", "--data", "text.txt", "--held-out", "0", "--epochs", "1", "--out", "run", *TINY]) == 0
+    said = capsys.readouterr()
+    assert "on the windows trained on" in said.out and "none held out" in said.err
+    assert main(["evaluate", "run"]) == 0
+    assert "88 windows trained on: loss" in capsys.readouterr().out
+
+
+def test_of_several_tokenizers_the_best_is_that_of_fewest_bits_a_character() -> None:
+    figures = {"bits_per_character": "bits a character", "valid_loss": "validation loss"}
+    rows = [
+        {"values": {"tokenizer": kind}, "mean": dict(zip(figures, found)), "spread": {}, "reported": {}, "runs": []}
+        for kind, found in {"characters": (2.2, 1.5), "words": (1.9, 5.8)}.items()
+    ]
+    results = {"study": None, "vary": {"tokenizer": ["characters", "words"]}, "seeds": 1, "figures": figures}
+    table = make_table(results | {"main": "valid_loss", "rows": rows})
+    assert "- Best by bits a character: tokenizer words." in table and "Token accuracy" not in table
+    assert is_loss("bits_per_character") and is_loss("bits a character") and not is_loss("valid_token_accuracy")
 
 
 def test_a_model_that_learned_nothing_is_as_bad_as_it_is(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -260,6 +288,16 @@ def test_the_sentence_of_the_report(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out.startswith("you win")
     assert "'zebra' is not in the text that this run learns" in fails(capsys, "generate", "words", "zebra")
     assert "has words with no token in the vocabulary" in fails(capsys, "generate", "pieces", "you \u4e00")
+    greek = [
+        "--tokenizer",
+        "word-piece",
+        "--vocabulary",
+        vocabulary(path),
+        "--text",
+        "\u03b1 win " * 30 + "\u03b3 " * 20,
+    ]
+    said = fails(capsys, "train", "text", *greek, "--context", "4")
+    assert "vocab.txt has no pieces for 50 of the 80 tokens of --text; give --vocabulary a file for its" in said
 
 
 def test_the_large_preset_is_the_model_it_says() -> None:

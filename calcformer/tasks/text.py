@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from calcformer.errors import InputError
 from calcformer.settings import DecoderOnlyConfig, Preset, TaskSettings, TrainingConfig, setting
@@ -23,6 +23,9 @@ class Text(TaskSettings):
     about = "what comes next in a text of yours, by characters, words or pieces of words"
     noun = "windows"
     models = ("decoder-only",)
+    measured: ClassVar[Any] = property(
+        lambda self: TaskSettings.measured if self.held_out else "the windows trained on"
+    )
     figures = {"valid_loss": "loss", "perplexity": "perplexity", "bits_per_character": "bits a character"}
 
     train_size: int = setting(4_000, "windows of the text drawn an epoch", 1, 10_000_000)

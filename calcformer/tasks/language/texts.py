@@ -16,7 +16,7 @@ from calcformer.errors import InputError, shown
 from calcformer.runs.folder import RunError
 from calcformer.sampling import generate
 from calcformer.tasks.language.corpus import read_text
-from calcformer.tasks.language.tokenizers import BytePairs, Characters, Tokenizer, WordPieces, Words
+from calcformer.tasks.language.tokenizers import UNKNOWN, BytePairs, Characters, Tokenizer, WordPieces, Words
 
 if TYPE_CHECKING:
     from calcformer.tasks.text import Text
@@ -139,7 +139,15 @@ class TextTask(Task):
         return sides[0], sides[-1]
 
     def check_length(self) -> None:
-        """InputError where a side has not one window."""
+        """InputError where a side has not one window, or a vocabulary of pieces not half of the words."""
+        if self.data.tokenizer == "word-piece":
+            ids = torch.cat(self.sides)
+            unknown, count = int((ids == self.vocabulary.ids[UNKNOWN]).sum()), len(ids)
+            if 2 * unknown > count:
+                raise InputError(
+                    f"{self.data.vocabulary} has no pieces for {unknown} of the {count} tokens of {self.source}; give "
+                    "--vocabulary a file for its language"
+                )
         least = self.data.context + 1
         for ids, what in zip(self.sides, ("to train on", "held out")):
             if len(ids) < least:
@@ -174,7 +182,7 @@ class TextTask(Task):
         if not is_unicode(text):
             raise InputError(f"{shown(text)} has bytes that are no UTF-8; begin with another text, or none")
         ids = self.vocabulary.encode(text)
-        unknown = self.vocabulary.ids.get("[UNK]")
+        unknown = self.vocabulary.ids.get(UNKNOWN)
         if not ids or (unknown is not None and unknown in ids and self.data.tokenizer == "word-piece"):
             what = "has words with no token in the vocabulary" if ids else "has no token"
             raise InputError(f"{shown(text)} {what}; begin with another text, or none")

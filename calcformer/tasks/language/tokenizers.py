@@ -116,7 +116,7 @@ class WordPieces(Tokenizer):
         if not path.is_file():
             raise InputError(f"there is no vocabulary {path}; give --vocabulary BERT's vocab.txt")
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError:
             lines = []
         tokens = [line.rstrip("\r") for line in (lines[:-1] if lines[-1:] == [""] else lines)]
