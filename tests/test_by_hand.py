@@ -366,6 +366,16 @@ def test_a_run_gives_its_own_answer(run: Path, capsys: pytest.CaptureFixture[str
     assert "Of matrices with more than 12 columns" in text and " …" in text
 
 
+def test_a_run_without_encoder_layers_gives_its_own_answer(tmp_path: Path) -> None:
+    tiny = {"train_size": 20, "valid_size": 5, "width": 8, "hidden": 8, "encoder_layers": 0, "epochs": 1}
+    config = PRESETS["formula"].with_settings({**tiny, "device": "cpu", "processes": 1})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kernels.backend.INTERPRETED", False)
+        train(config, tmp_path / "run", bar=False)
+    page = run_page(tmp_path / "run", "9-8")
+    assert page.agrees and "0 + 2 layers of 4 heads" in page.intro[0]
+
+
 # Two writers of the same steps.
 
 
