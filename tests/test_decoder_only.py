@@ -200,6 +200,20 @@ def test_initial_values_are_those_of_gpt_2() -> None:
 
 
 @as_on_a_cpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("positions", POSITIONS)
+@torch.no_grad()
+def test_in_16_bits_it_says_nearly_the_same(positions: str, dtype: torch.dtype) -> None:
+    model, ids = make(positions=positions, **HEADS["odd"]), words()
+    scores, limit = model(ids), 0.1 * float(model(ids).abs().max())
+    found = model.to(dtype)(ids)
+    assert found.dtype == dtype and (found.double() - scores).abs().max() < limit
+    cache, _ = model.start(ids[:, :2], CONTEXT)
+    assert (model.next(ids[:, 2], cache).double() - scores[:, 2]).abs().max() < limit
+    assert (found.double() - scores.roll(1, 2)).abs().max() > limit  # the comparison tells words apart
+
+
+@as_on_a_cpu
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("positions", POSITIONS)
 @torch.no_grad()
