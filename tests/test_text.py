@@ -324,6 +324,9 @@ def test_a_problem_never_goes_to_a_language_model(run: Path, capsys: pytest.Capt
     capsys.readouterr()
     for questions in ["1+1"], ["a"], []:
         assert newest_run(questions) == Path("runs/formula-1")
+    config = Path("runs/text-1/config.json")
+    config.write_text(config.read_text().replace("text.txt", "x" * 5_000))  # a text that the system cannot read
+    assert newest_run(["nothing that is known"]) == Path("runs/formula-1")
     assert "answers problems and goes on with no text" in fails(capsys, "generate", "runs/formula-1", "1+1")
     assert "is for problems that are numbered, which windows are not" in fails(capsys, "evaluate", run, "--exhaustive")
     assert "text is measured without answers" in fails(capsys, "evaluate", run, "--beam", "2")
