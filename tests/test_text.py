@@ -123,6 +123,13 @@ def test_words_keep_signs_apart() -> None:
     ]
 
 
+def test_words_keep_their_marks() -> None:
+    """Vowels of Hindi, and accents that are signs of their own."""
+    text = "\u0915\u094d\u092f\u093e \u0939\u0948 e\u0301t\u00e9 x"
+    made = Words.of(text)
+    assert len(made) == 4 and made.decode(made.encode(text)) == text
+
+
 def vocabulary(path: Path, size: int = 30_522) -> Path:
     """A made-up vocabulary of word pieces."""
     known = "[PAD] [UNK] [CLS] [SEP] [MASK] if you win live lose die fight , ! ' t don can the ##m ##ing ##n e".split()
@@ -138,6 +145,11 @@ def test_word_pieces_are_the_longest_first(tmp_path: Path) -> None:
     assert made.split("Winning, YOU can't \u00e9") == "win ##n ##ing , you can ' t e".split()
     assert made.split("win\u4e00!") == ["win", "[UNK]", "!"] and made.split("x" * 101) == ["[UNK]"]
     assert made.decode(made.encode("winning, you live!")) == "winning, you live!"
+    # As the library `tokenizers` divides them: signs that are no punctuation stand within words, those of control not.
+    assert made.words("5\u20ac_x\u00b0 \u201cca\u0301n\u201d\u00a0t\u200d\x07o \U00020000b $+~ \u0915\u093f\u0930") == [
+        *("5\u20ac", "_", "x\u00b0", "\u201c", "can", "\u201d", "to", "\U00020000", "b"),
+        *("$", "+", "~", "\u0915\u093f\u0930"),
+    ]
     saved = tmp_path / "saved.txt"  # as an editor of Windows writes it
     saved.write_text((tmp_path / "vocab.txt").read_text(), encoding="utf-8-sig", newline="\r\n")
     assert WordPieces.read(saved).tokens == made.tokens and made.lower
