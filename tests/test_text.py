@@ -255,6 +255,17 @@ def test_figures_are_those_of_every_token_of_the_held_out_text(run: Path, capsys
     assert json.loads(capsys.readouterr().out)["n"] == 2
 
 
+def test_ends_of_lines_are_those_of_the_text(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text.write_text("one\r\ntwo\r\n" * 100, newline="")
+    assert main(["train", "text", "--data", str(text), "--epochs", "1", "--out", "run", *TINY]) == 0
+    assert Solver("run", "cpu").task.beginning("one\r\n") == Solver("run", "cpu").task.beginning("one\n")
+    assert "\r" not in Text(text="a\r\n" * 300, context=8).build().raw
+    old = Path("run", "config.json")
+    old.write_text(old.read_text().replace('"task": "text",', '"task": "text", "data_seed": 0,'))
+    assert main(["evaluate", "run"]) == 0  # of a version that had this setting
+    capsys.readouterr()
+
+
 def test_a_resumed_run_has_the_weights_it_would_have_had(run: Path, text: Path) -> None:
     changes = {"epochs": 1, "schedule": "constant", "warmup_steps": 0, "processes": 1, "dropout": 0.1}
     short = Solver(run, "cpu").config.with_settings(changes)
@@ -375,6 +386,7 @@ BAD = {
     "another model": (["--data", "text.txt", "--encoder-layers", "1"], "is a setting of encoder-decoder"),
     "heads": (["--data", "text.txt", "--width", "10"], "width must be a multiple of heads"),
     "key heads": (["--data", "text.txt", "--key-heads", "3"], "heads must be a multiple of key_heads, got 4 and 3"),
+    "a seed of nothing": (["--data", "text.txt", "--data-seed", "1"], "data_seed is a setting of formula"),
     "odd heads": (["--data", "text.txt", "--head-size", "5"], "rotary positions need an even head size, got 5"),
 }
 

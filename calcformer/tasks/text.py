@@ -28,6 +28,9 @@ class Text(TaskSettings):
     )
     figures = {"valid_loss": "loss", "perplexity": "perplexity", "bits_per_character": "bits a character"}
 
+    data_seed: ClassVar[int] = 0  # type: ignore[misc]  # no setting: an epoch's windows are drawn by --seed
+    former = {"data_seed": 0}
+
     train_size: int = setting(4_000, "windows of the text drawn an epoch", 1, 10_000_000)
     valid_size: int = setting(10_000, "windows of what is held out that are measured, at most", 1, 10_000_000)
     data: str = setting("", "the text, a file or a folder with input.txt or other *.txt, each may be .gz")

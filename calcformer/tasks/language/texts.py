@@ -116,7 +116,7 @@ class TextTask(Task):
 
     @cached_property
     def raw(self) -> str:
-        text = read_text(Path(self.data.data)) if self.data.data else self.data.text
+        text = read_text(Path(self.data.data)) if self.data.data else self.data.text.replace("\r\n", "\n")
         if not text.strip():
             raise InputError("there is no text to learn; give --data FILE or FOLDER")
         if not is_unicode(text):
@@ -158,7 +158,7 @@ class TextTask(Task):
 
     def split(self) -> tuple[Examples, Examples]:
         held_out = cut(self.sides[1], self.data.context, self.data.valid_size)
-        return self.draw(torch.Generator().manual_seed(self.data.data_seed)), held_out
+        return self.draw(torch.Generator().manual_seed(0)), held_out
 
     def draw(self, generator: torch.Generator) -> Examples:
         ids, context = self.sides[0].to(generator.device), self.data.context
@@ -181,7 +181,7 @@ class TextTask(Task):
             return [self.vocabulary.ids.get("\n", self.vocabulary.ids.get("Ċ", self.vocabulary.ids.get("[CLS]", 0)))]
         if not is_unicode(text):
             raise InputError(f"{shown(text)} has bytes that are no UTF-8; begin with another text, or none")
-        ids = self.vocabulary.encode(text)
+        ids = self.vocabulary.encode(text.replace("\r\n", "\n"))
         unknown = self.vocabulary.ids.get(UNKNOWN)
         if not ids or (unknown is not None and unknown in ids and self.data.tokenizer == "word-piece"):
             what = "has words with no token in the vocabulary" if ids else "has no token"
