@@ -263,7 +263,9 @@ def draw(results: dict[str, Any], folder: Path, path: Path) -> bool:
         (
             name
             for name, values in results["vary"].items()
-            if len(values) > 1 and all(type(value) in (int, float) for value in values)
+            if len(values) > 1
+            and all(type(value) in (int, float) for value in values)
+            and all(name in row["values"] for row in results["rows"])
         ),
         None,
     )

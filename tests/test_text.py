@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from calcformer.cli import main
-from calcformer.comparison import make_table
+from calcformer.comparison import draw, make_table
 from calcformer.config import PRESETS
 from calcformer.errors import InputError
 from calcformer.plots import is_loss
@@ -231,6 +231,17 @@ def test_of_several_tokenizers_the_best_is_that_of_fewest_bits_a_character() -> 
     table = make_table(results | {"main": "valid_loss", "rows": rows})
     assert "- Best by bits a character: tokenizer words." in table and "Token accuracy" not in table
     assert is_loss("bits_per_character") and is_loss("bits a character") and not is_loss("valid_token_accuracy")
+
+
+def test_kinds_of_model_without_a_setting_are_drawn_by_epoch() -> None:
+    pytest.importorskip("matplotlib")
+    rows: list[dict[str, Any]] = [
+        {"values": values, "mean": {"valid_loss": 1.0}, "spread": {}, "reported": {}, "runs": []}
+        for values in ({"model": "recurrent", "layers": 1}, {"model": "recurrent", "layers": 2}, {"model": "bag"})
+    ]
+    vary = {"model": ["recurrent", "bag"], "layers": [1, 2]}
+    results = {"study": None, "vary": vary, "seeds": 1, "figures": {"valid_loss": "loss"}, "main": "valid_loss"}
+    assert draw(results | {"rows": rows}, Path("sweep"), Path("sweep.png")) and Path("sweep.png").stat().st_size > 1_000
 
 
 def test_a_model_that_learned_nothing_is_as_bad_as_it_is(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
