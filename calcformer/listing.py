@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from calcformer.config import PRESETS
-from calcformer.errors import InputError, shown
+from calcformer.errors import SHOWN, InputError, shown
 from calcformer.runs.folder import CONFIG, METRICS, MODEL, RESUME, RunError, read_config, read_head, saved_epoch
 from calcformer.runs.run_log import RunLog
 from calcformer.tasks import TASKS
@@ -75,7 +75,7 @@ def describe_run(folder: Path) -> dict[str, Any]:
 
 def run_text(run: dict[str, Any]) -> str:
     """What `describe_run` returned."""
-    changed = ", ".join(f"{name} {value}" for name, value in run["changed"].items())
+    changed = ", ".join(f"{name} {brief(value)}" for name, value in run["changed"].items())
     lines = {
         "run": run["run"],
         "task": f"{run['task']}, preset {run['preset'] or 'unknown'}, {run['model']}",
@@ -86,6 +86,12 @@ def run_text(run: dict[str, Any]) -> str:
         "size": f"{run['parameters']:,} parameters, {run['bytes'] / 1e6:,.1f} MB on disk",
     }
     return "\n".join(f"{name:<9}{text}" for name, text in lines.items() if text)
+
+
+def brief(value: Any) -> str:
+    """A setting on a line with others: a text that is long, or of several lines, as errors repeat it."""
+    text = str(value)
+    return text if len(text) <= SHOWN and text.isprintable() else shown(value)
 
 
 def list_runs(folder: Path) -> list[dict[str, Any]]:

@@ -213,6 +213,17 @@ def test_a_text_that_repeats_is_learned_to_its_floor_and_gone_on_with(
         assert re.search("text.*decoder-only|text +shakespeare +6/6 +loss 0.0", capsys.readouterr().out)
 
 
+def test_a_text_is_told_of_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["train", "text", "--text", "a\nb" * 200, "--out", "run", *"--epochs 1 --tokenizer words".split(), *TINY])
+        == 0
+    )
+    capsys.readouterr()
+    assert main(["info", "run"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("\n") == 6 and "... (600 characters), tokenizer words" in said
+
+
 def test_where_nothing_is_held_out_none_is_told_of(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "text", "--data", "text.txt", "--held-out", "0", "--epochs", "1", "--out", "run", *TINY]) == 0
     said = capsys.readouterr()
