@@ -115,9 +115,14 @@ def _measures_training(results: dict[str, Any]) -> bool:
     return results["study"] is not None and STUDIES[results["study"]].measure_training
 
 
+def deciding(results: dict[str, Any]) -> str:
+    """By which a row is best: the figure that counts, but bits a character where tokens may differ in length."""
+    return "bits_per_character" if "bits_per_character" in results["figures"] else results["main"]
+
+
 def best_row(results: dict[str, Any]) -> dict[str, Any] | None:
-    """The row that is best by the figure that counts, of equal ones by validation loss; None of one row."""
-    main = results["main"]
+    """The row that is best by `deciding`, of equal ones by validation loss; None of one row."""
+    main = deciding(results)
     rows = [row for row in results["rows"] if row["mean"].keys() >= {main, "valid_loss"}]
     if len(results["rows"]) < 2 or not rows or "best" in rows[0]:  # of which there is a different one for some rows
         return None
@@ -157,13 +162,13 @@ def make_table(results: dict[str, Any]) -> str:
         lines.append(cells)
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    notes = ["Token accuracy counts single tokens, the end token too, given the right ones before."] * (
-        "token accuracy" in labels.values()
-    )
+    notes = []
+    if "valid_token_accuracy" in labels:
+        notes = ["Token accuracy counts single tokens, the end token too, given the right ones before."]
     if CONVERGENCE in labels:
         notes = [f"Convergence: the first epoch at whose end {labels[results['main']]} was the best possible."]
     if best:
-        notes.insert(0, f"Best by {labels[results['main']]}: {_label(best['values'])}.")
+        notes.insert(0, f"Best by {labels[deciding(results)]}: {_label(best['values'])}.")
     if results["seeds"] > 1:
         notes.append(f"Mean and standard deviation of {results['seeds']} training seeds.")
     if _measures_training(results):
@@ -258,7 +263,9 @@ def draw(results: dict[str, Any], folder: Path, path: Path) -> bool:
         (
             name
             for name, values in results["vary"].items()
-            if len(values) > 1 and all(type(value) in (int, float) for value in values)
+            if len(values) > 1
+            and all(type(value) in (int, float) for value in values)
+            and all(name in row["values"] for row in results["rows"])
         ),
         None,
     )

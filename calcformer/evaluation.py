@@ -181,6 +181,8 @@ def evaluate_run(solver: Solver, beam: int = 1, problems: int | None = None) -> 
         answers, also distinct, wrong, exact_match, interval, groups, hard, mistakes, beam.
     """
     data = solver.config.data
+    if beam != 1 and not solver.task.has_answers:
+        raise InputError(f"{data.task} is measured without answers that a beam could search for; leave out --beam")
     if problems is not None and "valid_size" not in kinds_of(data):
         raise InputError(f"{data.task} is measured on {data.measured}, all of them; leave out --problems")
     task = solver.task if problems is None else replace(data, valid_size=problems).restore(solver.folder)

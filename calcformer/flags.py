@@ -22,12 +22,30 @@ LONGEST = 600  # characters of an error
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line and exit code 2; flags are written whole."""
+    """An argument parser whose errors are one line and exit code 2.
+
+    Flags are written whole, and words may stand behind flags as well as before.
+    """
+
+    _is_mixing = False
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As of argparse, which takes no word behind a flag where one before it could have been the last."""
+        words = self._get_positional_actions()
+        if self._is_mixing or not words or args is None or "--" in args or words[-1].nargs == argparse.PARSER:
+            return super().parse_known_args(args, namespace)
+        self._is_mixing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_mixing = False
+
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments"):
+            message += "; leave it out (--help lists what there is), and put what is one text in quotes"
         text = " ".join(message.split())
         if len(text) > LONGEST:  # what is wrong stands at its beginning, what to do at its end
             text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
@@ -42,7 +60,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     """The type of a flag that counts something."""
 
     def read(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,18}", text.strip()) or not low <= int(text) <= high:
+        if not re.fullmatch(r"[0-9]{1,30}", text.strip()) or not low <= int(text) <= high:
             raise argparse.ArgumentTypeError(f"must be a whole number, {low} to {high}, got {shown(text)}")
         return int(text)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from calcformer.config import PRESETS, RunConfig
-from calcformer.errors import InputError, shown
+from calcformer.errors import SHOWN, InputError, shown
 from calcformer.runs.folder import CONFIG, METRICS, MODEL, RESUME, RunError, read_config, read_head, saved_epoch
 from calcformer.runs.run_log import RunLog
 from calcformer.settings import is_loss
@@ -99,7 +99,7 @@ def changed_settings(config: RunConfig) -> dict[str, Any]:
 def flag_of(name: str, value: Any) -> str:
     """A setting as it is given."""
     flag = name.replace("_", "-")
-    return f"--{flag if value else f'no-{flag}'}" if isinstance(value, bool) else f"--{flag} {value}"
+    return f"--{flag if value else f'no-{flag}'}" if isinstance(value, bool) else f"--{flag} {brief(value)}"
 
 
 def run_text(run: dict[str, Any]) -> str:
@@ -116,6 +116,12 @@ def run_text(run: dict[str, Any]) -> str:
         "size": f"{run['parameters']:,} parameters, {run['bytes'] / 1e6:,.1f} MB on disk",
     }
     return "\n".join(f"{name:<9}{text}" for name, text in lines.items() if text)
+
+
+def brief(value: Any) -> str:
+    """A setting on a line with others: a text that is long, or of several lines, as errors repeat it."""
+    text = str(value)
+    return text if len(text) <= SHOWN and text.isprintable() else shown(value)
 
 
 def list_runs(folder: Path) -> list[dict[str, Any]]:

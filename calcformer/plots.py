@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calcformer.runs.files import write_atomically
-from calcformer.settings import is_loss
+from calcformer.settings import TaskSettings, is_loss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from calcformer.settings import TaskSettings
 
 __all__ = ["Line", "can_draw", "save_curve", "save_heads", "save_losses", "save_panels", "visible"]
 
@@ -60,6 +58,8 @@ def _label_loss(axes: "Axes") -> None:
     """A logarithmic axis with plain numbers: at 1, 2 and 5 of each power of ten, where it is long at the powers."""
     from matplotlib.ticker import LogLocator
 
+    if axes.has_data() and axes.dataLim.y1 <= 0:  # of losses that are all 0 there is no logarithm
+        return
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
@@ -68,7 +68,7 @@ def _label_loss(axes: "Axes") -> None:
     axes.grid(alpha=0.15, which="minor", axis="y")
 
 
-def save_curve(entries: list[dict[str, Any]], title: str, path: Path, data: "TaskSettings | None" = None) -> bool:
+def save_curve(entries: list[dict[str, Any]], title: str, path: Path, data: TaskSettings | None = None) -> bool:
     """Draw loss and accuracy by epoch to a PNG; returns False where matplotlib is not installed.
 
     Args:
@@ -90,7 +90,7 @@ def save_curve(entries: list[dict[str, Any]], title: str, path: Path, data: "Tas
         },
     }
     best = data.best_possible if data else {}
-    if best:  # the data are known whole
+    if data and data.measured != TaskSettings.measured:  # nothing is held out
         panels["loss"]["valid_loss"], panels["accuracy"]["valid_token_accuracy"] = "after the epoch", "after the epoch"
     others = {name for entry in entries for name in entry if not is_loss(name)} - NO_FIGURES
     panels["accuracy"] |= {name: name.replace("_", " ") for name in sorted(others - panels["accuracy"].keys())}
@@ -175,7 +175,7 @@ def save_panels(
         axes.tick_params(labelbottom=True)
         if is_loss(name):
             _label_loss(axes)
-        else:
+        elif all(y <= 1 for line in lines for _, y, _ in line.points):  # shares
             axes.set_ylim(-0.03, 1.03)
         axes.grid(alpha=0.3)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from calcformer.errors import InputError, shown
+from calcformer.memory import free_memory
 from calcformer.model.decoder_only import DecoderOnly
 
 __all__ = ["generate", "probabilities"]
@@ -70,6 +71,21 @@ def check(prompts: list[list[int]], size: int, length: int, temperature: float, 
             raise InputError(f"a token of a prompt must be 0 to {size - 1}, got {shown(wrong[0])}")
 
 
+def check_room(model: DecoderOnly, rows: int, length: int) -> None:
+    """InputError where texts of so many tokens, prompts included, would take more memory than is free, roughly."""
+    weights = model.embedding.weight
+    window = min(model.context, length)
+    inner = sum(model.layers[0].attention.sizes)
+    kept = 2 * len(model.layers) * window * inner  # keys and values, and once more while texts end
+    work = window * (inner + 8 * weights.shape[1]) + 12 * model.vocabulary_size  # probabilities are float64, and sorted
+    needed, free = rows * (16 * length + weights.element_size() * (kept + work)), free_memory(weights.device)
+    if needed > free:
+        raise InputError(
+            f"{rows} texts of {length} tokens would take about {needed / 1e9:,.1f} GB of memory and "
+            f"{free / 1e9:,.1f} GB are free; ask for fewer or shorter ones"
+        )
+
+
 @torch.no_grad()
 def generate(
     model: DecoderOnly,
@@ -109,6 +125,7 @@ def generate(
     if not begun:
         return []
     device = model.embedding.weight.device
+    check_room(model, len(begun), max(map(len, begun)) + length)
     known = torch.tensor([len(prompt) for prompt in begun])
     shortest, longest = int(known.min()), int(known.max())
     text = torch.zeros(len(begun), longest + length, dtype=torch.long)
@@ -125,7 +142,7 @@ def generate(
     cache = None
     for place in range(shortest, longest + length):
         if place > model.context:
-            scores = model(text[rows, place - model.context : place])[:, -1]
+            _, scores = model.start(text[rows, place - model.context : place], model.context)
         elif cache is None:
             cache, scores = model.start(text[:, :place], min(model.context, longest + length))
         else:

@@ -366,6 +366,16 @@ def test_a_run_gives_its_own_answer(run: Path, capsys: pytest.CaptureFixture[str
     assert "Of matrices with more than 12 columns" in text and " …" in text
 
 
+def test_a_run_without_encoder_layers_gives_its_own_answer(tmp_path: Path) -> None:
+    tiny = {"train_size": 20, "valid_size": 5, "width": 8, "hidden": 8, "encoder_layers": 0, "epochs": 1}
+    config = PRESETS["formula"].with_settings({**tiny, "device": "cpu", "processes": 1})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kernels.backend.INTERPRETED", False)
+        train(config, tmp_path / "run", bar=False)
+    page = run_page(tmp_path / "run", "9-8")
+    assert page.agrees and "0 + 2 layers of 4 heads" in page.intro[0]
+
+
 # Two writers of the same steps.
 
 
@@ -477,6 +487,13 @@ def test_the_excerpt_in_the_readme_is_what_is_printed() -> None:
     text = write_text(draw_page())
     parts = excerpt.split("...\n")
     assert len(parts) > 1 and all(part.strip("\n") in text for part in parts)
+
+
+def test_the_largest_seed_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--seed", str(2**63 - 1)]) == 0
+    with pytest.raises(SystemExit):
+        main(["explain", "--seed", str(2**63)])
+    assert f"must be a whole number, 0 to {2**63 - 1}, got '{2**63}'" in capsys.readouterr().err
 
 
 def test_html_is_written_in_one_piece(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -15,11 +15,13 @@ from tests.model_problem import POSITIONS
 
 CONTEXT, SIZE = 7, 13  # tokens, and words
 SIZES = {"width": 20, "heads": 4, "layers": 3, "hidden": 23}
-# Heads of one size; keys and values shared by two heads each; sizes of their own, as S2's model has them.
+# Heads of one size; keys and values shared by two heads each; sizes of their own, as of the model of S2; rows of an odd
+# number of columns.
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {"head_size": 6},
     "grouped": {"head_size": 6, "key_heads": 2},
     "sizes": {"head_size": 10, "value_size": 3},
+    "odd": {"head_size": 6, "value_size": 3, "key_heads": 1},
 }
 
 as_on_a_cpu = pytest.mark.usefixtures("as_on_a_cpu")
@@ -195,6 +197,20 @@ def test_initial_values_are_those_of_gpt_2() -> None:
     with torch.no_grad():  # every word is about as likely as any other
         loss = F.cross_entropy(model(torch.randint(211, (5, 97))).flatten(0, 1), torch.randint(211, (5 * 97,)))
     assert abs(loss - math.log(211)) < 0.1
+
+
+@as_on_a_cpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("positions", POSITIONS)
+@torch.no_grad()
+def test_in_16_bits_it_says_nearly_the_same(positions: str, dtype: torch.dtype) -> None:
+    model, ids = make(positions=positions, **HEADS["odd"]), words()
+    scores, limit = model(ids), 0.1 * float(model(ids).abs().max())
+    found = model.to(dtype)(ids)
+    assert found.dtype == dtype and (found.double() - scores).abs().max() < limit
+    cache, _ = model.start(ids[:, :2], CONTEXT)
+    assert (model.next(ids[:, 2], cache).double() - scores[:, 2]).abs().max() < limit
+    assert (found.double() - scores.roll(1, 2)).abs().max() > limit  # the comparison tells words apart
 
 
 @as_on_a_cpu

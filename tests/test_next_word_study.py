@@ -165,6 +165,8 @@ def test_a_run_is_asked_and_measured(run: str, capsys: pytest.CaptureFixture[str
     assert main(["evaluate", run]) == 0
     assert "15 examples trained on: accuracy 0.8667, loss 0.2" in capsys.readouterr().out
     assert "leave out --problems" in fails(capsys, "evaluate", run, "--problems", "3")
+    for command in ["evaluate", run], ["solve", "--run", run, "If you"]:
+        assert "leave out --beam" in fails(capsys, *command, "--beam", "3")
 
 
 def test_a_wrong_answer_is_told(run: str) -> None:

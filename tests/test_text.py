@@ -17,12 +17,14 @@ import torch
 
 from calcformer.attention_maps import attention_maps, save_maps
 from calcformer.cli import main
+from calcformer.comparison import draw, make_table
 from calcformer.config import PRESETS
 from calcformer.errors import InputError
 from calcformer.plots import visible
 from calcformer.runs.newest import newest_run
+from calcformer.settings import is_loss
 from calcformer.solver import Solver
-from calcformer.tasks.language.texts import MEASURED_BEFORE, TOKENIZER, NextToken, TextTask, cut
+from calcformer.tasks.language.texts import DIGEST, MEASURED_BEFORE, TOKENIZER, NextToken, TextTask, cut
 from calcformer.tasks.language.tokenizers import BytePairs, Characters, WordPieces, Words
 from calcformer.tasks.text import Text
 from calcformer.training import resume, train
@@ -125,6 +127,13 @@ def test_words_keep_signs_apart() -> None:
     ]
 
 
+def test_words_keep_their_marks() -> None:
+    """Vowels of Hindi, and accents that are signs of their own."""
+    text = "\u0915\u094d\u092f\u093e \u0939\u0948 e\u0301t\u00e9 x"
+    made = Words.of(text)
+    assert len(made) == 4 and made.decode(made.encode(text)) == text
+
+
 def vocabulary(path: Path, size: int = 30_522) -> Path:
     """A made-up vocabulary of word pieces."""
     known = "[PAD] [UNK] [CLS] [SEP] [MASK] if you win live lose die fight , ! ' t don can the ##m ##ing ##n e".split()
@@ -140,6 +149,14 @@ def test_word_pieces_are_the_longest_first(tmp_path: Path) -> None:
     assert made.split("Winning, YOU can't \u00e9") == "win ##n ##ing , you can ' t e".split()
     assert made.split("win\u4e00!") == ["win", "[UNK]", "!"] and made.split("x" * 101) == ["[UNK]"]
     assert made.decode(made.encode("winning, you live!")) == "winning, you live!"
+    # As the library `tokenizers` divides them: signs that are no punctuation stand within words, those of control not.
+    assert made.words("5\u20ac_x\u00b0 \u201cca\u0301n\u201d\u00a0t\u200d\x07o \U00020000b $+~ \u0915\u093f\u0930") == [
+        *("5\u20ac", "_", "x\u00b0", "\u201c", "can", "\u201d", "to", "\U00020000", "b"),
+        *("$", "+", "~", "\u0915\u093f\u0930"),
+    ]
+    saved = tmp_path / "saved.txt"  # as an editor of Windows writes it
+    saved.write_text((tmp_path / "vocab.txt").read_text(), encoding="utf-8-sig", newline="\r\n")
+    assert WordPieces.read(saved).tokens == made.tokens and made.lower
     with pytest.raises(InputError, match="no vocabulary of word pieces"):
         WordPieces.read(Path(__file__))
 
@@ -192,9 +209,54 @@ def test_a_text_that_repeats_is_learned_to_its_floor_and_gone_on_with(
     assert said.out == "abcdefgabc\n---\nabcdefgabc\n" and "epoch 6 of 6, seed 3" in said.err
     assert main(["generate", "run", "--length", "3"]) == 0
     assert len(capsys.readouterr().out) == 4
+    for words in ["run", *options, "a"], ["--count", "2", "run", *options[2:], "a"]:  # in any order
+        assert main(["generate", *words]) == 0
+        assert capsys.readouterr().out == said.out
     for command in ["info", "run"], ["runs", "."]:
         assert main(command) == 0
         assert re.search("text.*decoder-only|text +text +6/6 +loss 0.0", capsys.readouterr().out)
+
+
+def test_a_text_is_told_of_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["train", "text", "--text", "a\nb" * 200, "--out", "run", *"--epochs 1 --tokenizer words".split(), *TINY])
+        == 0
+    )
+    capsys.readouterr()
+    assert main(["info", "run"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("\n") == 6 and "... (600 characters), tokenizer words" in said
+
+
+def test_where_nothing_is_held_out_none_is_told_of(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "text", "--data", "text.txt", "--held-out", "0", "--epochs", "1", "--out", "run", *TINY]) == 0
+    said = capsys.readouterr()
+    assert "on the windows trained on" in said.out and "none held out" in said.err
+    assert main(["evaluate", "run"]) == 0
+    assert "88 windows trained on: loss" in capsys.readouterr().out
+
+
+def test_of_several_tokenizers_the_best_is_that_of_fewest_bits_a_character() -> None:
+    figures = {"bits_per_character": "bits a character", "valid_loss": "validation loss"}
+    rows = [
+        {"values": {"tokenizer": kind}, "mean": dict(zip(figures, found)), "spread": {}, "reported": {}, "runs": []}
+        for kind, found in {"characters": (2.2, 1.5), "words": (1.9, 5.8)}.items()
+    ]
+    results = {"study": None, "vary": {"tokenizer": ["characters", "words"]}, "seeds": 1, "figures": figures}
+    table = make_table(results | {"main": "valid_loss", "rows": rows})
+    assert "- Best by bits a character: tokenizer words." in table and "Token accuracy" not in table
+    assert is_loss("bits_per_character") and is_loss("bits a character") and not is_loss("valid_token_accuracy")
+
+
+def test_kinds_of_model_without_a_setting_are_drawn_by_epoch() -> None:
+    pytest.importorskip("matplotlib")
+    rows: list[dict[str, Any]] = [
+        {"values": values, "mean": {"valid_loss": 1.0}, "spread": {}, "reported": {}, "runs": []}
+        for values in ({"model": "recurrent", "layers": 1}, {"model": "recurrent", "layers": 2}, {"model": "bag"})
+    ]
+    vary = {"model": ["recurrent", "bag"], "layers": [1, 2]}
+    results = {"study": None, "vary": vary, "seeds": 1, "figures": {"valid_loss": "loss"}, "main": "valid_loss"}
+    assert draw(results | {"rows": rows}, Path("sweep"), Path("sweep.png")) and Path("sweep.png").stat().st_size > 1_000
 
 
 def test_a_model_that_learned_nothing_is_as_bad_as_it_is(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,6 +279,17 @@ def test_figures_are_those_of_every_token_of_the_held_out_text(run: Path, capsys
     assert len(losses) == len(ids) - 1 and found["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert main(["evaluate", str(run), "--json", "--problems", "2"]) == 0
     assert json.loads(capsys.readouterr().out)["n"] == 2
+
+
+def test_ends_of_lines_are_those_of_the_text(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text.write_text("one\r\ntwo\r\n" * 100, newline="")
+    assert main(["train", "text", "--data", str(text), "--epochs", "1", "--out", "run", *TINY]) == 0
+    assert Solver("run", "cpu").task.beginning("one\r\n") == Solver("run", "cpu").task.beginning("one\n")
+    assert "\r" not in Text(text="a\r\n" * 300, context=8).build().raw
+    old = Path("run", "config.json")
+    old.write_text(old.read_text().replace('"task": "text",', '"task": "text", "data_seed": 0,'))
+    assert main(["evaluate", "run"]) == 0  # of a version that had this setting
+    capsys.readouterr()
 
 
 def test_a_resumed_run_has_the_weights_it_would_have_had(run: Path, text: Path) -> None:
@@ -258,10 +331,22 @@ def test_the_sentence_of_the_report(tmp_path: Path, capsys: pytest.CaptureFixtur
     log = [json.loads(line) for line in Path("pieces", "metrics.jsonl").read_text().splitlines()]
     assert log[0]["loss"] == pytest.approx(10.3, abs=0.3) and log[1]["loss"] < log[0]["loss"]
     path.unlink()  # the run has the tokens
+    assert main(["train", "--resume", "pieces"]) == 0
+    capsys.readouterr()
     assert main(["generate", "pieces", "you win", "--length", "4"]) == 0
     assert capsys.readouterr().out.startswith("you win")
     assert "'zebra' is not in the text that this run learns" in fails(capsys, "generate", "words", "zebra")
     assert "has words with no token in the vocabulary" in fails(capsys, "generate", "pieces", "you \u4e00")
+    greek = [
+        "--tokenizer",
+        "word-piece",
+        "--vocabulary",
+        vocabulary(path),
+        "--text",
+        "\u03b1 win " * 30 + "\u03b3 " * 20,
+    ]
+    said = fails(capsys, "train", "text", *greek, "--context", "4")
+    assert "vocab.txt has no pieces for 50 of the 80 tokens of --text; give --vocabulary a file for its" in said
 
 
 def test_the_large_preset_is_the_model_it_says() -> None:
@@ -328,8 +413,12 @@ def test_a_problem_goes_to_a_language_model_last(run: Path, capsys: pytest.Captu
     capsys.readouterr()
     for questions, asked in (["1+1"], "formula-1"), (["a"], "text-1"), ([], "formula-1"):
         assert newest_run(questions) == Path("runs") / asked
+    config = Path("runs/text-1/config.json")
+    config.write_text(config.read_text().replace("text.txt", "x" * 5_000))  # a text that the system cannot read
+    assert newest_run(["nothing that is known"]) == Path("runs/formula-1")
     assert "answers problems and goes on with no text" in fails(capsys, "generate", "runs/formula-1", "1+1")
     assert "is for problems that are numbered, which windows are not" in fails(capsys, "evaluate", run, "--exhaustive")
+    assert "text is measured without answers" in fails(capsys, "evaluate", run, "--beam", "2")
 
 
 # Bad input
@@ -343,6 +432,12 @@ BAD = {
     "not gzip": (["--data", "plain.gz"], "plain.gz is no gzip file"),
     "one line": (["--data", "line.txt"], "line.txt has 12 tokens to train on and a window, .* has 129"),
     "long context": (["--data", "text.txt", "--context", "600"], "text.txt has 70 tokens held out .* has 601"),
+    "context too long for memory as well": (
+        ["--data", "text.txt", "--context", "60000", "--batch-size", "1000000"],
+        "text.txt has 630 tokens to train on .* has 60001",
+    ),
+    "no file but a device": (["--data", "/dev/zero"], "/dev/zero is no file on a disk"),
+    "text not UTF-8": (["--text", "caf\udce9 " * 300], "--text has bytes that are no UTF-8"),
     "a vocabulary of another kind": (
         ["--data", "text.txt", "--tokenizer", "word-piece", "--vocabulary", "text.txt"],
         "text.txt is no vocabulary of word pieces",
@@ -356,6 +451,7 @@ BAD = {
     "another model": (["--data", "text.txt", "--encoder-layers", "1"], "is a setting of encoder-decoder"),
     "heads": (["--data", "text.txt", "--width", "10"], "width must be a multiple of heads"),
     "key heads": (["--data", "text.txt", "--key-heads", "3"], "heads must be a multiple of key_heads, got 4 and 3"),
+    "a seed of nothing": (["--data", "text.txt", "--data-seed", "1"], "data_seed is a setting of formula"),
     "odd heads": (["--data", "text.txt", "--head-size", "5"], "rotary positions need an even head size, got 5"),
 }
 
@@ -377,6 +473,8 @@ def test_wrong_words_of_generate(run: Path, text: Path, capsys: pytest.CaptureFi
     for words, match in (
         (["xyz"], "'x' is not in the text that this run learns; leave it out of 'xyz'"),
         ([""], "'' has no token; begin with another text, or none"),
+        (["a\udce9"], "'a\\udce9' has bytes that are no UTF-8; begin with another text, or none"),
+        (["--length", "1000000", "--count", "10000"], "10000 texts of 1000001 tokens would take about 160."),
         (["--temperature", "-1"], "must be a number, 0 to 1000, got '-1'"),
         (["--top-p", "2"], "must be a number, 0 to 1, got '2'"),
         (["--length", "0"], "must be a whole number, 1 to"),
@@ -389,7 +487,13 @@ def test_wrong_words_of_generate(run: Path, text: Path, capsys: pytest.CaptureFi
 
 def test_a_text_that_is_gone_or_another_is_named(run: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text.write_text("xyz" * 300)
-    assert "'x' is not in the text that this run learns" in fails(capsys, "evaluate", run)
+    for words in ["evaluate", run], ["train", "--resume", run]:
+        assert "text.txt is not the text that run learned; put that one back" in fails(capsys, *words)
+    text.write_text(PERIOD[::-1] * 100)  # of the same characters
+    assert "text.txt is not the text that run learned" in fails(capsys, "evaluate", run)
+    Path(run, DIGEST).unlink()  # as of a run of an older version
+    assert main(["evaluate", str(run)]) == 0
+    capsys.readouterr()
     text.unlink()
     for words in ["evaluate", run], ["train", "--resume", run]:
         assert "there is no text text.txt; give --data FILE or FOLDER, or put it back" in fails(capsys, *words)

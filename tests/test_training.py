@@ -710,3 +710,5 @@ def test_curve_is_a_picture(tmp_path: Path) -> None:
     ]
     assert save_curve(entries, "runs/formula-1", tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    # Losses without a logarithm, as of a text of one letter: no warning, which would be an error here.
+    assert save_curve([{"epoch": epoch, "loss": 0.0} for epoch in (1, 2)], "runs/text-1", tmp_path / "zero.png")

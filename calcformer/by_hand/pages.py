@@ -130,7 +130,7 @@ def run_page(run: Path, question: str) -> Page:
         for i, (read, word, index) in enumerate(zip(maps.target, maps.said, said))
     ]
     reads = f"The encoder reads {listed(source)}. The decoder reads what it has said itself: {listed(target)}."
-    layers = f"{len(weights.encoder)} + {len(weights.decoder)} layers of {weights.encoder[0].attention.heads} heads"
+    layers = f"{len(weights.encoder)} + {len(weights.decoder)} layers of {settings.heads} heads"
     return Page(
         f"A trained transformer by hand: {maps.answer.problem}",
         [

@@ -168,7 +168,9 @@ class RotaryPositions(Positions):
 
     def turn(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(3, (-1, 2))
-        turns = self.table(rows.end)[rows.start : rows.end].view(rows.length, -1, 2).flip(2)  # (T, E / 2), cos and sin
+        if any(step % 2 for step in pairs.stride()[:-1]):  # beside values of an odd size; complex ones have whole pairs
+            pairs = pairs.clone(memory_format=torch.contiguous_format)
+        turns = self.table(rows.end)[rows.start : rows.end].to(pairs.dtype).view(rows.length, -1, 2).flip(2)  # cos, sin
         turned = torch.view_as_complex(pairs) * torch.view_as_complex(turns)
         return torch.view_as_real(turned).flatten(3).type_as(x)
 

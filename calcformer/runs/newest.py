@@ -39,6 +39,6 @@ def can_read(run: Path, config: RunConfig, questions: Sequence[str]) -> bool:
         task = config.data.restore(run)
         for question in questions:
             task.read_question(question)
-    except InputError:
+    except (InputError, OSError):
         return False
     return True

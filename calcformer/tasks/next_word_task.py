@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from calcformer.data import Answer, Examples, Labelled, Task, Vocabulary
+from calcformer.decoding import BATCH
 from calcformer.errors import InputError, shown
 
 if TYPE_CHECKING:
@@ -88,9 +89,11 @@ class NextWordTask(Task):
 
     @torch.no_grad()
     def answers(
-        self, model: Any, problems: Sequence[Context], device: torch.device, *_: Any, **options: Any
+        self, model: Any, problems: Sequence[Context], device: torch.device, beam: int = 1, batch_size: int = BATCH
     ) -> list[Answer]:
         """The most probable word after each context, its probability, and what the line has there."""
+        if beam != 1:
+            raise InputError("an answer of one word has no beginnings that a beam could follow; leave out --beam")
         chances, words = model(*self.ask(problems).to(device).inputs).double().softmax(dim=1).max(dim=1)
         return [
             NextWord(

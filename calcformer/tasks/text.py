@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from calcformer.errors import InputError
 from calcformer.model.settings import DecoderOnlyConfig
@@ -24,7 +24,13 @@ class Text(TaskSettings):
     about = "what comes next in a text of yours, by characters, words or pieces of words"
     noun = "windows"
     models = ("decoder-only",)
+    measured: ClassVar[Any] = property(
+        lambda self: TaskSettings.measured if self.held_out else "the windows trained on"
+    )
     figures = {"valid_loss": "loss", "perplexity": "perplexity", "bits_per_character": "bits a character"}
+
+    data_seed: ClassVar[int] = 0  # type: ignore[misc]  # no setting: an epoch's windows are drawn by --seed
+    former = {"data_seed": 0}
 
     train_size: int = setting(4_000, "windows of the text drawn an epoch", 1, 10_000_000)
     valid_size: int = setting(10_000, "most windows of the held-out end that are measured", 1, 10_000_000)
@@ -47,7 +53,9 @@ class Text(TaskSettings):
                 if not self.vocabulary
                 else f"--vocabulary is for --tokenizer word-piece, got {self.tokenizer}; leave one of them out"
             )
-        return TextTask(self)
+        task = TextTask(self)
+        task.check_length()
+        return task
 
     def restore(self, folder: Path) -> TextTask:
         from calcformer.tasks.language.texts import TextTask

@@ -80,7 +80,7 @@ def _run(
     """Check all that can be checked, then take the folder, and only then write. `of`: the run that goes on."""
     device = pick_device(config.training.device)
     processes = count_processes(config.training, device)
-    check_memory(memory_to_train(config, 1 if torchrun_place() else processes), device)
+    check_memory(memory_to_train(config, 1 if torchrun_place() else processes, of), device)
     config = config.with_settings({"processes": processes})
     if config.training.tensorboard:
         require_tensorboard()

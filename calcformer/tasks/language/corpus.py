@@ -22,8 +22,10 @@ def read_text(path: Path) -> str:
         files = [file for file in found if file.name in ("input.txt", "input.txt.gz")][:1] or found
         if not files:
             raise InputError(f"{path} has no text in it (*.txt or *.txt.gz); give --data another folder or a file")
-    elif path.exists():
+    elif path.is_file():
         files = [path]
+    elif path.exists():
+        raise InputError(f"{path} is no file on a disk, and a text is read more than once; write it to one")
     else:
         raise InputError(f"there is no text {path}; give --data FILE or FOLDER, or put it back")
     text = "\n".join(map(read_file, files))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,14 +16,14 @@ from calcformer.errors import InputError, shown
 from calcformer.runs.folder import RunError
 from calcformer.sampling import generate
 from calcformer.tasks.language.corpus import read_text
-from calcformer.tasks.language.tokenizers import BytePairs, Characters, Tokenizer, WordPieces, Words
+from calcformer.tasks.language.tokenizers import UNKNOWN, BytePairs, Characters, Tokenizer, WordPieces, Words
 
 if TYPE_CHECKING:
     from calcformer.tasks.text import Text
 
 __all__ = ["NextToken", "TextTask"]
 
-TOKENIZER = "tokenizer.json"  # in a run folder
+TOKENIZER, DIGEST = "tokenizer.json", "text.sha256"  # in a run folder
 KINDS: dict[str, type[Tokenizer]] = {
     "characters": Characters,
     "words": Words,
@@ -51,11 +52,21 @@ def cut(ids: torch.Tensor, context: int, most: int) -> Texts:
     return Texts(rows[:, :-1].contiguous(), rows[:, 1:].masked_fill(before, MEASURED_BEFORE))
 
 
+def is_unicode(text: str) -> bool:
+    """Whether it has no part of a character, as Python reads the bytes of a word in another encoding."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def digest(text: str) -> bytes:
+    """What a run folder knows its text by."""
+    return f"{hashlib.sha256(text.encode()).hexdigest()}\n".encode()
+
+
 class TextTask(Task):
     """A text whose end is held out; training draws windows of the rest.
 
     Args:
-        folder: of a run, which keeps the tokenizer.
+        folder: of a run, which keeps the tokenizer, and by which the text is known again.
     """
 
     fresh = True
@@ -64,7 +75,7 @@ class TextTask(Task):
     vocabulary: Any  # a Tokenizer
 
     def __init__(self, data: Text, folder: Path | None = None) -> None:
-        self.data = data
+        self.data, self.folder = data, folder
         self.source_length = self.target_length = data.context
         self.kept = None if folder is None or not (folder / TOKENIZER).exists() else folder / TOKENIZER
         self.vocabulary = self.make_tokenizer()
@@ -86,7 +97,7 @@ class TextTask(Task):
         return kind.of(self.raw)
 
     def files(self) -> dict[str, bytes]:
-        return {TOKENIZER: self.vocabulary.to_json().encode()}
+        return {TOKENIZER: self.vocabulary.to_json().encode(), DIGEST: digest(self.raw)}
 
     @property
     def source(self) -> str:
@@ -95,11 +106,15 @@ class TextTask(Task):
 
     @cached_property
     def raw(self) -> str:
-        if self.data.data:
-            return read_text(Path(self.data.data))
-        if not self.data.text.strip():
+        text = read_text(Path(self.data.data)) if self.data.data else self.data.text.replace("\r\n", "\n")
+        if not text.strip():
             raise InputError("there is no text to learn; give --data FILE or FOLDER")
-        return self.data.text
+        if not is_unicode(text):
+            raise InputError("--text has bytes that are no UTF-8; give it in UTF-8")
+        kept = None if self.folder is None else self.folder / DIGEST
+        if kept is not None and kept.exists() and kept.read_bytes() != digest(text):
+            raise InputError(f"{self.source} is not the text that {self.folder} learned; put that one back")
+        return text
 
     def border(self, length: int) -> int:
         """Where the held-out end of a text of so many characters begins."""
@@ -111,18 +126,29 @@ class TextTask(Task):
         border = self.border(len(self.raw))
         texts = [self.raw[:border], self.raw[border:]] if self.data.held_out else [self.raw]
         sides = [torch.tensor(self.vocabulary.encode(text), dtype=torch.long) for text in texts]
+        return sides[0], sides[-1]
+
+    def check_length(self) -> None:
+        """InputError where a side has not one window, or a vocabulary of pieces not half of the words."""
+        if self.data.tokenizer == "word-piece":
+            ids = torch.cat(self.sides)
+            unknown, count = int((ids == self.vocabulary.ids[UNKNOWN]).sum()), len(ids)
+            if 2 * unknown > count:
+                raise InputError(
+                    f"{self.data.vocabulary} has no pieces for {unknown} of the {count} tokens of {self.source}; give "
+                    "--vocabulary a file for its language"
+                )
         least = self.data.context + 1
-        for ids, what in zip(sides, ("to train on", "held out")):
+        for ids, what in zip(self.sides, ("to train on", "held out")):
             if len(ids) < least:
                 raise InputError(
                     f"{self.source} has {len(ids)} tokens {what} and a window, with the token after it, has {least}; "
                     "lower --context, or give a longer text"
                 )
-        return sides[0], sides[-1]
 
     def split(self) -> tuple[Examples, Examples]:
         held_out = cut(self.sides[1], self.data.context, self.data.valid_size)
-        return self.draw(torch.Generator().manual_seed(self.data.data_seed)), held_out
+        return self.draw(torch.Generator().manual_seed(0)), held_out
 
     def draw(self, generator: torch.Generator) -> Examples:
         ids, context = self.sides[0].to(generator.device), self.data.context
@@ -162,8 +188,10 @@ class TextTask(Task):
     def beginning(self, text: str | None) -> list[int]:
         if text is None:  # as a line begins
             return [self.vocabulary.ids.get("\n", self.vocabulary.ids.get("Ċ", self.vocabulary.ids.get("[CLS]", 0)))]
-        ids = self.vocabulary.encode(text)
-        unknown = self.vocabulary.ids.get("[UNK]")
+        if not is_unicode(text):
+            raise InputError(f"{shown(text)} has bytes that are no UTF-8; begin with another text, or none")
+        ids = self.vocabulary.encode(text.replace("\r\n", "\n"))
+        unknown = self.vocabulary.ids.get(UNKNOWN)
         if not ids or (unknown is not None and unknown in ids and self.data.tokenizer == "word-piece"):
             what = "has words with no token in the vocabulary" if ids else "has no token"
             raise InputError(f"{shown(text)} {what}; begin with another text, or none")

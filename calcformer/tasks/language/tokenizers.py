@@ -7,6 +7,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ from calcformer.errors import InputError, shown
 __all__ = ["BytePairs", "Characters", "Tokenizer", "WordPieces", "Words"]
 
 UNKNOWN = "[UNK]"
-CHINESE = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # whose signs are words each
+# Chinese signs, which are words each.
+CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002ceaf\U0002f800-\U0002fa1f]")
+# What belongs to the letter before it, as vowels of Hindi and accents that are signs of their own.
+MARKS = "".join(x for x in map(chr, range(0x300, 0x1F000)) if unicodedata.category(x).startswith("M"))
+LETTERS = rf"\w+(?:[{MARKS}\u200c\u200d]+\w*)*"
 LONGEST_WORD = 100  # characters, beyond which BERT takes a word for unknown
 
 
@@ -75,7 +80,7 @@ class Characters(Tokenizer):
 class Words(Tokenizer):
     """Words, each other character that is no space, and line ends. How many spaces there were is forgotten."""
 
-    PATTERN = re.compile(r"\n|\w+(?:['\u2019-]\w+)*|[^\w\s]")
+    PATTERN = re.compile(rf"\n|{LETTERS}(?:['\u2019-]{LETTERS})*|[^\w\s]")
     AFTER = frozenset(".,;:!?)]}%\n\u2019\u201d")  # have no space before them
     BEFORE = frozenset("([{\n\u201c\u2018")  # have none behind them
 
@@ -92,6 +97,17 @@ class Words(Tokenizer):
             word = self.tokens[place]
             said += word if not said or word in self.AFTER or said[-1] in self.BEFORE else f" {word}"
         return said
+
+
+@cache
+def apart(sign: str) -> str:
+    """A character as BERT reads it: punctuation and Chinese ones between spaces, those of control left out."""
+    kind = unicodedata.category(sign)
+    if sign in "\t\n\r" or kind == "Zs":
+        return " "
+    if kind.startswith("C") or sign == "\ufffd":
+        return ""
+    return f" {sign} " if kind.startswith("P") or sign in "$+<=>^`|~" or CHINESE.match(sign) else sign
 
 
 class WordPieces(Tokenizer):
@@ -116,7 +132,7 @@ class WordPieces(Tokenizer):
         if not path.is_file():
             raise InputError(f"there is no vocabulary {path}; give --vocabulary BERT's vocab.txt")
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError:
             lines = []
         tokens = [line.rstrip("\r") for line in (lines[:-1] if lines[-1:] == [""] else lines)]
@@ -133,7 +149,7 @@ class WordPieces(Tokenizer):
         """Words and single signs, as BERT divides a text before it looks for pieces."""
         if self.lower:
             text = "".join(x for x in unicodedata.normalize("NFD", text.lower()) if unicodedata.category(x) != "Mn")
-        return re.findall(rf"[{CHINESE}]|[^\W_{CHINESE}]+|[^\w\s]|_", text)
+        return "".join(map(apart, text)).split()
 
     def pieces(self, word: str) -> list[str]:
         if word in self.known:
