@@ -90,7 +90,7 @@ def save_curve(entries: list[dict[str, Any]], title: str, path: Path, data: Task
         },
     }
     best = data.best_possible if data else {}
-    if data and data.measured != TaskSettings.measured:  # nothing is held out
+    if data and not data.holds_out:  # nothing is held out
         panels["loss"]["valid_loss"], panels["accuracy"]["valid_token_accuracy"] = "after the epoch", "after the epoch"
     others = {name for entry in entries for name in entry if not is_loss(name)} - NO_FIGURES
     panels["accuracy"] |= {name: name.replace("_", " ") for name in sorted(others - panels["accuracy"].keys())}

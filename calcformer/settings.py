@@ -74,13 +74,22 @@ class TaskSettings(Settings):
         "valid_token_accuracy": "token accuracy",
         "valid_loss": "loss",
     }
-    measured: ClassVar[str] = "held-out problems"  # what those figures are of
     epochs_a_checkpoint: ClassVar[int] = 1  # more where to write one takes longer than an epoch
     former: ClassVar[dict[str, Any]] = {}  # keys that older versions wrote to config.json, with what meant nothing
 
     train_size: int = setting(10_000, "problems to train on, fresh or not, an epoch", 1, LARGEST_SET)
     valid_size: int = setting(5_000, "problems held out", 1, LARGEST_SET)
     data_seed: int = setting(0, "seed of the data and its split", 0, 2**62)
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether what is measured is kept from training."""
+        return True
+
+    @property
+    def measured(self) -> str:
+        """What the figures are of."""
+        return f"held-out {self.noun}" if self.holds_out else f"the {self.noun} trained on"
 
     def build(self) -> Task:
         """The task itself; only now is torch needed."""

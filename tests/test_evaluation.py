@@ -277,7 +277,7 @@ def test_the_command_with_all_it_can_measure(run: Path, capsys: pytest.CaptureFi
     assert (found["beam"], found["n"], found["preset"]) == (2, 40, "formula") and Path(found["checkpoint"]).is_file()
     assert main(["evaluate", str(run), "--exhaustive"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"{run}, epoch 1, 40 held-out problems: exact match 0.")
+    assert lines[0].startswith(f"{run}, epoch 1, 40 held-out formulas: exact match 0.")
     labels = {
         "held out",
         "  digits of an operand: 2",

@@ -259,7 +259,7 @@ def test_a_language_model_is_learned_and_measured(capsys: pytest.CaptureFixture[
     found = json.loads(capsys.readouterr().out)
     assert found["perplexity"] == pytest.approx(torch.tensor(found["loss"]).exp().item()) and "wrong" not in found
     assert main(["evaluate", "run"]) == 0
-    assert capsys.readouterr().out.startswith("run, epoch 12, 30 held-out problems: loss 0.0")
+    assert capsys.readouterr().out.startswith("run, epoch 12, 30 held-out examples: loss 0.0")
     log = Path("run/metrics.jsonl").read_text().splitlines()
     assert main(["train", "--resume", "run"]) == 0 and Path("run/metrics.jsonl").read_text().splitlines() == log
     assert main(["runs", "."]) == 0

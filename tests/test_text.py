@@ -225,7 +225,7 @@ def test_a_text_is_told_of_in_a_line(capsys: pytest.CaptureFixture[str]) -> None
     capsys.readouterr()
     assert main(["info", "run"]) == 0
     said = capsys.readouterr().out
-    assert said.count("\n") == 6 and "... (600 characters), tokenizer words" in said
+    assert said.count("\n") == 6 and "... (600 characters), --tokenizer words" in said
 
 
 def test_where_nothing_is_held_out_none_is_told_of(text: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,7 @@ class NextWords(TaskSettings):
     example = "you"
     models = ("recurrent", "feed-forward", "transformer")
     figures = {"valid_token_accuracy": "accuracy", "valid_loss": "loss"}
-    measured = "the examples trained on"
+    holds_out = False
     epochs_a_checkpoint = 50
 
     # No settings here: how many there are the line tells.

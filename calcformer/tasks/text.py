@@ -24,9 +24,6 @@ class Text(TaskSettings):
     about = "what comes next in a text of yours, by characters, words or pieces of words"
     noun = "windows"
     models = ("decoder-only",)
-    measured: ClassVar[Any] = property(
-        lambda self: TaskSettings.measured if self.held_out else "the windows trained on"
-    )
     figures = {"valid_loss": "loss", "perplexity": "perplexity", "bits_per_character": "bits a character"}
 
     data_seed: ClassVar[int] = 0  # type: ignore[misc]  # no setting: an epoch's windows are drawn by --seed
@@ -43,6 +40,10 @@ class Text(TaskSettings):
     vocabulary_size: int = setting(2_000, "tokens of bpe, learned from what is not held out", 257, 1_000_000)
     context: int = setting(64, "tokens of a window: how far back the model sees", 1, 65_536)
     held_out: float = setting(0.1, "share at the end that is held out; 0 measures what is trained on", 0, 0.9)
+
+    @property
+    def holds_out(self) -> bool:
+        return bool(self.held_out)
 
     def build(self) -> TextTask:
         from calcformer.tasks.language.texts import TextTask

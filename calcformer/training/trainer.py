@@ -81,7 +81,7 @@ class Trainer:
         for side, what in (train, "train on"), (valid, "hold out"):
             if not len(side):
                 raise InputError(f"no {config.data.noun} are left to {what}; change how many are held out")
-        self.shared = 0 if self.task.fresh or config.data.measured != TaskSettings.measured else shared(train, valid)
+        self.shared = shared(train, valid) if config.data.holds_out and not self.task.fresh else 0
         self.train_examples, self.valid_examples = train.to(self.device), valid.to(self.device)
         torch.manual_seed(config.training.seed)
         self.model = config.model.build(self.task).to(self.device)
@@ -240,7 +240,7 @@ class Trainer:
     def _show_measured(self, entry: dict[str, Any]) -> None:
         """Show a finished epoch in the bar."""
         (main, label), *others = self.config.data.figures.items()
-        is_held_out = self.config.data.measured == TaskSettings.measured
+        is_held_out = self.config.data.holds_out
         word = "held out" if main.startswith("valid_") and is_held_out else label.split()[0]
         found = [entry[name] for name, _ in others if name in entry]
         if main in entry:
@@ -333,7 +333,7 @@ class Trainer:
     def _introduce(self, finished: int) -> None:
         """A line to stderr: what is trained, and where to."""
         training, size = self.config.training, len(self.train_examples)
-        is_held_out = self.config.data.measured == TaskSettings.measured
+        is_held_out = self.config.data.holds_out
         held_out = f"{len(self.valid_examples):,}" if is_held_out else "none"
         seen = f", {self.shared:,} of which are trained on too" if self.shared else ""
         best = describe_figures({}, self.config) if self.config.data.best_possible else ""
