@@ -257,7 +257,7 @@ def test_streams_that_break_are_no_traceback(ending: str, code: int, said: str, 
 
 def test_evaluate_in_words(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(runs["expression"])]) == 0
-    assert "20 held-out formulas: exact match 0." in capsys.readouterr().out
+    assert "20 held-out expressions: exact match 0." in capsys.readouterr().out
 
 
 def test_every_setting_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
