@@ -130,8 +130,10 @@ class Known(NamedTuple):
 
 
 def layouts(tensors: Tensors) -> tuple[Hashable, ...]:
-    """How tensors, or None, lie in memory, as far as kernels are compiled for it."""
-    return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors])
+    """How tensors, or None, lie in memory, as far as kernels are compiled for it; and in how many places they begin."""
+    places = [0 if x is None else x.data_ptr() for x in tensors]
+    found = [None if x is None else (x.shape, x.stride(), x.dtype, place % 16) for x, place in zip(tensors, places)]
+    return (*found, len(set(places)))
 
 
 def remember(known: dict[Hashable, Any], key: Hashable, found: Any) -> None:
