@@ -131,7 +131,9 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
         InputError: there is no such folder.
     """
     if not folder.is_dir():
-        raise InputError(f"there is no folder {shown(str(folder))}; give one that has runs in it")
+        raise InputError(
+            f"there is no folder {shown(str(folder))}; give one that has runs in it, or make one with: calcformer train"
+        )
     patterns = ["*/" * depth + name for depth in range(1, DEEPEST + 1) for name in (CONFIG, MODEL, RESUME, METRICS)]
     found: list[dict[str, Any]] = []
     for run in sorted({path.parent for pattern in patterns for path in folder.glob(pattern)}):

@@ -469,12 +469,15 @@ def test_wrong_input_gets_a_line_and_nothing_is_written(
     assert re.search(match, fails(capsys, "train", "text", *words))
 
 
-def test_wrong_words_of_generate(run: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_words_of_generate(
+    run: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("calcformer.sampling.free_memory", lambda device: 10**9)
     for words, match in (
         (["xyz"], "'x' is not in the text that this run learns; leave it out of 'xyz'"),
         ([""], "'' has no token; begin with another text, or none"),
         (["a\udce9"], "'a\\udce9' has bytes that are no UTF-8; begin with another text, or none"),
-        (["--length", "1000000", "--count", "10000"], "10000 texts of 1000001 tokens would take about 160."),
+        (["--length", "10000", "--count", "10000"], "10000 texts of 10001 tokens would take about 1.7 GB of memory"),
         (["--temperature", "-1"], "must be a number, 0 to 1000, got '-1'"),
         (["--top-p", "2"], "must be a number, 0 to 1, got '2'"),
         (["--length", "0"], "must be a whole number, 1 to"),

@@ -679,6 +679,18 @@ def test_run_log_drops_an_unfinished_line(tmp_path: Path) -> None:
     assert log.read() == [{"epoch": 1}, {"epoch": 2}, {"epoch": 3, "again": 1}]
 
 
+def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("file")
+    write_atomically(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"new"
+    os.mkfifo(tmp_path / "pipe")
+    descriptor = os.open(tmp_path / "pipe", os.O_RDWR)
+    write_atomically(tmp_path / "pipe", b"page")
+    assert (tmp_path / "pipe").is_fifo() and os.read(descriptor, 100) == b"page"
+    os.close(descriptor)
+
+
 def test_curve_is_drawn_each_epoch_unless_that_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[int, str]] = []
     now = 0.0

@@ -99,17 +99,22 @@ def is_temporary(path: Path) -> bool:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that its name stands for either the old content or all of the new, even after a power cut.
 
-    The temporary name is the same each time: what a kill leaves behind, the next write to `path` takes away.
+    The temporary name is the same each time: what a kill leaves behind, the next write to `path` takes away. A link
+    stays one. What is no file, such as /dev/stdout, is written to: a file would take its place and be no terminal.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    temporary = path.with_name(f".{path.name}.tmp")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.tmp")
     try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+            return
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
