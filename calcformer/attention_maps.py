@@ -121,7 +121,7 @@ def head_view(run: str | PathLike[str], question: str, device: str = "auto") -> 
 
 def head_view_arguments(maps: AttentionMaps) -> dict[str, Any]:
     """See `head_view`."""
-    if not maps.encoder:
+    if not maps.source:
         return {"attention": maps.decoder, "tokens": maps.target}
     return {
         "encoder_attention": maps.encoder,

@@ -143,7 +143,7 @@ def shared(trained: Examples, held_out: Examples) -> int:
     """How many of the held-out examples ask what one of the others asks."""
     if trained.inputs[0].shape[1:] != held_out.inputs[0].shape[1:]:
         return 0
-    rows = torch.cat((trained.inputs[0], held_out.inputs[0]))
+    rows = torch.cat((trained.inputs[0], held_out.inputs[0])).flatten(1)
     factors = torch.randint(-(2**62), 2**62, rows.shape[1:], generator=torch.Generator().manual_seed(0))
     keys = (rows * factors).sum(dim=1)  # wraps; of different rows it is alike once in 2^63
     return int(torch.isin(keys[len(trained) :], keys[: len(trained)]).sum())
