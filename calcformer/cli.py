@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from calcformer import __version__
 from calcformer.commands import COMMANDS
@@ -36,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     open_standard_streams()
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] in (["solve"], ["attention"], ["explain"]):
-        # A formula may begin with a minus sign; a space before it tells argparse that it is not a flag.
+    asks = words[:1] in (["solve"], ["attention"], ["explain"], ["generate"])
+    if asks:
+        # What is asked may begin with a minus sign; a space before it tells argparse that it is not a flag.
         words = [f" {word}" if re.match(r"-+[^-\w]|-+\d", word) else word for word in words]
     parser = Parser(prog="calcformer")
     try:
@@ -46,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if words[:1] in (["train"], ["sweep"]):
                 base, words = choose(words)
             arguments = build_parser(base).parse_args(words)
+            for name, value in vars(arguments).items() if asks else ():
+                setattr(arguments, name, without_space(value))
             return arguments.work(arguments)
     except InputError as error:
         parser.error(str(error))
@@ -58,6 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         tell("calcformer: stopped")
         return 130
+
+
+def without_space(value: Any) -> Any:
+    """A word, or each of a list, without the space before its minus sign."""
+    if isinstance(value, list):
+        return [without_space(word) for word in value]
+    return value[1:] if isinstance(value, str) and value.startswith(" -") else value
 
 
 def open_standard_streams() -> None:

@@ -373,6 +373,17 @@ def test_solve_says_the_next_token(run: Path, capsys: pytest.CaptureFixture[str]
     assert NextToken("a\n", " ", 0.5, None).equation == "'a\\n' -> ' '"
 
 
+def test_a_text_may_begin_with_a_minus_sign(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text.write_text("-1 - a\n" * 60)
+    assert main(["train", "text", "--data", "text.txt", "--epochs", "1", "--out", "run", *TINY]) == 0
+    capsys.readouterr()
+    for words in "-1", "- a", "-1 - a":
+        assert main(["generate", "run", words, "--length", "1"]) == 0
+        assert capsys.readouterr().out.startswith(words)
+        assert main(["solve", "--run", "run", words, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["answers"][0]["asked"] == words
+
+
 def test_solve_and_attention_need_no_text(run: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text.unlink()
     shutil.copytree(run, "runs/text-1")
