@@ -69,7 +69,7 @@ class Text(TaskSettings):
         narrow = DecoderOnlyConfig(heads=8, head_size=64, positions="sinusoid", tied=False)
         steady = TrainingConfig(epochs=10, batch_size=2, exact_match_every=5)
         characters = Preset(
-            "a text of yours in characters, in a quarter of an hour on two cores",
+            "a text of yours in characters, in nine minutes on two cores",
             cls(train_size=4_000, context=128),
             DecoderOnlyConfig(width=128, heads=4, layers=4, hidden=512),
             TrainingConfig(
