@@ -61,7 +61,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
     def read(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,30}", text.strip()) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"must be a whole number, {low} to {high}, got {shown(text)}")
+            raise argparse.ArgumentTypeError(f"must be a whole number, {low} to {high}, got {shown(text.strip())}")
         return int(text)
 
     return read
@@ -72,7 +72,7 @@ def span(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"([1-9][0-9]{0,8})(?:-([1-9][0-9]{0,8}))?", text.strip())
     first, last = map(int, (found[1], found[2] or found[1])) if found else (2, 1)
     if first > last:
-        raise argparse.ArgumentTypeError(f"must be a number from 1, or two such as 3-6, got {shown(text)}")
+        raise argparse.ArgumentTypeError(f"must be a number from 1, or two such as 3-6, got {shown(text.strip())}")
     return first, last
 
 
@@ -85,7 +85,7 @@ def real(low: float, high: float) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not low <= value <= high:  # NaN lies nowhere
-            raise argparse.ArgumentTypeError(f"must be a number, {low} to {high}, got {shown(text)}")
+            raise argparse.ArgumentTypeError(f"must be a number, {low} to {high}, got {shown(text.strip())}")
         return value
 
     return read
@@ -99,7 +99,7 @@ def number(kind: type) -> Callable[[str], Any]:
             return kind(text)
         except ValueError:
             wanted = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {shown(text)}") from None
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {shown(text.strip())}") from None
 
     return read
 

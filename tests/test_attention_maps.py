@@ -121,6 +121,7 @@ def test_several_problems_and_another_folder(
 
 
 def test_file_for_bertviz(runs: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     words = ["attention", "1+1", "--run", str(runs["formula"]), "--bertviz", "maps.json", "--device", "cpu"]
     assert main(words) == 0
     content = json.loads((tmp_path / "maps.json").read_text())
@@ -183,6 +184,7 @@ def test_problem_answer_verdict_and_axes_stand_in_the_picture(
         return True
 
     monkeypatch.setattr("calcformer.attention_maps.save_heads", note)
+    monkeypatch.setattr("calcformer.attention_maps.can_draw", lambda: True)
     maps = attention_maps(Solver(runs["formula"], "cpu"), "-9-8")
     save_maps(maps, tmp_path)
     verdict = "right" if maps.answer.said == "-17" else "wrong, -17 is right"

@@ -385,6 +385,7 @@ def test_a_text_may_begin_with_a_minus_sign(text: Path, capsys: pytest.CaptureFi
 
 
 def test_solve_and_attention_need_no_text(run: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
     text.unlink()
     shutil.copytree(run, "runs/text-1")
     assert newest_run(["abc"]) == Path("runs/text-1")
