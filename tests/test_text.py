@@ -157,6 +157,8 @@ def test_word_pieces_are_the_longest_first(tmp_path: Path) -> None:
     saved = tmp_path / "saved.txt"  # as an editor of Windows writes it
     saved.write_text((tmp_path / "vocab.txt").read_text(), encoding="utf-8-sig", newline="\r\n")
     assert WordPieces.read(saved).tokens == made.tokens and made.lower
+    small = [str(number) for number in range(200)]
+    assert WordPieces(["[UNK]", *small, "<EOS>"]).lower and not WordPieces(["[UNK]", *small, *"ABCDE"]).lower
     with pytest.raises(InputError, match="no vocabulary of word pieces"):
         WordPieces.read(Path(__file__))
 

@@ -21,6 +21,7 @@ CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002c
 # What belongs to the letter before it, as vowels of Hindi and accents that are signs of their own.
 MARKS = "".join(x for x in map(chr, range(0x300, 0x1F000)) if unicodedata.category(x).startswith("M"))
 LETTERS = rf"\w+(?:[{MARKS}\u200c\u200d]+\w*)*"
+FEW = 0.01  # share of tokens with a capital letter, such as <EOS>, up to which a vocabulary is one of small letters
 LONGEST_WORD = 100  # characters, beyond which BERT takes a word for unknown
 
 
@@ -113,8 +114,8 @@ def apart(sign: str) -> str:
 class WordPieces(Tokenizer):
     """BERT's tokens: of each word the longest beginning that is one, then of what is left, with ## before it.
 
-    Words are in lower case, and without accents, where the vocabulary has no capital letter. What has no tokens is
-    [UNK].
+    Words are in lower case, and without accents, where the vocabulary has next to no capital letter. What has no tokens
+    is [UNK].
 
     Source: Devlin et al. 2019, "BERT", section 3; Wu et al. 2016, "Google's Neural Machine Translation System",
     section 4.1.
@@ -122,7 +123,8 @@ class WordPieces(Tokenizer):
 
     def __init__(self, tokens: Iterable[str]) -> None:
         super().__init__(tokens)
-        self.lower = not any(token != token.lower() for token in self.tokens if not token.startswith("["))
+        capital = sum(token != token.lower() for token in self.tokens if not token.startswith("["))
+        self.lower = capital <= FEW * len(self.tokens)
         self.longest = max(map(len, self.tokens))
         self.known: dict[str, list[str]] = {}  # the pieces of each word met so far
 
