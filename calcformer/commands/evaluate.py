@@ -12,11 +12,13 @@ from calcformer.settings import LARGEST_SET
 
 __all__ = ["add"]
 
-WHAT = "Measure a trained run on problems it was not trained on, and count its mistakes by kind."
-
 
 def add(commands: Commands, base: RunConfig) -> None:
-    parser = commands.add_parser("evaluate", help="measure a run on its held-out problems", description=WHAT)
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure a run on its held-out problems",
+        description="Measure a run on problems it was not trained on, and count its mistakes by kind.",
+    )
     parser.add_argument("run", type=path, metavar="RUN", help="run folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(

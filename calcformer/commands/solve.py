@@ -61,7 +61,7 @@ def read_problems(arguments: argparse.Namespace) -> list[tuple[str, str]]:
             tell("Type problems, one a line, and Ctrl-D to end.")
         source, content = "standard input", sys.stdin.buffer.read()
     lines = enumerate(content.decode("utf-8-sig", errors="replace").split("\n"), start=1)
-    return [(line, f"{source}, line {number}: ") for number, line in lines if line.strip()]
+    return [(line.rstrip("\r"), f"{source}, line {number}: ") for number, line in lines if line.strip()]
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ def add(commands: Commands, base: RunConfig) -> None:
         description=(
             "Train a run for every combination of the values given, side by side, and compare them in a table and a "
             "picture. The same command with the same --out, or --resume, goes on where it was stopped. Any setting "
-            f"that train has can be given; in brackets stand those of the preset {base.preset}."
+            f"that train has can be given; in brackets stand the defaults, those of the preset {base.preset}."
         ),
     )
     parser.add_argument("--study", choices=tuple(STUDIES), help="a report's comparison, its figures beside ours")
