@@ -24,6 +24,16 @@ __all__ = [
 ]
 
 
+def check_heads(width: int, heads: int, positions: str = "none", size: int | None = None) -> None:
+    """InputError where heads without a `size`, None or 0, do not divide the width, or rotary positions an odd size."""
+    if not size and width % heads:
+        where = " where no head_size is given" if size is not None else ""
+        raise InputError(f"width must be a multiple of heads{where}, got width {width} and {heads} heads")
+    size = size or width // heads
+    if positions == "rotary" and size % 2:
+        raise InputError(f"rotary positions need an even head size, got {size}")
+
+
 @dataclass(frozen=True)
 class ModelConfig(ModelSettings):
     """The encoder-decoder transformer."""
@@ -49,10 +59,7 @@ class ModelConfig(ModelSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.width % self.heads:
-            raise InputError(f"width must be a multiple of heads, got width {self.width} and {self.heads} heads")
-        if self.positions == "rotary" and self.width // self.heads % 2:
-            raise InputError(f"rotary positions need an even head size, got {self.width // self.heads}")
+        check_heads(self.width, self.heads, self.positions)
 
     def build(self, task: Task) -> EncoderDecoder:
         from calcformer.model.encoder_decoder import EncoderDecoder
@@ -130,8 +137,7 @@ class TransformerSettings(ModelSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.width % self.heads:
-            raise InputError(f"width must be a multiple of heads, got width {self.width} and {self.heads} heads")
+        check_heads(self.width, self.heads)
 
     def build(self, task: Task) -> TransformerNextWord:
         from calcformer.model.next_word import TransformerNextWord
@@ -171,16 +177,9 @@ class DecoderOnlyConfig(ModelSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.head_size and self.width % self.heads:
-            raise InputError(
-                f"width must be a multiple of heads where no head_size is given, got width {self.width} and "
-                f"{self.heads} heads"
-            )
+        check_heads(self.width, self.heads, self.positions, self.head_size)
         if self.key_heads and self.heads % self.key_heads:
             raise InputError(f"heads must be a multiple of key_heads, got {self.heads} and {self.key_heads}")
-        size = self.head_size or self.width // self.heads
-        if self.positions == "rotary" and size % 2:
-            raise InputError(f"rotary positions need an even head size, got {size}")
 
     def build(self, task: Task) -> DecoderOnly:
         from calcformer.model.decoder_only import DecoderOnly
