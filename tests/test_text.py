@@ -21,7 +21,7 @@ from calcformer.comparison import draw, make_table
 from calcformer.config import PRESETS
 from calcformer.errors import InputError
 from calcformer.plots import visible
-from calcformer.runs.newest import newest_run
+from calcformer.runs.newest import can_read, newest_run
 from calcformer.settings import is_loss
 from calcformer.solver import Solver
 from calcformer.tasks.language.texts import DIGEST, MEASURED_BEFORE, TOKENIZER, NextToken, TextTask, cut
@@ -391,6 +391,8 @@ def test_solve_and_attention_need_no_text(run: Path, text: Path, capsys: pytest.
     text.unlink()
     shutil.copytree(run, "runs/text-1")
     assert newest_run(["abc"]) == Path("runs/text-1")
+    config = Solver(Path("runs/text-1"), "cpu").config
+    assert can_read(Path("runs/text-1"), config, ["abc"]) and not can_read(Path("runs/text-1"), config, ["x"])
     assert main(["attention", "abca", "--bertviz", "view.json"]) == 0
     assert capsys.readouterr().out.endswith("1 pictures in runs/text-1/attention/abca, of runs/text-1, epoch 1 of 1\n")
     view = json.loads(Path("view.json").read_text())
