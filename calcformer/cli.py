@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = build_parser(base).parse_args(words)
             for name, value in vars(arguments).items() if asks else ():
                 setattr(arguments, name, without_space(value))
-            return arguments.work(arguments)
+            return vars(arguments).pop("work")(arguments)
     except InputError as error:
         parser.error(str(error))
     except OSError as error:

@@ -28,14 +28,13 @@ def activations(config: RunConfig, task: Task, problems: int) -> int:
     return FLOAT * problems * numbers
 
 
-def memory_to_train(config: RunConfig, processes: int, of: Path | None = None) -> int:
+def memory_to_train(config: RunConfig, task: Task, processes: int) -> int:
     """Bytes that `processes` processes need together to train a run, roughly.
 
-    Weights, their gradient in parts and as a vector, Adam's two moments, and weights and moments twice more while they
-    are written; the activations of a batch; the problems, as numbers in Python first where they are a fixed list. `of`:
-    the run that goes on.
+    Weights, their gradient, which of small ones is there twice, Adam's two moments, and weights and moments twice more
+    while they are written; the activations of a batch; the problems, as numbers in Python first where they are a fixed
+    list.
     """
-    task = config.data.build() if of is None else config.data.restore(of)
     weights = FLOAT * count_parameters(config, task)
     problems = config.data.train_size + config.data.valid_size
     lists = 0 if task.fresh else 200 * problems

@@ -112,9 +112,10 @@ def count_jobs(members: list[Member], jobs: int) -> int:
     threads = max(config.training.threads or 1 for config, _ in configs)
     jobs = jobs or max(1, count_cores() // (processes * threads))
     check_cores(jobs * processes, "--jobs or --processes", threads)
+    tasks = {data: data.build() for data in dict.fromkeys(config.data for config, _ in configs)}
     for config, device in configs:
-        at_once = min(jobs, len(members))
-        check_memory(at_once * memory_to_train(config, count_processes(config.training, device)), device)
+        needed = memory_to_train(config, tasks[config.data], count_processes(config.training, device))
+        check_memory(min(jobs, len(members)) * needed, device)
     return jobs
 
 

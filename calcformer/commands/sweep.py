@@ -49,7 +49,7 @@ def run(base: RunConfig, arguments: argparse.Namespace) -> int:
     from calcformer import comparison, sweep
 
     settings = vars(arguments)
-    del settings["command"], settings["work"]
+    del settings["command"]
     jobs, out, resumed = settings.pop("jobs"), settings.pop("out"), settings.pop("resume")
     study, vary, seeds = settings.pop("study"), parse_vary(settings.pop("vary"), base), settings.pop("seeds")
     if resumed is not None:

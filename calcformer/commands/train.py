@@ -76,7 +76,7 @@ def add(commands: Commands, base: RunConfig) -> None:
 
 def run(base: RunConfig, arguments: argparse.Namespace) -> int:
     settings = vars(arguments)
-    del settings["command"], settings["work"]
+    del settings["command"]
     out, resumed = settings.pop("out"), settings.pop("resume")
     if resumed is not None:
         if out is not None or settings:

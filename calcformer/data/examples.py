@@ -145,7 +145,7 @@ def shared(trained: Examples, held_out: Examples) -> int:
         return 0
     rows = torch.cat((trained.inputs[0], held_out.inputs[0])).flatten(1)
     factors = torch.randint(-(2**62), 2**62, rows.shape[1:], generator=torch.Generator().manual_seed(0))
-    keys = (rows * factors).sum(dim=1)  # wraps; of different rows it is alike once in 2^63
+    keys = (rows * factors.to(rows.device)).sum(dim=1)  # wraps; of different rows it is alike once in 2^63
     return int(torch.isin(keys[len(trained) :], keys[: len(trained)]).sum())
 
 

@@ -31,7 +31,7 @@ def follow(folder: Path, team: Team) -> None:
     config = read_config(folder)
     torch.set_num_threads(config.training.threads or 1)
     keep_memory()
-    trainer = Trainer(config, bar=False, team=team, of=folder)
+    trainer = Trainer(config, bar=False, team=team, task=config.data.restore(folder))
     finished = load_resume_state(folder, trainer.model, trainer.optimizer)
     team.meet()
     for epoch in range(finished + 1, config.training.epochs + 1):
@@ -80,7 +80,8 @@ def _run(
     """Check all that can be checked, then take the folder, and only then write. `of`: the run that goes on."""
     device = pick_device(config.training.device)
     processes = count_processes(config.training, device)
-    check_memory(memory_to_train(config, 1 if torchrun_place() else processes, of), device)
+    task = config.data.build() if of is None else config.data.restore(of)
+    check_memory(memory_to_train(config, task, 1 if torchrun_place() else processes), device)
     config = config.with_settings({"processes": processes})
     if config.training.tensorboard:
         require_tensorboard()
@@ -89,7 +90,7 @@ def _run(
     keep_memory()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            trainer = Trainer(config, bar, of=of)
+            trainer = Trainer(config, bar, task=task)
             with claimed as folder, _name_compiler(config.training.compile):
                 try:
                     finished = trainer.begin(folder) if of is None else trainer.load(folder)

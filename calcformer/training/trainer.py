@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from calcformer.config import RunConfig, describe_figures
-from calcformer.data import Examples
+from calcformer.data import Examples, Task
 from calcformer.data.examples import shared
 from calcformer.errors import InputError, tell
 from calcformer.interrupt import interruptible
@@ -67,21 +67,20 @@ class Trainer:
     """The state of one training run.
 
     Args:
-        of: the folder of the run, where one goes on.
+        task: that of the settings, where it is built already.
     """
 
     folder: Path
 
-    def __init__(self, config: RunConfig, bar: bool | None, team: Team | None = None, of: Path | None = None) -> None:
+    def __init__(self, config: RunConfig, bar: bool | None, team: Team | None = None, task: Task | None = None) -> None:
         self.config = config
         self.team = team or Team()
         self.device = pick_device(config.training.device)
-        self.task = config.data.build() if of is None else config.data.restore(of)
+        self.task = config.data.build() if task is None else task
         train, valid = self.task.split()
         for side, what in (train, "train on"), (valid, "hold out"):
             if not len(side):
                 raise InputError(f"no {config.data.noun} are left to {what}; change how many are held out")
-        self.shared = shared(train, valid) if config.data.holds_out and not self.task.fresh else 0
         self.train_examples, self.valid_examples = train.to(self.device), valid.to(self.device)
         torch.manual_seed(config.training.seed)
         self.model = config.model.build(self.task).to(self.device)
@@ -335,7 +334,8 @@ class Trainer:
         training, size = self.config.training, len(self.train_examples)
         is_held_out = self.config.data.holds_out
         held_out = f"{len(self.valid_examples):,}" if is_held_out else "none"
-        seen = f", {self.shared:,} of which are trained on too" if self.shared else ""
+        both = shared(self.train_examples, self.valid_examples) if is_held_out and not self.task.fresh else 0
+        seen = f", {both:,} of which are trained on too" if both else ""
         best = describe_figures({}, self.config) if self.config.data.best_possible else ""
         again = f", {finished} of {training.epochs} epochs done" if finished else ""
         tell(
