@@ -98,4 +98,5 @@ class TransformerTrainer:
         """One pass over the problems; returns the mean loss of its batches, which waits for the device."""
         self.model.train()
         order = torch.randperm(len(self.examples)).to(self.device)
-        return torch.stack([self.step(batch) for batch in self.examples.batches(self.batch_size, order)]).mean().item()
+        batches = self.examples.select(order).batches(self.batch_size)
+        return torch.stack([self.step(batch) for batch in batches]).mean().item()

@@ -123,7 +123,7 @@ def build_epochs(
                 trainer.begin(folder)
                 trainer.team = stack.enter_context(trainer.start_team())
                 if way == EAGER:
-                    trainer.take_steps = trainer.step_by_step
+                    trainer.graphed_steps = None
 
                 def ours(trainer: Trainer = trainer, numbers: Iterator[int] = count(1)) -> float:
                     return trainer.epoch(next(numbers))["loss"]

@@ -20,8 +20,8 @@ FORMAT = 1
 
 
 def count_steps(data: TaskSettings, training: TrainingConfig) -> int:
-    """Steps of the optimiser in all epochs."""
-    return training.epochs * math.ceil(data.train_size / training.batch_size)
+    """Steps of the optimiser in all epochs; at most, where batches are made by tokens."""
+    return training.epochs * math.ceil(data.train_size / (1 if training.batch_tokens else training.batch_size))
 
 
 def owners(name: str) -> list[str]:

@@ -160,7 +160,7 @@ def measure_answers(solver: Solver, examples: Examples, beam: int) -> dict[str, 
     rows = distinct_rows(examples)
     once.add({group: (members, code[rows]) for group, (members, code) in groups.items()}, right[rows])
     return {
-        **task.answer_figures(task.count_answers(said, examples).tolist()),
+        **task.answer_figures(said, examples),
         **share(tally.right, tally.n, once.n),
         "beam": beam,
         "groups": tally.groups(once),

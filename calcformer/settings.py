@@ -139,16 +139,22 @@ class TrainingConfig(Settings):
     epochs: int = setting(100, "passes over the training problems", 1, MOST_EPOCHS)
     batch_size: int = setting(125, "problems in a step", 1, 1_000_000)
     learning_rate: float = setting(1e-3, "peak learning rate of Adam", 0, 1000)
-    schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after the warm-up")
+    batch_tokens: int = setting(
+        0, "tokens in a step, of examples of like lengths, instead of --batch-size; 0 for that", 0, 10_000_000
+    )
+    schedule: Literal["constant", "cosine", "noam"] = setting(
+        "constant", "learning rate after the warm-up; noam: falls as 1 / sqrt(step)"
+    )
     warmup_steps: int = setting(0, "steps over which the learning rate rises from 0", 0, 1_000_000_000)
     weight_decay: float = setting(0.0, "decay of the matrices, as AdamW applies it", 0, 1000)
     beta2: float = setting(0.999, "Adam's decay of squared gradients", 0, 0.999999)
     clip_norm: float = setting(0.0, "largest norm of the gradient, 0 for no limit", 0, 1_000_000)
     label_smoothing: float = setting(0.0, "share of the target spread over all tokens", 0, 0.99)
     seed: int = setting(0, "seed of initial weights, order and dropout", 0, 2**62)
+    average: int = setting(0, "the last epochs whose weights are averaged at the end, 0 for none", 0, MOST_EPOCHS)
     valid_every: int = setting(1, "epochs between validations (the last epoch always has one)", 1, MOST_EPOCHS)
     exact_match_every: int = setting(
-        0, "epochs between measurements of exact match, or samples of a text; 0: the last epoch only", 0, MOST_EPOCHS
+        0, "epochs between measurements of answers, or samples of a text; 0: the last epoch only", 0, MOST_EPOCHS
     )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N; auto takes the GPU where there is one")
     processes: int = setting(

@@ -384,6 +384,7 @@ def test_wrong_input_is_one_line_and_writes_nothing(
 
 
 WRITTEN = json.loads((Path(__file__).parent / "golden" / "presets.json").read_text())
+NEWER = {"batch_tokens": 0, "average": 0}  # settings that came later, with what runs did without them
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -392,7 +393,7 @@ def test_presets_as_the_first_version_wrote_them_are_these(name: str) -> None:
     assert RunConfig.from_json(json.dumps(WRITTEN[name])) == PRESETS[name]
     ours = json.loads(PRESETS[name].to_json())
     for section, values in ours.items():  # which that version reads: its keys, and those it does not find are defaults
-        assert values == WRITTEN[name][section] or values.items() <= WRITTEN[name][section].items()
+        assert values == WRITTEN[name][section] or values.items() <= {**WRITTEN[name][section], **NEWER}.items()
 
 
 @pytest.mark.parametrize(("key", "value"), [("complexity", 2), ("sampling", "hard"), ("colour", "red")])

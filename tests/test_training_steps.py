@@ -91,7 +91,7 @@ def trainer_for(folder: Path, graphed: Callable[[Trainer], Recorder] | None = No
     folder.mkdir()
     made.begin(folder)
     if graphed is not None:
-        made.take_steps = GraphedSteps(made.step, BATCH, graphed(made))
+        made.graphed_steps = GraphedSteps(made.step, BATCH, graphed(made))
     return made
 
 
@@ -156,14 +156,14 @@ def test_graph_trains_as_eager_steps_do(fresh: bool, precision: str, tmp_path: P
 def test_gpu_run_takes_graphs_and_waits_nowhere_in_a_step(tmp_path: Path) -> None:
     made = Trainer(small(device="cuda"), bar=False)
     made.begin(tmp_path)
-    assert isinstance(made.take_steps, GraphedSteps)
+    assert isinstance(made.graphed_steps, GraphedSteps)
     made.epoch(1)  # warms up, captures
     examples, rates = made.train_examples, [2**-7] * made.steps_per_epoch
-    made.take_steps._fill(examples, rates)
+    made.graphed_steps._fill(examples, rates)
     try:
         torch.cuda.set_sync_debug_mode("error")
-        made.take_steps._graphs[8, 5]()
-        made.take_steps._take(1, 5)
+        made.graphed_steps._graphs[8, 5]()
+        made.graphed_steps._take(1, 5)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

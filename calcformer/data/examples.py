@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Examples", "Labelled", "Pairs", "Texts", "held_out_side", "shared"]
+__all__ = ["Examples", "Labelled", "Pairs", "Texts", "held_out_side", "like_lengths", "shared"]
 
 AnyExamples = TypeVar("AnyExamples", bound="Examples")
 
@@ -70,11 +70,20 @@ class Examples:
         }
         return replace(self, **cut)
 
-    def batches(self: AnyExamples, size: int, order: torch.Tensor | None = None) -> Iterator[AnyExamples]:
-        """Consecutive batches of `size` rows (the last may be smaller), in the `order` (N,) given, if any."""
-        chosen = self if order is None else self.select(order)
-        for start in range(0, len(self), size):
-            yield chosen.apply(lambda x: x[start : start + size])
+    def batches(self: AnyExamples, sizes: int | Sequence[int]) -> Iterator[AnyExamples]:
+        """Consecutive batches: of so many rows each, the last perhaps fewer; or of `sizes`, one after the other."""
+        if isinstance(sizes, int):
+            sizes = [min(sizes, len(self) - start) for start in range(0, len(self), sizes)]
+        start = 0
+        for size in sizes:
+            yield self.apply(lambda x: x[start : start + size])
+            start += size
+
+    def lengths(self, pad_id: int | None) -> torch.Tensor:
+        """How many tokens each of an example's sequences has, (N, sequences) int64: what it must say first."""
+        tokens = [ids for ids in (self.labels, *self.inputs) if ids.dim() == 2]
+        real = [torch.ones_like(ids) if pad_id is None else (ids != pad_id).long() for ids in tokens]
+        return torch.stack([ids.sum(dim=1) for ids in real], dim=1)
 
 
 @dataclass(frozen=True)
@@ -137,6 +146,34 @@ class Labelled(Examples):
     @property
     def labels(self) -> torch.Tensor:
         return self.label
+
+
+def like_lengths(lengths: torch.Tensor, order: torch.Tensor, most: int) -> tuple[torch.Tensor, list[int]]:
+    """Batches of examples whose lengths are alike, so that next to nothing of them is padding.
+
+    Where the batches are cut is decided by the lengths alone: in any order there are as many.
+
+    Args:
+        lengths: (N, K) int64, of the K sequences of each example.
+        order: (N,) int64, a random order: which of two examples of the same lengths comes first, and which batch.
+        most: tokens of a batch, its padding among them, counted on the longer side; one example may have more.
+
+    Returns:
+        The examples in the order of the epoch, (N,) int64, and the sizes of its batches.
+    """
+    for column in reversed(range(lengths.shape[1])):
+        order = order[lengths[order, column].argsort(stable=True)]
+    longest = lengths[order].amax(dim=1).tolist()
+    sizes, widest = [0], 0
+    for length in longest:
+        widest = max(widest, length)
+        if sizes[-1] and (sizes[-1] + 1) * widest > most:
+            sizes.append(0)
+            widest = length
+        sizes[-1] += 1
+    batches = order.split(sizes)
+    chosen = torch.randperm(len(sizes)).tolist()
+    return torch.cat([batches[place] for place in chosen]), [sizes[place] for place in chosen]
 
 
 def shared(trained: Examples, held_out: Examples) -> int:

@@ -55,7 +55,7 @@ class Task:
     A problem is whatever `read_question` returns. Numbers of problems, (N,) int64, are in 0..size-1.
     """
 
-    vocabulary: Vocabulary
+    vocabulary: Vocabulary  # of what is said, and of what is asked
     source_length: int  # tokens of the longest source, end token included
     target_length: int  # tokens of the longest target, begin and end token included
     size: int | None = None  # distinct problems, where they are numbered: those have `encode` and `trained_on`
@@ -63,6 +63,11 @@ class Task:
     has_answers = True  # what is held out has an answer that a model can say by itself
     probes: Sequence[str] = ()  # questions that are answered for all to see while a model is trained
     group_labels: dict[str, str] = {}  # how a table names the members of a group, such as "{} digits"
+
+    @property
+    def source_vocabulary(self) -> Vocabulary:
+        """That of what is asked, where it is another one: its special tokens have the same ids."""
+        return self.vocabulary
 
     @property
     def measured_at_once(self) -> int:
@@ -197,15 +202,10 @@ class Task:
         same = said == examples.labels
         return same if same.dim() == 1 else same.all(dim=1)
 
-    def count_answers(self, said: torch.Tensor, examples: Examples) -> torch.Tensor:
-        """What the figures of answers are made of: sums over examples, float32, which several processes add up."""
-        right = self.is_right(said, examples)
-        return torch.stack((right.sum(), torch.ones_like(right).sum())).float()
-
     def text_figures(self, loss: float) -> dict[str, float]:
         """Figures of held-out texts beside loss, accuracy and perplexity, from the loss of a token in nats."""
         return {}
 
-    def answer_figures(self, sums: list[float]) -> dict[str, float]:
-        """Figures from what `count_answers` counted."""
-        return {"exact_match": sums[0] / sums[1]}
+    def answer_figures(self, said: torch.Tensor, examples: Examples) -> dict[str, float]:
+        """Figures of the answers `said`, (N, T) int64, to all of the examples that are measured."""
+        return {"exact_match": int(self.is_right(said, examples).sum()) / len(examples)}

@@ -20,13 +20,15 @@ class EncoderDecoder(nn.Module):
     """Embeddings, position encoding, encoder and decoder layers, and a linear map to the vocabulary.
 
     Args:
-        vocabulary_size: V, shared by source and target.
+        vocabulary_size: V, of the target.
         source_length, target_length: the longest sequences expected (a limit only where positions are learned).
         width, heads, hidden: D, H and the width of the feed-forward layers.
         norm: "post", "pre" or "course", see Layer. Each stack ends with a layer norm, as in torch.nn.Transformer.
         positions: see build_positions.
-        embeddings: "separate" source, target and output matrices, "shared" source and target, or "tied", all three.
+        embeddings: "separate" source, target and output matrices, "shared" source and target, "output", target and
+            output, or "tied", all three.
         pad_id: the token that fills short sequences and is never attended to; None where there is none.
+        source_vocabulary_size: None for V.
 
     Source: Vaswani et al. 2017, section 3; initial values as torch.nn.Transformer, nn.Embedding and nn.Linear.
     """
@@ -51,19 +53,22 @@ class EncoderDecoder(nn.Module):
         positions: str = "sinusoid",
         embeddings: str = "separate",
         pad_id: int | None = None,
+        source_vocabulary_size: int | None = None,
     ) -> None:
         super().__init__()
         self.pad_id = pad_id
-        self.source_embedding = nn.Embedding(vocabulary_size, width)
+        self.source_embedding = nn.Embedding(source_vocabulary_size or vocabulary_size, width)
         self.target_embedding = nn.Embedding(vocabulary_size, width)
         self.prediction = nn.Linear(width, vocabulary_size)
         self.embedding_scale = 1.0
-        if embeddings != "separate":
+        if embeddings in ("shared", "tied"):
             self.target_embedding.weight = self.source_embedding.weight
-        if embeddings == "tied":
+        if embeddings in ("output", "tied"):
             # The matrix must be small where it predicts and of unit size where it embeds (section 3.4).
             nn.init.normal_(self.source_embedding.weight, std=width**-0.5)
-            self.prediction.weight = self.source_embedding.weight
+            if embeddings == "output":
+                nn.init.normal_(self.target_embedding.weight, std=width**-0.5)
+            self.prediction.weight = self.target_embedding.weight
             self.embedding_scale = width**0.5
         self.source_positions = build_positions(positions, source_length, width, heads)
         self.target_positions = build_positions(positions, target_length, width, heads, is_causal=True)

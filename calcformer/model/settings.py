@@ -53,8 +53,8 @@ class ModelConfig(ModelSettings):
     positions: Literal["sinusoid", "learned", "relative", "rotary", "simple", "course", "none"] = setting(
         "sinusoid", "position encoding; simple and course are the expression report's"
     )
-    embeddings: Literal["separate", "shared", "tied"] = setting(
-        "separate", "source, target and output matrices apart; source and target one; all three one"
+    embeddings: Literal["separate", "shared", "output", "tied"] = setting(
+        "separate", "source, target and output matrices apart; source and target one; target and output one; all one"
     )
 
     def __post_init__(self) -> None:
@@ -64,9 +64,19 @@ class ModelConfig(ModelSettings):
     def build(self, task: Task) -> EncoderDecoder:
         from calcformer.model.encoder_decoder import EncoderDecoder
 
-        vocabulary, settings = task.vocabulary, vars(self)
+        vocabulary, source = task.vocabulary, task.source_vocabulary
+        if source is not vocabulary and self.embeddings in ("shared", "tied"):
+            raise InputError(
+                f"embeddings {self.embeddings} need one vocabulary for source and target; give --vocabularies shared, "
+                "or --embeddings output or separate"
+            )
         return EncoderDecoder(
-            len(vocabulary), task.source_length, task.target_length, **settings, pad_id=vocabulary.pad_id
+            len(vocabulary),
+            task.source_length,
+            task.target_length,
+            **vars(self),
+            pad_id=vocabulary.pad_id,
+            source_vocabulary_size=len(source),
         )
 
     def activations(self, source: int, target: int, vocabulary: int) -> int:

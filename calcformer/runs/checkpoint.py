@@ -16,6 +16,7 @@ from calcformer.runs.folder import CONFIG, MODEL, RESUME, RunError, epoch_of, fi
 __all__ = ["load_resume_state", "load_run", "save_checkpoint", "save_weights", "trained_parameters"]
 
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
+AVERAGE = "average"  # the mean of the weights of the last epochs, which stands beside them
 
 
 def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -32,7 +33,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     """Write the state after `epoch` finished epochs."""
     state = {f"model.{name}": value for name, value in _weights(model).items()}
     for index, group in enumerate(optimizer.param_groups if optimizer.state else []):
-        for key in ADAM_STATE:
+        for key in optimizer.state[group["params"][0]]:
             values = [optimizer.state[parameter][key].cpu() for parameter in group["params"]]
             state[f"{key}.{index}"] = values[0] if key == "step" else torch.cat([value.flatten() for value in values])
     write_atomically(folder / RESUME, save(state, {"epoch": str(epoch)}))
@@ -111,7 +112,7 @@ def load_resume_state(folder: Path, model: nn.Module, optimizer: torch.optim.Opt
         return 0
     for index, group in enumerate(optimizer.param_groups):
         sizes = [parameter.numel() for parameter in group["params"]]
-        for key in ADAM_STATE:
+        for key in (*ADAM_STATE, *([AVERAGE] if f"{AVERAGE}.{index}" in tensors else [])):
             value = tensors.get(f"{key}.{index}")
             expected = torch.Size([] if key == "step" else [sum(sizes)])
             if value is None or (value.shape, value.dtype) != (expected, torch.float32):

@@ -5,9 +5,10 @@ from calcformer.tasks.expression import Expressions
 from calcformer.tasks.formula import Formulas
 from calcformer.tasks.next_word import NextWords
 from calcformer.tasks.text import Text
+from calcformer.tasks.translation import Translation
 
 __all__ = ["TASKS"]
 
 TASKS: dict[str, type[TaskSettings]] = {
-    task.task: task for task in (Formulas, Expressions, NextWords, Text)
+    task.task: task for task in (Formulas, Expressions, NextWords, Text, Translation)
 }  # add yours here

@@ -87,6 +87,8 @@ def evaluate(
     model.eval()
     totals = Totals(pad_id, examples.device)
     for batch in examples.part(team.rank, team.size).batches(batch_size):
+        if examples.device.type == "cpu":
+            batch = batch.trim(pad_id)
         logits = model(*batch.inputs)
         totals.add(token_loss(logits, batch.labels, pad_id), logits, batch.labels)
     model.train(was_training)
@@ -98,15 +100,19 @@ def evaluate(
 def measure_answers(
     model: Any, examples: Examples, task: Task, batch_size: int = BATCH, team: Team | None = None
 ) -> dict[str, float]:
-    """The figures of the answers that the model gives by itself, such as exact_match: see `Task.count_answers`."""
+    """The figures of the answers that the model gives by itself, such as exact_match: see `Task.answer_figures`."""
     team = team or Team()
     was_training = model.training
     model.eval()
-    part = examples.part(team.rank, team.size)
-    sums = task.count_answers(task.answer(model, part, batch_size=batch_size), part)
+    said = task.answer(model, examples.part(team.rank, team.size), batch_size=batch_size)
     model.train(was_training)
-    team.sum_(sums)
-    return task.answer_figures(sums.tolist())
+    if team.size > 1:  # each has the answers of the others by a sum: a token's number is exact in float32 up to 2^24
+        every = torch.zeros(len(examples), *said.shape[1:], device=said.device)
+        start = len(examples) * team.rank // team.size
+        every[start : start + len(said)] = said
+        team.sum_(every)
+        said = every.long()
+    return task.answer_figures(said, examples)
 
 
 def measure(

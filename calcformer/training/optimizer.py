@@ -1,4 +1,4 @@
-"""Adam over many parameters at once."""
+"""Adam over many parameters at once, its learning rate, and the average of weights."""
 
 import itertools
 import math
@@ -7,21 +7,43 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from calcformer.runs.checkpoint import AVERAGE, trained_parameters
 from calcformer.settings import TrainingConfig
 
-__all__ = ["Gradient", "build_optimizer", "flatten", "learning_rate"]
+__all__ = ["Gradient", "average_weights", "build_optimizer", "flatten", "learning_rate"]
 
 LARGE = 1 << 16  # numbers of a parameter: to copy the gradient of a larger one takes longer than a step of its own
 
 
 def learning_rate(step: int, steps: int, config: TrainingConfig) -> float:
-    """The learning rate of step 0..steps-1: a linear warm-up, then constant, or half a cosine down to 0."""
+    """The learning rate of step 0..steps-1: a linear warm-up, then constant, half a cosine to 0, or 1 / sqrt(step).
+
+    The last, "noam", is that of Vaswani et al. 2017, section 5.3, whose peak is 1 / sqrt(width * warmup_steps).
+    """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "noam":
+        return config.learning_rate * math.sqrt(max(1, config.warmup_steps) / (step + 1))
     if config.schedule == "constant":
         return config.learning_rate
     share = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+@torch.no_grad()
+def average_weights(optimizer: torch.optim.Optimizer, epoch: int, config: TrainingConfig) -> None:
+    """Keep the mean of the weights after each of the last `config.average` epochs, and end with it.
+
+    It stands beside Adam's state, so that a checkpoint has it. Source: Vaswani et al. 2017, section 6.1.
+    """
+    place = epoch - max(0, config.epochs - config.average)  # of this epoch among those, from 1
+    if not config.average or place < 1:
+        return
+    for parameter in trained_parameters(optimizer):
+        mean = optimizer.state[parameter].setdefault(AVERAGE, torch.zeros_like(parameter))
+        mean.lerp_(parameter, 1 / place)
+        if epoch == config.epochs:
+            parameter.copy_(mean)
 
 
 class Gradient:

@@ -89,6 +89,11 @@ class SharedMemoryTeam(Team):
 
     def sum_(self, tensor: torch.Tensor) -> None:
         """Replace a float32 tensor by its sum over all processes."""
+        room = self._memory.shape[2]
+        if tensor.numel() > room:
+            for piece in tensor.view(-1).split(room):
+                self.sum_(piece)
+            return
         parts = self._memory[self._turn, :, : tensor.numel()].view(self.size, *tensor.shape)
         self._turn = 1 - self._turn
         parts[self.rank].copy_(tensor)
@@ -106,7 +111,7 @@ def start_team(folder: Path, size: int, length: int) -> Iterator[Team]:
     """Rank 0 of `size` processes that train the run in `folder`, whose checkpoint stands there already.
 
     Args:
-        length: numbers of the largest tensor that is summed.
+        length: numbers that are summed at once; larger tensors are summed piece by piece.
 
     Raises:
         InputError: another process ended before its work was done.

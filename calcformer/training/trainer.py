@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from calcformer.config import RunConfig, describe_figures
 from calcformer.data import Examples, Task
-from calcformer.data.examples import shared
+from calcformer.data.examples import like_lengths, shared
 from calcformer.errors import InputError, tell
 from calcformer.interrupt import interruptible
 from calcformer.plots import save_curve
@@ -29,7 +29,7 @@ from calcformer.settings import TaskSettings
 from calcformer.training.board import Board
 from calcformer.training.cuda_graph import CudaRecorder, GraphedSteps
 from calcformer.training.metrics import Totals, count_labels, measure, token_loss
-from calcformer.training.optimizer import build_optimizer, learning_rate
+from calcformer.training.optimizer import average_weights, build_optimizer, learning_rate
 from calcformer.training.team import Team, start_team
 from calcformer.training.torchrun import lead_torchrun
 
@@ -88,7 +88,8 @@ class Trainer:
         self.forward = torch.compile(self.model, fullgraph=True) if config.training.compile else self.model
         self.optimizer, self.gradient = build_optimizer(self.model, config.training)
         self.totals = Totals(self.task.ignored_label, self.device)
-        self.steps_per_epoch = math.ceil(len(train) / config.training.batch_size)
+        self.lengths = train.lengths(self.task.ignored_label) if config.training.batch_tokens else None
+        self.steps_per_epoch = len(self.order_epoch()[1])
         self.want_bar = bar
         self.bar = tqdm(disable=True)
         self.last_shown = 0.0
@@ -139,7 +140,8 @@ class Trainer:
         count = count_labels(batch.labels, ignored)
         part = batch.part(self.team.rank, self.team.size)
         if len(part):
-            if self.device.type == "cpu" and not training.compile:  # compiled code is made for one shape
+            is_short = self.lengths is not None or self.device.type == "cpu"
+            if is_short and not training.compile:  # compiled code is made for one shape
                 part = part.trim(self.task.vocabulary.pad_id)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=training.precision == "bfloat16"):
                 logits = self.forward(*part.inputs).float()
@@ -157,19 +159,29 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
 
+    def order_epoch(self) -> tuple[torch.Tensor, list[int]]:
+        """A random order of the examples, (N,) int64, and the sizes of the batches in it."""
+        size, order = self.config.training.batch_size, torch.randperm(len(self.train_examples))
+        if self.lengths is not None:
+            return like_lengths(self.lengths, order, self.config.training.batch_tokens)
+        return order, [min(size, len(order) - start) for start in range(0, len(order), size)]
+
     @cached_property
-    def take_steps(self) -> Callable[[Examples, Sequence[float]], Iterator[int]]:
-        """Trains on an epoch's examples, in their order, with a learning rate a step; yields how many at a time.
+    def graphed_steps(self) -> GraphedSteps | None:
+        """What takes the steps of an epoch by CUDA graphs on a GPU, where all batches have one shape.
 
-        By CUDA graphs on a GPU, unless the model is compiled, or the sum over several GPUs would have to be captured.
+        Not where the model is compiled, or the sum over several GPUs would have to be captured.
         """
-        if self.device.type == "cuda" and self.team.size == 1 and not self.config.training.compile:
-            return GraphedSteps(self.step, self.config.training.batch_size, CudaRecorder(self.device, self.optimizer))
-        return self.step_by_step
+        if self.device.type != "cuda" or self.team.size > 1 or self.config.training.compile or self.lengths is not None:
+            return None
+        return GraphedSteps(self.step, self.config.training.batch_size, CudaRecorder(self.device, self.optimizer))
 
-    def step_by_step(self, examples: Examples, rates: Sequence[float]) -> Iterator[int]:
-        """`take_steps` by calls of `step`, a batch each."""
-        for batch, rate in zip(examples.batches(self.config.training.batch_size), rates):
+    def take_steps(self, examples: Examples, sizes: Sequence[int], rates: Sequence[float]) -> Iterator[int]:
+        """Train on the batches of an epoch, with a learning rate a step; yields how many examples at a time."""
+        if self.graphed_steps is not None:
+            yield from self.graphed_steps(examples, rates)
+            return
+        for batch, rate in zip(examples.batches(sizes), rates):
             self.step(batch, rate)
             yield len(batch)
 
@@ -181,7 +193,7 @@ class Trainer:
         if self.task.fresh:
             generator = torch.Generator(self.device).manual_seed(epoch_seed(training.seed, epoch))
             self.train_examples = self.task.draw(generator)
-        order = torch.randperm(len(self.train_examples)).to(self.device)
+        order, sizes = self.order_epoch()
         if self.team.rank:  # the same order for all, but dropout of one's own
             torch.manual_seed(epoch_seed(training.seed, epoch) + self.team.rank * 0x9E3779B97F4A7C15 % 2**62)
         first, steps = (epoch - 1) * self.steps_per_epoch, training.epochs * self.steps_per_epoch
@@ -189,11 +201,13 @@ class Trainer:
         self.totals.sums.zero_()
         self.model.train()
         self.epoch_name = f"{epoch}/{training.epochs}"
-        for count in self.take_steps(replace(self.train_examples, problem=None).select(order), rates):
+        examples = replace(self.train_examples, problem=None).select(order.to(self.device))
+        for count in self.take_steps(examples, sizes, rates):
             self._show(count)
             self.check_interrupt()
         self.team.sum_(self.totals.sums)
         loss, accuracy = self.totals.result()
+        average_weights(self.optimizer, epoch, training)
         seconds = time.perf_counter() - started
         entry = {"epoch": epoch, "loss": loss, "token_accuracy": accuracy, "learning_rate": rates[-1]}
         last = epoch == training.epochs

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from calcformer.errors import InputError
 
-__all__ = ["read_text"]
+__all__ = ["read_file", "read_text"]
 
 ENDINGS = ".txt", ".txt.gz"
 
@@ -35,17 +35,18 @@ def read_text(path: Path) -> str:
 
 
 def read_file(path: Path) -> str:
+    """The text of one file in UTF-8, with "\\n" at the ends of lines; InputError where it is something else."""
     content = path.read_bytes()
     if path.suffix == ".gz":
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"{path} is no gzip file, or not all of one ({error}); give --data another one") from None
+            raise InputError(f"{path} is no gzip file, or not all of one ({error}); give another one") from None
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} is no text in UTF-8 (byte {error.start} is {content[error.start]:#04x}); convert it, or give "
-            "--data another one"
+            "another one"
         ) from None
     return text.replace("\r\n", "\n")

@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any
 
 from calcformer.errors import InputError, shown
 
-__all__ = ["BytePairs", "Characters", "Tokenizer", "WordPieces", "Words"]
+__all__ = ["SPECIAL", "BytePairs", "Characters", "Tokenizer", "WordPieces", "Words"]
 
 UNKNOWN = "[UNK]"
+PAD, BEGIN, END = "<pad>", "<bos>", "<eos>"
+SPECIAL = (PAD, BEGIN, END, UNKNOWN)  # what the tokens of sentences begin with
 # Chinese signs, which are words each.
 CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002ceaf\U0002f800-\U0002fa1f]")
 # What belongs to the letter before it, as vowels of Hindi and accents that are signs of their own.
@@ -26,13 +29,15 @@ LONGEST_WORD = 100  # characters, beyond which BERT takes a word for unknown
 
 
 class Tokenizer:
-    """An ordered list of tokens; the id of a token is its place. As it stands, each word of `split` is a token."""
+    """An ordered list of tokens; the id of a token is its place. As it stands, each word of `split` is a token.
 
-    pad_id = None  # windows have one length
+    Those of sentences begin with tokens that fill, begin and end them; None where there are none, as in windows.
+    """
 
     def __init__(self, tokens: Iterable[str]) -> None:
         self.tokens = tuple(tokens)
         self.ids = {token: place for place, token in enumerate(self.tokens)}
+        self.pad_id, self.bos_id, self.eos_id, self.unknown_id = map(self.ids.get, (PAD, BEGIN, END, UNKNOWN))
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -41,15 +46,21 @@ class Tokenizer:
         raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text; InputError for the first word that is no token."""
-        try:
-            return [self.ids[word] for word in self.split(text)]
-        except KeyError as error:
-            word = error.args[0]
-        raise InputError(f"{shown(word)} is not in the text that this run learns; leave it out of {shown(text)}")
+        """The ids of a text; InputError for the first word that is no token, where none stands for unknown ones."""
+        words = self.split(text)
+        found = [self.ids.get(word, self.unknown_id) for word in words]
+        if None in found:
+            word = shown(words[found.index(None)])
+            raise InputError(f"{word} is not in the text that this run learns; leave it out of {shown(text)}")
+        return found  # type: ignore[return-value]
 
     def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; those that fill, begin and end a sentence are none of it."""
         raise NotImplementedError
+
+    def name(self, place: int) -> str:
+        """The token with this id, to be read beside others."""
+        return self.tokens[place]
 
     def to_json(self) -> str:
         return json.dumps({"tokens": self.tokens}, ensure_ascii=False)
@@ -86,8 +97,10 @@ class Words(Tokenizer):
     BEFORE = frozenset("([{\n\u201c\u2018")  # have none behind them
 
     @classmethod
-    def of(cls, text: str) -> Words:
-        return cls(sorted(set(cls.PATTERN.findall(text))))
+    def of(cls, text: str, least: int = 1, special: Sequence[str] = ()) -> Words:
+        """The words that a text has at least so many times, behind the special tokens."""
+        counts = Counter(cls.PATTERN.findall(text))
+        return cls([*special, *sorted(word for word, count in counts.items() if count >= least)])
 
     def split(self, text: str) -> Sequence[str]:
         return self.PATTERN.findall(text)
@@ -96,6 +109,8 @@ class Words(Tokenizer):
         said = ""
         for place in ids:
             word = self.tokens[place]
+            if place in (self.pad_id, self.bos_id, self.eos_id):
+                continue
             said += word if not said or word in self.AFTER or said[-1] in self.BEFORE else f" {word}"
         return said
 
@@ -186,16 +201,20 @@ class BytePairs(Tokenizer):
 
     def __init__(self, made: Any) -> None:
         self.made = made
+        made.encode_special_tokens = True  # which a text has no way to say
         super().__init__(made.id_to_token(place) for place in range(made.get_vocab_size()))
 
     @classmethod
-    def of(cls, text: str, size: int) -> BytePairs:
-        """As many tokens as `size`, or fewer where a text has no more."""
+    def of(cls, text: str, size: int, special: Sequence[str] = ()) -> BytePairs:
+        """As many tokens as `size`, or fewer where a text has no more; the special ones come first."""
         made = library().Tokenizer(library().models.BPE())
-        made.pre_tokenizer = library().pre_tokenizers.ByteLevel(add_prefix_space=False)
+        # A sentence's first word is the same token as within one; a window of a text begins anywhere.
+        made.pre_tokenizer = library().pre_tokenizers.ByteLevel(add_prefix_space=bool(special))
         made.decoder = library().decoders.ByteLevel()
         alphabet = library().pre_tokenizers.ByteLevel.alphabet()
-        trainer = library().trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+        trainer = library().trainers.BpeTrainer(
+            vocab_size=size, initial_alphabet=alphabet, special_tokens=list(special), show_progress=False
+        )
         made.train_from_iterator(text.splitlines(keepends=True), trainer)
         return cls(made)
 
@@ -203,7 +222,15 @@ class BytePairs(Tokenizer):
         return self.made.encode(text).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.made.decode(list(ids))
+        text = self.made.decode(list(ids))
+        return text.removeprefix(" ") if self.eos_id is not None else text
+
+    def name(self, place: int) -> str:
+        """A word without the space before it; ## before what goes on with one, as BERT writes it."""
+        if place in (self.pad_id, self.bos_id, self.eos_id):
+            return self.tokens[place]
+        text = self.made.decode([place])
+        return text[1:] if text.startswith(" ") else f"##{text}"
 
     def to_json(self) -> str:
         return self.made.to_str()
