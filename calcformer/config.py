@@ -18,7 +18,7 @@ __all__ = ["DEFAULT", "PRESETS", "RunConfig", "describe_figures"]
 # which must therefore be what runs did without it.
 FORMAT = 1
 # Written only where they say something: older versions refuse them.
-NEWER = {"batch_tokens", "average", "matmul_precision"}
+NEWER = {"batch_tokens", "average"}
 
 
 def count_steps(data: TaskSettings, training: TrainingConfig) -> int:

@@ -49,7 +49,7 @@ SMALL = {
     "device": "cpu",
     "processes": 1,
 }
-ARITHMETIC = [name for name, preset in PRESETS.items() if preset.model.kind == "encoder-decoder"]
+ARITHMETIC = [name for name, preset in PRESETS.items() if preset.data.task in ("formula", "expression")]
 TIMES = ("seconds", "examples_per_second")
 
 pytestmark = pytest.mark.usefixtures("as_on_a_cpu")

@@ -165,6 +165,7 @@ def test_attention_has_words_at_its_axes(trained: Path) -> None:
         (["translate", "nowhere", "a dog"], "nowhere"),
         (["evaluate", "RUN", "--part", "train"], "has no part 'train' to measure; give --part test or valid"),
         (["evaluate", "RUN", "--exhaustive"], "--exhaustive is for problems that are numbered, which sentences"),
+        (["explain", "the red dog " * 50, "--run", "RUN"], "has 150 tokens"),
         (["generate", "RUN", "a dog"], "calcformer solve --run RUN"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
@@ -184,6 +185,19 @@ def test_a_run_of_another_task_is_named(capsys: pytest.CaptureFixture[str]) -> N
     capsys.readouterr()
     assert "formula is a run of formula, which translates nothing" in fails(capsys, "translate", "formula", "a dog")
     assert "has no part 'test' to measure; give --part valid" in fails(capsys, "evaluate", "formula", "--part", "test")
+
+
+@pytest.mark.slow
+def test_a_translation_is_worked_by_hand(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["explain", "the red dog sees", "--run", str(trained), "--steps", "1"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "0 <pad>, 1 <bos>, 2 <eos>, 3 [UNK], 4 a" in text
+    numbers = [4 + sorted(WORDS).index(word) for word in ("the", "red", "dog", "sees")]
+    assert f"The encoder reads {' '.join(map(str, numbers))} 2." in text
+    monkeypatch.setattr("calcformer.by_hand.pages.MOST_TOKENS", 15)
+    assert "one vocabulary of up to 15 tokens" in fails(capsys, "explain", "the red dog sees", "--run", trained)
 
 
 # Parallel corpora

@@ -23,6 +23,7 @@ __all__ = ["KERNELS", "PRECISION", "draw_page", "run_page", "words_of"]
 
 BEGIN, END = "<begin>", "<end>"
 MOST_SENTENCE = 64  # words
+MOST_TOKENS = 200  # of a run's vocabulary: a column each in its last tables
 SENTENCE, ANSWER = "You win, you live!", "you live"
 PRECISION = "Two digits are shown and all are calculated with: from those shown you may get a little more or less."
 KERNELS = (
@@ -117,8 +118,13 @@ def run_page(run: Path, question: str) -> Page:
     model, settings, vocabulary = solver.model, solver.config.model, solver.task.vocabulary
     if not isinstance(model, EncoderDecoder) or not isinstance(settings, ModelConfig):
         raise InputError(f"{run}: its model is no encoder and decoder, which is what can be worked by hand")
+    if len(vocabulary) > MOST_TOKENS or solver.task.source_vocabulary is not vocabulary:
+        raise InputError(
+            f"{run}: by hand there is one vocabulary of up to {MOST_TOKENS} tokens for source and target, and this run "
+            f"has {len(vocabulary):,}{' for the target' if len(vocabulary) <= MOST_TOKENS else ''}; give another run"
+        )
     maps = attention_maps(solver, question)
-    source, target, said = (vocabulary.encode(tokens) for tokens in (maps.source, maps.target, maps.said))
+    source, target, said = ([vocabulary.tokens.index(x) for x in row] for row in (maps.source, maps.target, maps.said))
     weights = weights_of(model, vocabulary.tokens, settings)
     done, scores = work_out(weights, source, target)
     with torch.no_grad():

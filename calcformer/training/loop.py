@@ -18,7 +18,6 @@ from calcformer.runs.checkpoint import load_resume_state
 from calcformer.runs.device import count_cores, count_processes, keep_memory, pick_device, torchrun_place
 from calcformer.runs.files import hold, new_folder
 from calcformer.runs.folder import finished_epochs, read_config
-from calcformer.settings import TrainingConfig
 from calcformer.training.board import require_tensorboard
 from calcformer.training.team import Team, TeamLost, join_team
 from calcformer.training.torchrun import join_torchrun
@@ -27,17 +26,11 @@ from calcformer.training.trainer import Trainer
 __all__ = ["follow", "resume", "train"]
 
 
-def set_up(training: TrainingConfig) -> None:
-    """What PyTorch keeps for a whole process."""
-    torch.set_num_threads(training.threads or 1)
-    torch.set_float32_matmul_precision(training.matmul_precision)
-    keep_memory()
-
-
 def follow(folder: Path, team: Team) -> None:
     """Train the epochs that are left of the run in `folder` beside rank 0, which writes it."""
     config = read_config(folder)
-    set_up(config.training)
+    torch.set_num_threads(config.training.threads or 1)
+    keep_memory()
     trainer = Trainer(config, bar=False, team=team, task=config.data.restore(folder))
     finished = load_resume_state(folder, trainer.model, trainer.optimizer)
     team.meet()
@@ -92,8 +85,9 @@ def _run(
     config = config.with_settings({"processes": processes})
     if config.training.tensorboard:
         require_tensorboard()
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    set_up(config.training)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.training.threads or 1)
+    keep_memory()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             trainer = Trainer(config, bar, task=task)
@@ -106,7 +100,6 @@ def _run(
                     raise Stopped(folder, finished_epochs(folder) or 0) from None
     finally:
         torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
 
 
 def train(config: RunConfig, out: Path | str | None = None, bar: bool | None = None) -> dict[str, Any]:
