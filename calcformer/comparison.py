@@ -226,7 +226,7 @@ def _by_epoch(
     Args:
         hidden: settings that its label leaves out.
     """
-    lines = []
+    lines, reports, drawn = [], [], []
     for number, row in enumerate(rows):
         logs = [RunLog(folder / run["run"] / METRICS).read() for run in row["runs"] if "figures" in run]
         points = []
@@ -240,16 +240,20 @@ def _by_epoch(
         own = {key: value for key, value in row["values"].items() if key not in hidden}
         label = _label(own) + (" (best)" if row is best_row(results) else "")
         lines.append(Line(label or "ours", points, f"C{number}"))
-        if points and name in row["reported"]:
-            lines.append(
-                Line(
-                    f"{_report(results)} {label}".strip(),
-                    [(points[-1][0], row["reported"][name], 0.0)],
-                    f"C{number}",
-                    reported=True,
-                )
-            )
-    return lines
+        if points and name in row["reported"] and row["reported"] not in drawn:  # once, where it is that of several
+            drawn.append(row["reported"])
+            alike = [other["values"] for other in rows if other["reported"] == row["reported"]]
+            theirs = {key: value for key, value in _shared(alike).items() if key not in hidden}
+            color = "black" if len(alike) > 1 else f"C{number}"
+            label = f"{_report(results)} {_label(theirs)}".strip()
+            reports.append(Line(label, [(points[-1][0], row["reported"][name], 0.0)], color, reported=True))
+    return lines + reports
+
+
+def _shared(settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The values that all have in common."""
+    first, *others = settings
+    return {key: first[key] for key in first if all(other.get(key) == first[key] for other in others)}
 
 
 def _label(values: dict[str, Any]) -> str:
@@ -264,8 +268,7 @@ def _by_best(folder: Path, figures: dict[str, str], results: dict[str, Any]) -> 
     panels = {}
     for name, panel in figures.items():
         for rows in groups.values():
-            first, best = rows[0]["values"], rows[0]["best"].get(name, 0.0)
-            shared = {key: first[key] for key in first if all(row["values"].get(key) == first[key] for row in rows)}
+            best, shared = rows[0]["best"].get(name, 0.0), _shared([row["values"] for row in rows])
             lines = _by_epoch(folder, name, results, rows, shared)
             ends = [point[0] for line in lines for point in line.points]
             if ends and (best or not is_loss(name)):  # a logarithmic axis has no 0
@@ -297,8 +300,9 @@ def draw(results: dict[str, Any], folder: Path, path: Path) -> bool:
         ticks = [tick for tick in (1, 5, 50, 500, 5000, 50_000, 500_000) if tick < last]
         return save_panels(panels, "epoch", title, path, [*ticks, last])
     if axis is None:
-        panels = {panel: _by_epoch(folder, name, results, results["rows"]) for name, panel in figures.items()}
-        return save_panels(panels, "epoch", title, path)
+        shared = _shared([row["values"] for row in results["rows"]])
+        panels = {panel: _by_epoch(folder, name, results, results["rows"], shared) for name, panel in figures.items()}
+        return save_panels(panels, "epoch", ", ".join(filter(None, (title, _label(shared)))), path)
     best = best_row(results)
     return save_panels(
         {panel: _by_setting(axis, name, results) for name, panel in figures.items()},

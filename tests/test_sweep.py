@@ -18,7 +18,7 @@ from calcformer.cli import main
 from calcformer.comparison import draw, label_figures, make_table
 from calcformer.config import PRESETS
 from calcformer.errors import InputError
-from calcformer.plots import save_panels
+from calcformer.plots import Line, save_panels
 from calcformer.pool import Worker, run_jobs
 from calcformer.runs.checkpoint import load_run
 from calcformer.studies import STUDIES, Sweep, parse_vary
@@ -431,6 +431,44 @@ def test_a_wide_table_is_several(tmp_path: Path) -> None:
     assert all(len(line) <= 80 for table in tables for line in table.splitlines())
     assert "- 2-layers: encoder layers 2, decoder layers 2, heads 8, hidden 2048, dropout 0.1.\n" in notes
     assert draw(results | {"main": "bleu"}, tmp_path, tmp_path / "sweep.png")
+
+
+def test_a_report_is_drawn_once_for_all_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What all rows have in common stands in the title, not in every label."""
+    drawn: list[Any] = []
+    monkeypatch.setattr("calcformer.comparison.save_panels", lambda *arguments: bool(drawn.append(arguments)) or True)
+    sweep = Sweep.of({}, {"case": ["6-wide-layers"], "norm": ["post", "pre"]}, study="s3")
+    theirs = STUDIES["s3"].reported[3][1]
+    rows = []
+    for member in sweep.members():
+        run = tmp_path / member.name
+        run.mkdir()
+        (run / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "valid_loss": 5.0}) + "\n")
+        ours = {"mean": {"valid_loss": 5.0, "bleu": 1.0}, "spread": {}, "runs": [{"run": run.name, "figures": {}}]}
+        rows.append({"values": member.values, "reported": theirs, **ours})
+    results = {"study": "s3", "vary": sweep.axes, "cases": sweep.cases, "seeds": 1, "rows": rows, "main": "bleu"}
+    assert draw(results | {"figures": {"valid_loss": "validation loss"}}, tmp_path, tmp_path / "sweep.png")
+    panels, _, title, _ = drawn[0]
+    assert title == "s3, case 6-wide-layers"
+    assert [(line.label, line.points[0][1], line.color, line.reported) for line in panels["validation loss"]] == [
+        ("norm post (best)", 5.0, "C0", False),
+        ("norm pre", 5.0, "C1", False),
+        ("S3", 4.77, "black", True),
+    ]
+
+
+def test_a_place_without_a_panel_is_empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    figures: list[Any] = []
+    monkeypatch.setattr("calcformer.plots._save", lambda figure, path: figures.append(figure))
+    for epochs in [3.0], [3.0, 4.0]:  # BLEU after the last one only
+        points = [(epoch, 30.0, 0.0) for epoch in epochs]
+        lines = [Line(f"{number}: {'settings ' * 5}", points, f"C{number}") for number in range(4)]
+        panels = {"loss": lines, "chrF": lines, "BLEU": [Line("theirs", points[-1:], "black", reported=True)]}
+        assert save_panels(panels, "epoch", "study", tmp_path / "sweep.png")
+    assert [axes.axison for axes in figures[0].axes] == [True, True, True, False]
+    assert figures[0].axes[0].get_xlim() == (0, 6) and figures[1].axes[0].get_xlim()[0] > 2.5
+    assert figures[0].legends[0].get_window_extent().x0 >= 0
 
 
 @pytest.mark.long
