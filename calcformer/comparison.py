@@ -170,8 +170,8 @@ def _lay_out(first: list[list[str]], groups: list[list[list[str]]]) -> list[str]
 def make_table(results: dict[str, Any]) -> str:
     """The results as Markdown that reads well unrendered too: tables, more than one where it is wide, and notes."""
     rows, best, labels = results["rows"], best_row(results), results["figures"]
-    first = []
-    for name in results["vary"]:
+    first, shared = [], _shared([row["values"] for row in rows]) if len(rows) > 1 else {}
+    for name in [name for name in results["vary"] if name not in shared]:
         values = [str(row["values"].get(name, "–")) for row in rows]
         bold = (f"**{value}**" if row is best else value for value, row in zip(values, rows))
         first.append([name.replace("_", " "), *bold])
@@ -187,6 +187,7 @@ def make_table(results: dict[str, Any]) -> str:
         notes = [f"Convergence: the first epoch at whose end {labels[results['main']]} was the best possible."]
     if best:
         notes.insert(0, f"Best by {labels[deciding(results)]}: {_label(best['values'])}.")
+    notes += [f"All runs: {_label(shared)}."] if shared else []
     notes += [f"{case}: {_label(values)}." for case, values in results.get("cases", {}).items() if values]
     if results["seeds"] > 1:
         notes.append(f"Mean and standard deviation of {results['seeds']} training seeds.")

@@ -431,6 +431,10 @@ def test_a_wide_table_is_several(tmp_path: Path) -> None:
     assert all(len(line) <= 80 for table in tables for line in table.splitlines())
     assert "- 2-layers: encoder layers 2, decoder layers 2, heads 8, hidden 2048, dropout 0.1.\n" in notes
     assert draw(results | {"main": "bleu"}, tmp_path, tmp_path / "sweep.png")
+    for row, norm in zip(rows, ("post", "pre")):
+        row["values"] = {"norm": norm, "case": "2-layers"}
+    table = make_table(results | {"main": "bleu", "vary": {"case": ["2-layers"], "norm": ["post", "pre"]}})
+    assert table.split("|")[1].strip() == "norm" and "- All runs: case 2-layers.\n" in table
 
 
 def test_a_report_is_drawn_once_for_all_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
