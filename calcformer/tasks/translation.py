@@ -106,7 +106,7 @@ class Translation(TaskSettings):
                 cls(train_size=30_000, tokenizer="words", vocabularies="separate"),
                 ModelConfig(**sizes(*S3["4-wide-layers"][:4])),
                 TrainingConfig(epochs=10, batch_size=16, learning_rate=1e-4, exact_match_every=1),
-                reported(*S3["4-wide-layers"][4:]),
+                {name: figure for name, figure in reported(*S3["4-wide-layers"][4:]).items() if name in cls.figures},
             ),
         }
 
