@@ -62,8 +62,9 @@ def attention_maps(solver: Solver, question: str) -> AttentionMaps:
     layers = [[layer.cpu() for layer in stack] for stack in attention_weights(solver.model, *inputs)]
     if not any(layers):
         raise InputError(f"{solver.folder}: a {solver.config.model.kind} model has no attention; give a run of another")
-    tokens = [[vocabulary.tokens[place] for place in row] for row in (source, target, said)]
-    return AttentionMaps(solver.answers([question])[0], *tokens, *layers)
+    read, known = solver.task.source_vocabulary.name, vocabulary.name
+    names = list(map(read, source)), list(map(known, target)), list(map(known, said))
+    return AttentionMaps(solver.answers([question])[0], *names, *layers)
 
 
 def save_maps(maps: AttentionMaps, folder: Path) -> list[Path]:

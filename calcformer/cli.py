@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     open_standard_streams()
     words = list(sys.argv[1:] if argv is None else argv)
-    asks = words[:1] in (["solve"], ["attention"], ["explain"], ["generate"])
+    asks = words[:1] in (["solve"], ["attention"], ["explain"], ["generate"], ["translate"])
     if asks:
         # What is asked may begin with a minus sign; a space before it tells argparse that it is not a flag.
         words = [f" {word}" if re.match(r"-+[^-\w]|-+\d", word) else word for word in words]

@@ -17,6 +17,8 @@ __all__ = ["DEFAULT", "PRESETS", "RunConfig", "describe_figures"]
 # Of config.json; raised when an old file can no longer be read. A setting that is newer than a file takes its default,
 # which must therefore be what runs did without it.
 FORMAT = 1
+# Written only where they say something: older versions refuse them.
+NEWER = {"batch_tokens", "average", "matmul_precision"}
 
 
 def count_steps(data: TaskSettings, training: TrainingConfig) -> int:
@@ -102,6 +104,10 @@ class RunConfig:
 
     def to_json(self) -> str:
         parts = {name: asdict(section) for name, section in self.sections.items()}
+        usual = vars(TrainingConfig())
+        parts["training"] = {
+            name: value for name, value in parts["training"].items() if name not in NEWER or value != usual[name]
+        }
         if self.model.kind != ModelConfig.kind:  # which older versions do not write, and take no other
             parts["model"] = {"kind": self.model.kind, **parts["model"]}
         parts["data"] = {"task": self.data.task, **parts["data"]}

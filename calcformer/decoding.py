@@ -82,8 +82,13 @@ def length_factor(length: int, alpha: float) -> float:
 
 def take_best(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `count` highest of each row of scores (B, N), and their columns: (B, count) each, of equal ones the first."""
-    best, column = scores.sort(dim=1, descending=True, stable=True)  # topk leaves the order of equal ones open
-    return best[:, :count], column[:, :count]
+    best, column = scores.topk(count, dim=1)
+    if bool(((scores >= best[:, -1:]).sum(dim=1) > count).any()):
+        best, column = scores.sort(dim=1, descending=True, stable=True)  # topk leaves open which of equal ones it takes
+        return best[:, :count], column[:, :count]
+    column, order = column.sort(dim=1)
+    best, order = best.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return best, column.gather(1, order)
 
 
 @torch.no_grad()
@@ -170,6 +175,7 @@ def decode(
     beam: int = 1,
     batch_size: int = BATCH,
     advance: Callable[[int], object] = lambda count: None,
+    length_penalty: float = 0.0,
 ) -> torch.Tensor:
     """The best answer to each of any number of problems, a batch at a time.
 
@@ -180,6 +186,7 @@ def decode(
         beam: the width of `beam_search`; 1 decodes greedily.
         batch_size: hypotheses followed at once.
         advance: called with the number of problems answered, after each batch.
+        length_penalty: of `beam_search`.
 
     Returns:
         (B, length) int64, as from `greedy_decode`.
@@ -200,7 +207,7 @@ def decode(
         said[rows] = (
             greedy_decode(model, part, length, vocabulary)
             if beam == 1
-            else beam_search(model, part, length, vocabulary, beam)[0][:, 0]
+            else beam_search(model, part, length, vocabulary, beam, length_penalty)[0][:, 0]
         )
         advance(len(rows))
     return said

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from calcformer.config import describe_figures
 from calcformer.data import Examples
 from calcformer.decoding import BATCH
-from calcformer.errors import InputError
+from calcformer.errors import InputError, shown
 from calcformer.runs.folder import MODEL
 from calcformer.settings import kinds_of
 from calcformer.solver import Solver
@@ -24,6 +24,7 @@ __all__ = ["Mistake", "Tally", "evaluate_run", "find_mistakes", "report", "share
 
 NORMAL_QUANTILE = 1.959963984540054  # leaves 2.5 % on each side
 WORST = 10  # mistakes shown
+HELD_OUT = "valid"  # the part that is measured while training
 
 
 def wilson_interval(right: float, n: int) -> tuple[float, float]:
@@ -149,11 +150,14 @@ def distinct_rows(examples: Examples) -> torch.Tensor:
     return first.scatter_reduce(0, number, torch.arange(len(number), device=number.device), "amin")
 
 
-def measure_answers(solver: Solver, examples: Examples, beam: int) -> dict[str, Any]:
+def measure_answers(solver: Solver, examples: Examples, beam: int, part: str) -> dict[str, Any]:
     """What `evaluate_run` says of the answers that a run gives by itself."""
     task = solver.task
     with tqdm(total=len(examples), unit="ex", unit_scale=True, disable=None, delay=2, leave=False) as bar:
         said = task.answer(solver.model, examples, beam, advance=bar.update)
+    if task.translates:
+        facts = task.describe_answers(said, examples, solver.folder, part)
+        return {**task.answer_figures(said, examples), **facts, "beam": beam, "length_penalty": task.length_penalty}
     tally, once = Tally(), Tally()
     right, groups = task.is_right(said, examples), task.groups(examples)
     tally.add(groups, right)
@@ -169,24 +173,40 @@ def measure_answers(solver: Solver, examples: Examples, beam: int) -> dict[str, 
     }
 
 
-def evaluate_run(solver: Solver, beam: int = 1, problems: int | None = None) -> dict[str, Any]:
+def choose_part(solver: Solver, part: str | None, problems: int | None) -> tuple[Examples, str]:
+    """What is measured, and its name: one of the task's tests, "valid" for what is held out; None for the first."""
+    data, task = solver.config.data, solver.task
+    if part not in (None, HELD_OUT, *task.tests):
+        known = " or ".join((*task.tests, HELD_OUT))
+        raise InputError(f"{solver.folder} has no part {shown(part)} to measure; give --part {known}")
+    if problems is not None and "valid_size" not in kinds_of(data):
+        raise InputError(f"{data.task} is measured on {data.measured}, all of them; leave out --problems")
+    part = part or (HELD_OUT if problems is not None or not task.tests else task.tests[0])
+    if part == HELD_OUT:
+        task = task if problems is None else replace(data, valid_size=problems).restore(solver.folder)
+        return task.split()[1], part
+    return task.test(part), part
+
+
+def evaluate_run(solver: Solver, beam: int = 1, problems: int | None = None, part: str | None = None) -> dict[str, Any]:
     """Everything measured on the held-out problems of a run, and on hard ones, ready for JSON.
 
     Args:
         beam: width of the search for answers; 1 decodes greedily.
         problems: held-out problems drawn; None for as many as the run was validated with.
+        part: what is measured, one of the task's tests, or "valid"; None for the first test where there is one.
 
     Returns:
-        n, token_accuracy, loss and the other figures of the task; epoch, preset, checkpoint; where its problems have
-        answers, also distinct, wrong, exact_match, interval, groups, hard, mistakes, beam.
+        n, token_accuracy, loss and the other figures of the task; part, epoch, preset, checkpoint; where its problems
+        have answers, also distinct, wrong, exact_match, interval, groups, hard, mistakes, beam; or of translations
+        bleu, chrf, signature, worst, best, file, beam, length_penalty.
     """
     data = solver.config.data
     if beam != 1 and not solver.task.has_answers:
         raise InputError(f"{data.task} is measured without answers that a beam could search for; leave out --beam")
-    if problems is not None and "valid_size" not in kinds_of(data):
-        raise InputError(f"{data.task} is measured on {data.measured}, all of them; leave out --problems")
-    task = solver.task if problems is None else replace(data, valid_size=problems).restore(solver.folder)
-    examples = task.split()[1].to(solver.device)
+    task = solver.task
+    chosen, part = choose_part(solver, part, problems)
+    examples = chosen.to(solver.device)
     score = evaluate(solver.model, examples, task.ignored_label, task.measured_at_once)
     if not math.isfinite(score.loss):
         raise InputError(
@@ -196,11 +216,12 @@ def evaluate_run(solver: Solver, beam: int = 1, problems: int | None = None) -> 
     figures = score.figures | task.text_figures(score.loss)
     return {
         "n": len(examples),
+        "part": part,
         **{name.removeprefix("valid_"): value for name, value in figures.items() if name in data.figures},
         "epoch": solver.epoch,
         "preset": solver.config.preset,
         "checkpoint": str(solver.folder / MODEL),
-        **(measure_answers(solver, examples, beam) if task.has_answers else {}),
+        **(measure_answers(solver, examples, beam, part) if task.has_answers else {}),
     }
 
 
@@ -224,10 +245,12 @@ def report(solver: Solver, result: dict[str, Any]) -> str:
     data, labels = solver.config.data, solver.task.group_labels
     how = "" if result.get("beam", 1) == 1 else f" with a beam of {result['beam']}"
     found = {name: result[name.removeprefix("valid_")] for name in data.figures}
-    lines = [
-        f"{solver.folder}, epoch {result['epoch']}, {result['n']} {data.measured.removeprefix('the ')}{how}: "
-        + describe_figures(found, solver.config)
-    ]
+    held_out = data.measured.removeprefix("the ")
+    what = held_out if result["part"] == HELD_OUT else f"{data.noun} of {result['part']}"
+    figures = describe_figures(found, solver.config)
+    lines = [f"{solver.folder}, epoch {result['epoch']}, {result['n']} {what}{how}: {figures}"]
+    if solver.task.translates:
+        return "\n".join([*lines, *solver.task.report_answers(result)])
     if not solver.task.has_answers:
         return lines[0]
     lines += [

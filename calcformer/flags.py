@@ -8,15 +8,30 @@ import re
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from calcformer.config import RunConfig
-from calcformer.errors import shown, tell
+from calcformer.errors import InputError, shown, tell
 from calcformer.model.settings import MODELS
 from calcformer.settings import kinds_of
 from calcformer.tasks import TASKS
 
-__all__ = ["Commands", "Parser", "add_beam", "add_device", "add_settings", "path", "real", "span", "whole"]
+if TYPE_CHECKING:
+    from calcformer.solver import Solver
+
+__all__ = [
+    "Commands",
+    "Parser",
+    "add_beam",
+    "add_device",
+    "add_length_penalty",
+    "add_settings",
+    "path",
+    "real",
+    "set_length_penalty",
+    "span",
+    "whole",
+]
 
 LONGEST = 600  # characters of an error
 
@@ -119,6 +134,23 @@ def add_beam(parser: Parser) -> None:
         metavar="WIDTH",
         help="follow the WIDTH best beginnings of an answer instead of the best one (1)",
     )
+
+
+def add_length_penalty(parser: Parser) -> None:
+    parser.add_argument(
+        "--length-penalty",
+        type=real(0, 100),
+        metavar="ALPHA",
+        help="of a beam: answers of T tokens are compared by log p / ((5 + T) / 6)^ALPHA (translations 1, others 0)",
+    )
+
+
+def set_length_penalty(solver: Solver, beam: int, alpha: float | None) -> None:
+    """Search with the penalty that was given, if any; InputError where nothing is searched."""
+    if alpha is not None:
+        if beam == 1:
+            raise InputError("--length-penalty is for a beam; give --beam as well, or leave it out")
+        solver.task.length_penalty = alpha
 
 
 def add_device(parser: Parser) -> None:

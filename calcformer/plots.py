@@ -20,6 +20,7 @@ __all__ = ["Line", "can_draw", "save_curve", "save_heads", "save_losses", "save_
 
 # What metrics.jsonl has beside figures.
 NO_FIGURES = {"epoch", "learning_rate", "seconds", "examples_per_second"}
+PERCENTAGES = {"bleu": "BLEU", "chrf": "chrF"}  # figures of 0..100
 LIMIT: dict[str, Any] = {"color": "black", "linestyle": ":"}  # what nothing can surpass
 WIDEST_HEADS = 16  # inches of a row of heads, 1,920 pixels: what a screen shows
 
@@ -93,8 +94,13 @@ def save_curve(entries: list[dict[str, Any]], title: str, path: Path, data: Task
     if data and not data.holds_out:  # nothing is held out
         panels["loss"]["valid_loss"], panels["accuracy"]["valid_token_accuracy"] = "after the epoch", "after the epoch"
     others = {name for entry in entries for name in entry if not is_loss(name)} - NO_FIGURES
+    wide = {name: label for name, label in PERCENTAGES.items() if name in others}  # by epoch, not shares of 1
+    others = {name for name in others if not name.endswith(tuple(PERCENTAGES))}
     panels["accuracy"] |= {name: name.replace("_", " ") for name in sorted(others - panels["accuracy"].keys())}
-    for axes, (panel, names) in zip(figure.subplots(1, 2), panels.items()):
+    if wide:
+        panels[" and ".join(wide.values())] = {name: f"{label}, held out" for name, label in wide.items()}
+        figure.set_figwidth(15)
+    for axes, (panel, names) in zip(figure.subplots(1, len(panels)), panels.items()):
         for name, label in names.items():
             points = [(entry["epoch"], entry[name]) for entry in entries if name in entry]
             if points:

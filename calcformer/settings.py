@@ -162,6 +162,11 @@ class TrainingConfig(Settings):
     )
     threads: int = setting(0, "CPU threads of a process, 0 for one (small models are slower with more)", 0, 1024)
     precision: Literal["float32", "bfloat16"] = setting("float32", "of products in training; bfloat16 by autocast")
+    matmul_precision: Literal["highest", "high", "medium"] = setting(
+        "highest",
+        "of float32 products, as torch.set_float32_matmul_precision has it: high by TF32 on a GPU, medium by bfloat16 "
+        "where a CPU has instructions for it",
+    )
     compile: bool = setting(False, "torch.compile the model (seldom faster on a CPU)")
     tensorboard: bool = setting(False, "write TensorBoard event files to the run folder")
 

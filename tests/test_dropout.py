@@ -3,15 +3,31 @@
 import pytest
 import torch
 
+import kernels.dropout
 from kernels.dropout import LEAST, SPARSE_LIMIT, add_dropped, dropout, dropped_places, keep_factors
 
 
-@pytest.mark.parametrize("p", [0.003, 0.01, SPARSE_LIMIT, 0.5])
+@pytest.mark.parametrize("p", [0.003, 0.01, SPARSE_LIMIT, 0.3, 0.5, 0.9997])
 def test_factors_are_zero_as_often_as_asked_and_keep_the_mean(p: float) -> None:
     factors = keep_factors((211, 1009), p)
     share = (factors == 0).double().mean().item()
     assert abs(share - p) < 5 * (p * (1 - p) / factors.numel()) ** 0.5
     assert torch.equal(factors[factors != 0].unique(), torch.tensor([1 / (1 - p)]))
+
+
+def test_what_16_bits_lack_of_a_probability_is_dropped_by_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def places(count: int, p: float) -> torch.Tensor:
+        asked.append(p)
+        return torch.arange(3)
+
+    monkeypatch.setattr(kernels.dropout, "dropped_places", places)
+    p = 0.3  # lies between 19,660 and 19,661 of 65,536
+    assert keep_factors((2, 4001), p)[0, :3].tolist() == [0, 0, 0]
+    assert (1 - asked[0]) * (1 - 19660 / 65536) == pytest.approx(1 - p, rel=1e-12)
+    keep_factors((2, 4001), 0.5)
+    assert len(asked) == 1  # a half needs no more
 
 
 def test_dropping_everything() -> None:

@@ -3,8 +3,8 @@
 None of them imports torch before it runs, so that `--help` answers at once.
 """
 
-from calcformer.commands import attention, evaluate, explain, generate, listing, solve, sweep, train
+from calcformer.commands import attention, evaluate, explain, generate, listing, solve, sweep, train, translate
 
 __all__ = ["COMMANDS"]
 
-COMMANDS = train, sweep, evaluate, solve, generate, attention, listing, explain  # as --help lists them
+COMMANDS = train, sweep, evaluate, solve, translate, generate, attention, listing, explain  # as --help lists them

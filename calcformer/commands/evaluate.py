@@ -7,7 +7,7 @@ import json
 
 from calcformer.config import RunConfig
 from calcformer.errors import InputError, say
-from calcformer.flags import Commands, add_beam, add_device, path, whole
+from calcformer.flags import Commands, add_beam, add_device, add_length_penalty, path, set_length_penalty, whole
 from calcformer.settings import LARGEST_SET
 
 __all__ = ["add"]
@@ -28,6 +28,9 @@ def add(commands: Commands, base: RunConfig) -> None:
         help="held-out problems to draw (as many as the run was validated with)",
     )
     parser.add_argument(
+        "--part", metavar="NAME", help="of translations: test... of the corpus, or valid, what is held out (a test)"
+    )
+    parser.add_argument(
         "--exhaustive",
         action="store_true",
         help="also answer all problems that were not trained on; mistakes go to RUN/mistakes.txt",
@@ -39,6 +42,7 @@ def add(commands: Commands, base: RunConfig) -> None:
         help="CPU processes for --exhaustive (as many as the run was trained with)",
     )
     add_beam(parser)
+    add_length_penalty(parser)
     add_device(parser)
     parser.set_defaults(work=run)
 
@@ -57,7 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.exhaustive:
         check_exhaustive(solver, arguments.processes)
     torch.set_num_threads(min(solver.config.training.threads or 1, count_cores()))
-    result = evaluate_run(solver, arguments.beam, arguments.problems)
+    set_length_penalty(solver, arguments.beam, arguments.length_penalty)
+    result = evaluate_run(solver, arguments.beam, arguments.problems, arguments.part)
     if arguments.exhaustive:
         result["exhaustive"] = evaluate_all(solver, arguments.beam, arguments.processes)
     say(json.dumps(result, allow_nan=False) if arguments.json else report(solver, result))

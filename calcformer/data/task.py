@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -61,6 +62,10 @@ class Task:
     size: int | None = None  # distinct problems, where they are numbered: those have `encode` and `trained_on`
     fresh = False  # each epoch draws its problems anew, by `draw`
     has_answers = True  # what is held out has an answer that a model can say by itself
+    translates = False  # a question is a sentence, which may be translated in more ways than one
+    kind_of_answer: type[Answer] = Answer
+    length_penalty = 0.0  # of a search for answers, see `beam_search`
+    tests: Sequence[str] = ()  # more examples that are kept from training, measured at its end
     probes: Sequence[str] = ()  # questions that are answered for all to see while a model is trained
     group_labels: dict[str, str] = {}  # how a table names the members of a group, such as "{} digits"
 
@@ -90,6 +95,10 @@ class Task:
         """Training and held-out examples, which share none; where problems are fresh, those of one epoch."""
         raise NotImplementedError
 
+    def test(self, name: str) -> Examples:
+        """Those of one of the `tests`."""
+        raise NotImplementedError
+
     def draw(self, generator: torch.Generator) -> Examples:
         """The examples of an epoch where they are `fresh`, on the generator's device."""
         raise NotImplementedError
@@ -111,6 +120,10 @@ class Task:
         return {}
 
     # Questions and answers
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of a question that are no tokens, and are read as one that stands for any word."""
+        return []
 
     def read_question(self, text: str) -> Any:
         """A problem typed by a user; InputError where a model of this task cannot know it."""
@@ -179,11 +192,14 @@ class Task:
         advance: Callable[[int], object] = lambda count: None,
     ) -> torch.Tensor:
         """What a model in evaluation mode says by itself, shaped as the labels of untrimmed examples; see `decode`."""
-        return decode(model, examples.inputs[0], self.target_length - 1, self.vocabulary, beam, batch_size, advance)
+        source, length = examples.inputs[0], self.target_length - 1
+        return decode(model, source, length, self.vocabulary, beam, batch_size, advance, self.length_penalty)
 
     def log_probability(self, model: Any, examples: Examples, said: torch.Tensor) -> torch.Tensor:
         """The natural logarithm of the probability a model gives to each of the answers `said`: (N,) float64."""
-        return log_probability(model, examples.inputs[0], said, self.vocabulary)
+        sources, answers = (x.split(self.measured_at_once) for x in (examples.inputs[0], said))
+        found = [log_probability(model, *part, self.vocabulary) for part in zip(sources, answers)]
+        return torch.cat(found)
 
     def answers(
         self, model: Any, problems: Sequence[Any], device: torch.device, beam: int = 1, batch_size: int = BATCH
@@ -193,7 +209,7 @@ class Task:
         said = self.answer(model, examples, beam, batch_size)
         chances = self.log_probability(model, examples, said).exp().tolist()
         return [
-            Answer(self.question(problem), self.decode_answer(ids), chance, self.right_answer(problem))
+            self.kind_of_answer(self.question(problem), self.decode_answer(ids), chance, self.right_answer(problem))
             for problem, ids, chance in zip(problems, said.tolist(), chances)
         ]
 
@@ -209,3 +225,11 @@ class Task:
     def answer_figures(self, said: torch.Tensor, examples: Examples) -> dict[str, float]:
         """Figures of the answers `said`, (N, T) int64, to all of the examples that are measured."""
         return {"exact_match": int(self.is_right(said, examples).sum()) / len(examples)}
+
+    def describe_answers(self, said: torch.Tensor, examples: Examples, folder: Path, part: str) -> dict[str, Any]:
+        """What evaluation says of answers beside figures of translations; it may write to the folder."""
+        return {}
+
+    def report_answers(self, result: dict[str, Any]) -> list[str]:
+        """That as lines to be read, from the whole of an evaluation's result."""
+        return []

@@ -40,6 +40,10 @@ class Vocabulary:
         except ValueError:
             raise ValueError(f"{token!r} is not a token; the tokens are {' '.join(self.tokens)}") from None
 
+    def name(self, place: int) -> str:
+        """The token with this id, to be read beside others."""
+        return self.tokens[place]
+
     @property
     def bos_id(self) -> int:
         return self.id(self.bos)

@@ -55,16 +55,16 @@ class Translation(TaskSettings):
     held_out: float = setting(0.05, "share held out where the corpus has no val", 0.0001, 0.9)
 
     def build(self) -> TranslationTask:
+        from calcformer.tasks.language.scores import metrics
         from calcformer.tasks.language.translations import TranslationTask
 
+        metrics()  # now, and not after the first epochs
         if not self.data and not (Path(self.source).is_file() and Path(self.target).is_file()):
             raise InputError(
                 "there is no corpus to learn; give --data FOLDER with --source LANGUAGE and --target LANGUAGE, or "
                 "--source FILE and --target FILE"
             )
-        task = TranslationTask(self)
-        task.check()
-        return task
+        return TranslationTask(self)
 
     def restore(self, folder: Path) -> TranslationTask:
         from calcformer.tasks.language.translations import TranslationTask

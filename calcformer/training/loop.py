@@ -18,6 +18,7 @@ from calcformer.runs.checkpoint import load_resume_state
 from calcformer.runs.device import count_cores, count_processes, keep_memory, pick_device, torchrun_place
 from calcformer.runs.files import hold, new_folder
 from calcformer.runs.folder import finished_epochs, read_config
+from calcformer.settings import TrainingConfig
 from calcformer.training.board import require_tensorboard
 from calcformer.training.team import Team, TeamLost, join_team
 from calcformer.training.torchrun import join_torchrun
@@ -26,11 +27,17 @@ from calcformer.training.trainer import Trainer
 __all__ = ["follow", "resume", "train"]
 
 
+def set_up(training: TrainingConfig) -> None:
+    """What PyTorch keeps for a whole process."""
+    torch.set_num_threads(training.threads or 1)
+    torch.set_float32_matmul_precision(training.matmul_precision)
+    keep_memory()
+
+
 def follow(folder: Path, team: Team) -> None:
     """Train the epochs that are left of the run in `folder` beside rank 0, which writes it."""
     config = read_config(folder)
-    torch.set_num_threads(config.training.threads or 1)
-    keep_memory()
+    set_up(config.training)
     trainer = Trainer(config, bar=False, team=team, task=config.data.restore(folder))
     finished = load_resume_state(folder, trainer.model, trainer.optimizer)
     team.meet()
@@ -85,9 +92,8 @@ def _run(
     config = config.with_settings({"processes": processes})
     if config.training.tensorboard:
         require_tensorboard()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.training.threads or 1)
-    keep_memory()
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    set_up(config.training)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             trainer = Trainer(config, bar, task=task)
@@ -100,6 +106,7 @@ def _run(
                     raise Stopped(folder, finished_epochs(folder) or 0) from None
     finally:
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
 
 
 def train(config: RunConfig, out: Path | str | None = None, bar: bool | None = None) -> dict[str, Any]:

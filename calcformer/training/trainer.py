@@ -28,7 +28,7 @@ from calcformer.runs.run_log import RunLog
 from calcformer.settings import TaskSettings
 from calcformer.training.board import Board
 from calcformer.training.cuda_graph import CudaRecorder, GraphedSteps
-from calcformer.training.metrics import Totals, count_labels, measure, token_loss
+from calcformer.training.metrics import Totals, count_labels, measure, measure_answers, token_loss
 from calcformer.training.optimizer import average_weights, build_optimizer, learning_rate
 from calcformer.training.team import Team, start_team
 from calcformer.training.torchrun import lead_torchrun
@@ -214,6 +214,7 @@ class Trainer:
         self.bar.set_description(f"{self.epoch_name} loss {loss:.4f} measuring")
         answers = last or (training.exact_match_every > 0 and epoch % training.exact_match_every == 0)
         entry |= self.measure(self.team, validation=last or epoch % training.valid_every == 0, answers=answers)
+        entry |= self.measure_tests(self.team) if last else {}
         self._check_finite(entry)
         self._show_measured(entry)
         if answers and self.team.rank == 0:
@@ -224,6 +225,14 @@ class Trainer:
         """What an entry of the log says of the held-out problems."""
         wanted = self.config.data.figures
         return measure(self.model, self.valid_examples, self.task, wanted, validation, answers, team)
+
+    def measure_tests(self, team: Team) -> dict[str, Any]:
+        """What the last entry of the log says of the answers to the task's tests, such as test_bleu."""
+        found: dict[str, Any] = {}
+        for name in self.task.tests:
+            figures = measure_answers(self.model, self.task.test(name).to(self.device), self.task, team=team)
+            found |= {f"{name}_{figure}": value for figure, value in figures.items()}
+        return found
 
     def _check_finite(self, entry: dict[str, Any]) -> None:
         """InputError where weights or losses are no numbers any more, which the epoch before is then kept from."""
@@ -338,8 +347,9 @@ class Trainer:
                 self.board.close()
         self.curve.draw(at_once=True)
         last = next(iter(self.log.read()[-1:]), {})
+        # The log was lost, the weights not.
         if last.get("epoch") != self.config.training.epochs or not last.keys() >= self.config.data.figures.keys():
-            last = {"epoch": self.config.training.epochs, **self.measure(Team())}  # the log was lost, the weights not
+            last = {"epoch": self.config.training.epochs, **self.measure(Team()), **self.measure_tests(Team())}
             self.log.append(last)
         return last
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from calcformer.errors import InputError, shown
+from calcformer.errors import InputError
 from calcformer.tasks.language.corpus import read_file
 
-__all__ = ["VALID", "find_parts", "read_pairs"]
+__all__ = ["TEST", "VALID", "find_parts", "read_pairs"]
 
 TRAIN, VALID, TEST = "train", ("val", "valid", "dev"), "test"
 
@@ -69,16 +69,9 @@ def read_pairs(source: Path, target: Path) -> tuple[list[str], list[str]]:
         )
     for path, lines in zip((source, target), both):
         empty = [number for number, line in enumerate(lines, start=1) if not line]
-        if empty or not lines:
-            where = f"line {empty[0]}, and {len(empty) - 1} more" if len(empty) > 1 else f"line {empty[:1]}"
-            raise InputError(
-                f"{path} has an empty line ({where.replace('[', '').replace(']', '')}); take it out of both files"
-                if lines
-                else f"{path} is empty; give a text with a line for each sentence"
-            )
+        if not lines:
+            raise InputError(f"{path} is empty; give a text with a line for each sentence")
+        if empty:
+            others = f" and {len(empty) - 1:,} more" if len(empty) > 1 else ""
+            raise InputError(f"{path}: line {empty[0]:,}{others} is empty; take such lines out of both files")
     return both[0], both[1]
-
-
-def name_language(text: str) -> str:
-    """A language, or a file, as it is named in a sentence."""
-    return shown(Path(text).name)

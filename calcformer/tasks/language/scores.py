@@ -26,7 +26,7 @@ def score(said: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     scores".
     """
     found = {"bleu": metrics().BLEU(), "chrf": metrics().CHRF()}
-    return {name: metric.corpus_score(said, [references]).score for name, metric in found.items()}
+    return {name: min(metric.corpus_score(said, [references]).score, 100.0) for name, metric in found.items()}
 
 
 def signature(said: Sequence[str], references: Sequence[str]) -> str:

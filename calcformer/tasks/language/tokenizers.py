@@ -230,6 +230,8 @@ class BytePairs(Tokenizer):
         if place in (self.pad_id, self.bos_id, self.eos_id):
             return self.tokens[place]
         text = self.made.decode([place])
+        if not text.strip():
+            return text
         return text[1:] if text.startswith(" ") else f"##{text}"
 
     def to_json(self) -> str:

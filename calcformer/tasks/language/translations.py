@@ -12,11 +12,12 @@ import torch
 
 from calcformer.data import Answer, Examples, Pairs, Task
 from calcformer.data.examples import held_out_side
-from calcformer.decoding import decode
+from calcformer.decoding import BATCH
 from calcformer.errors import InputError, shown, tell
+from calcformer.runs.files import write_atomically
 from calcformer.runs.folder import RunError
-from calcformer.tasks.language.parallel import VALID, find_parts, read_pairs
-from calcformer.tasks.language.scores import metrics, score
+from calcformer.tasks.language.parallel import TEST, VALID, find_parts, read_pairs
+from calcformer.tasks.language.scores import score, sentence_scores, signature
 from calcformer.tasks.language.tokenizers import SPECIAL, BytePairs, Tokenizer, Words
 
 if TYPE_CHECKING:
@@ -26,11 +27,12 @@ __all__ = ["Translated", "TranslationTask"]
 
 SOURCE, TARGET, DIGEST = "source.json", "target.json", "pairs.sha256"  # in a run folder
 KINDS: dict[str, type[Tokenizer]] = {"bpe": BytePairs, "words": Words}
+SHOWN = 3  # of the worst and of the best sentences
 TOGETHER = 16_384  # tokens of hypotheses that are followed at once
 
 
 class Translated(Answer):
-    """A sentence and its translation; what is right nobody knows."""
+    """A sentence and its translation; nobody says that another one is wrong."""
 
     sign = "->"
 
@@ -49,10 +51,13 @@ class TranslationTask(Task):
     """
 
     vocabulary: Any  # a Tokenizer
-    part: str | None = None  # of the corpus, that is measured instead of what is held out while training
+    translates = True
+    kind_of_answer = Translated
+    length_penalty = 1.0
 
     def __init__(self, data: Translation, folder: Path | None = None) -> None:
         self.data, self.folder = data, folder
+        self.kept: dict[int, tuple[list[str], list[str]]] = {}
         self.source_length, self.target_length = data.longest + 1, data.longest + 2
         self.tokenizers = self.make_tokenizers() if folder is None else self.read_tokenizers(folder)
         self.vocabulary = self.tokenizers[-1]
@@ -67,7 +72,7 @@ class TranslationTask(Task):
         texts = ["\n".join(side) for side in sides]
         if self.data.vocabularies == "shared":
             texts = ["\n".join(texts)]
-        if self.data.tokenizer == "words":
+        if self.is_words:
             return [Words.of(text, self.data.minimum_count, SPECIAL) for text in texts]
         return [BytePairs.of(text, self.data.vocabulary_size, SPECIAL[:3]) for text in texts]
 
@@ -113,39 +118,51 @@ class TranslationTask(Task):
             found[name] = [source for source, _ in chosen], [target for _, target in chosen]
         return found
 
-    @property
-    def trained(self) -> tuple[list[str], list[str]]:
-        sources, targets = self.sides["train"]
-        return sources[: self.data.train_size], targets[: self.data.train_size]
-
     @cached_property
-    def measured(self) -> tuple[list[str], list[str]]:
-        """The pairs that are measured."""
-        if self.part is not None and self.part in self.parts:
-            return read_pairs(*self.parts[self.part])
-        sources, targets = self.sides["valid"]
-        return sources[: self.data.valid_size], targets[: self.data.valid_size]
+    def trained(self) -> tuple[list[str], list[str]]:
+        """The pairs that are trained on; InputError where a run learned others."""
+        sources, targets = self.sides["train"]
+        pairs = sources[: self.data.train_size], targets[: self.data.train_size]
+        known = None if self.folder is None else self.folder / DIGEST
+        if known is not None and known.exists() and known.read_bytes() != digest(pairs):
+            files = " and ".join(map(str, self.parts["train"]))
+            raise InputError(f"{files} are not the pairs that {self.folder} learned; put those back")
+        return pairs
 
-    def check(self) -> None:
-        """InputError where it cannot be trained here."""
-        metrics()
-        kept = None if self.folder is None else self.folder / DIGEST
-        if kept is not None and kept.exists() and kept.read_bytes() != digest(self.trained):
-            raise InputError(f"the pairs are not those that {self.folder} learned; put those back")
+    @property
+    def tests(self) -> Sequence[str]:  # type: ignore[override]
+        return [part for part in self.parts if part.startswith(TEST)]
 
-    def encode_pairs(self, pairs: tuple[list[str], list[str]], is_cut: bool) -> Pairs:
-        """Pairs as examples. What is too long is cut, or else left out."""
+    def lines(self, number: int) -> tuple[list[str], list[str]]:
+        """The pairs that are measured, source and target: number 0 while training, the others at its end."""
+        if number not in self.kept:
+            size, sides = self.data.valid_size, self.sides["valid"] if number == 0 else None
+            self.kept[number] = (
+                read_pairs(*self.parts[self.tests[number - 1]]) if sides is None else (sides[0][:size], sides[1][:size])
+            )
+        return self.kept[number]
+
+    def test(self, name: str) -> Pairs:
+        number = 1 + list(self.tests).index(name)
+        return self.encode_pairs(self.lines(number), number)
+
+    def encode_pairs(self, pairs: tuple[list[str], list[str]], number: int | None) -> Pairs:
+        """Pairs as examples, whose problem is the number of `lines` they are of, and the line.
+
+        What is too long is cut where it is measured, and left out where it is trained on, without a number.
+        """
         first, last, longest = self.source_vocabulary, self.vocabulary, self.data.longest
         rows = [(first.encode(source), last.encode(target)) for source, target in zip(*pairs)]
-        lines = [place for place, row in enumerate(rows) if is_cut or max(map(len, row)) <= longest]
+        lines = [place for place, row in enumerate(rows) if number is not None or max(map(len, row)) <= longest]
         if len(lines) < len(rows):
             tell(f"{len(rows) - len(lines):,} pairs of more than {longest} tokens are not trained on (--longest)")
         sources = [[*rows[line][0][:longest], first.eos_id] for line in lines]
         targets = [[last.bos_id, *rows[line][1][:longest], last.eos_id] for line in lines]
-        return Pairs(pad_rows(sources), pad_rows(targets), problem=torch.tensor(lines)[:, None])
+        problem = torch.tensor([(number or 0, line) for line in lines]).view(-1, 2)
+        return Pairs(pad_rows(sources), pad_rows(targets), problem=problem)
 
     def split(self) -> tuple[Examples, Examples]:
-        return self.encode_pairs(self.trained, is_cut=False), self.encode_pairs(self.measured, is_cut=True)
+        return self.encode_pairs(self.trained, None), self.encode_pairs(self.lines(0), 0)
 
     # What a model says
 
@@ -176,19 +193,56 @@ class TranslationTask(Task):
         model: Any,
         examples: Examples,
         beam: int = 1,
-        batch_size: int = 0,
+        batch_size: int = BATCH,
         advance: Callable[[int], object] = lambda count: None,
     ) -> torch.Tensor:
-        source = examples.inputs[0]
-        size = max(1, TOGETHER // source.shape[1])
-        return decode(model, source, self.target_length - 1, self.vocabulary, beam, size, advance)
+        size = min(batch_size, max(1, TOGETHER // examples.inputs[0].shape[1]))
+        return super().answer(model, examples, beam, size, advance)
+
+    def compare(self, said: torch.Tensor, examples: Examples) -> tuple[list[str], list[str]]:
+        """The translations `said`, (N, T) int64, and the right ones."""
+        assert examples.problem is not None
+        right = [self.lines(number)[1][line] for number, line in examples.problem.tolist()]
+        return [self.decode_answer(ids) for ids in said.tolist()], right
 
     def answer_figures(self, said: torch.Tensor, examples: Examples) -> dict[str, float]:
-        assert examples.problem is not None
-        references = [self.measured[1][line] for line in examples.problem.flatten().tolist()]
-        return score([self.decode_answer(ids) for ids in said.tolist()], references)
+        return score(*self.compare(said, examples))
+
+    def describe_answers(self, said: torch.Tensor, examples: Examples, folder: Path, part: str) -> dict[str, Any]:
+        """sacrebleu's signature, and all sentences by chrF: the worst and the best, and a file with each."""
+        translations, right = self.compare(said, examples)
+        scores = sentence_scores(translations, right)
+        rows = sorted(zip(scores, self.questions(examples), translations, right))
+        path = folder / f"translations-{part}.tsv"
+        text = "".join("\t".join([f"{row[0]:.2f}", *row[1:]]) + "\n" for row in rows)
+        write_atomically(path, f"chrF\tsource\tsaid\tright\n{text}".encode())
+        named = [dict(zip(("chrf", "source", "said", "right"), row)) for row in rows]
+        return {
+            "signature": signature(translations, right),
+            "worst": named[:SHOWN],
+            "best": named[: -SHOWN - 1 : -1],
+            "file": str(path),
+        }
+
+    def report_answers(self, result: dict[str, Any]) -> list[str]:
+        lines = [f"sacrebleu's signature of BLEU: {result['signature']}"]
+        for which in "worst", "best":
+            lines += ["", f"the {which} sentences by chrF"]
+            for row in result[which]:
+                lines += [f"{row['chrf']:7.2f}  {row['source']}", f"   said  {row['said']}", f"  right  {row['right']}"]
+        return [*lines, "", f"all of them: {result['file']}"]
+
+    def unknown_words(self, text: str) -> list[str]:
+        vocabulary = self.source_vocabulary
+        return [word for word in vocabulary.split(text) if word not in vocabulary.ids] if self.is_words else []
+
+    @property
+    def is_words(self) -> bool:
+        return self.data.tokenizer == "words"
 
 
 def pad_rows(rows: list[list[int]]) -> torch.Tensor:
     """Rows of ids as one tensor (N, the longest), with zeros behind, which is the id that fills."""
+    if not rows:
+        return torch.zeros(0, 1, dtype=torch.long)
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
