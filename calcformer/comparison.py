@@ -18,13 +18,15 @@ __all__ = ["draw", "make_table", "summarize"]
 
 START, CONVERGENCE = "start", "convergence"  # figures that metrics.jsonl does not name
 ROUNDING = 1e-6  # of an accuracy, a quotient of numbers in float32
+WIDTH = 80  # characters of a table, beyond which it is several
 
 
-def label_figures(data: TaskSettings, epochs: Iterable[int] = ()) -> dict[str, str]:
+def label_figures(data: TaskSettings, epochs: Iterable[int] = (), reported: Iterable[str] = ()) -> dict[str, str]:
     """What the columns of the table are called, by the names of metrics.jsonl; the one that counts last but one.
 
     Where the best possible figures are known, with the mean loss of the first epoch, that at the end of those `epochs`,
-    and the first epoch at whose end the figure that counts was the best possible.
+    and the first epoch at whose end the figure that counts was the best possible. The accuracy of training stands there
+    where it is `reported`.
     """
     measured = dict(reversed(data.figures.items()))
     if data.best_possible:
@@ -32,6 +34,8 @@ def label_figures(data: TaskSettings, epochs: Iterable[int] = ()) -> dict[str, s
         return {START: "loss in epoch 1", **losses, **measured, CONVERGENCE: "convergence", "seconds": "seconds"}
     if "valid_loss" in measured:
         measured["valid_loss"] = "validation loss"
+    if "token_accuracy" in reported:
+        measured = {"token_accuracy": "training token accuracy", **measured}
     return {"loss": "training loss", **measured, "seconds": "seconds"}
 
 
@@ -46,24 +50,22 @@ def add_convergence(figures: dict[str, Any], entries: list[dict[str, Any]], data
             figures[CONVERGENCE] = entry["epoch"]
 
 
-def measure_member(folder: Path, member: Member, study: str | None) -> dict[str, Any]:
-    """The last figures of a finished run, and its answers to the questions of the study."""
+def measure_member(folder: Path, member: Member, study: str | None, labels: Iterable[str]) -> dict[str, Any]:
+    """The last figures, as far as there are `labels`, of a finished run, and its answers to the study's questions."""
     entries = RunLog(folder / member.name / METRICS).read()
     last = entries[-1] if entries else {}  # of a log that was lost
     figures = {**last, "seconds": sum(entry.get("seconds", 0.0) for entry in entries)}
     answers: dict[str, str] = {}
     if member.config.data.best_possible:
         add_convergence(figures, entries, member.config.data)
-    if study is not None:
+    questions, measures_training = (STUDIES[study].questions, STUDIES[study].measure_training) if study else ((), False)
+    if questions or measures_training:
         solver = Solver(folder / member.name, member.config.training.device)
-        questions = STUDIES[study].questions
         answers = dict(zip(questions, solver.solve(questions)))
-        if STUDIES[study].measure_training:
+        if measures_training:
             examples = solver.task.split()[0].to(solver.device)
             figures |= measure(solver.model, examples, solver.task, member.config.data.figures)
-    epochs = STUDIES[study].epochs if study else ()
-    shown = {name: figures[name] for name in label_figures(member.config.data, epochs) if name in figures}
-    return {"figures": shown, "answers": answers}
+    return {"figures": {name: figures[name] for name in labels if name in figures}, "answers": answers}
 
 
 def summarize(folder: Path, sweep: Sweep, failed: dict[str, str]) -> dict[str, Any]:
@@ -71,14 +73,14 @@ def summarize(folder: Path, sweep: Sweep, failed: dict[str, str]) -> dict[str, A
     reports = [] if sweep.study is None else STUDIES[sweep.study].reported
     epochs = STUDIES[sweep.study].epochs if sweep.study else ()
     epochs = tuple(epoch for epoch in epochs if epoch < sweep.base.training.epochs)
-    labels = label_figures(sweep.base.data, epochs)
+    labels = label_figures(sweep.base.data, epochs, {name for _, theirs in reports for name in theirs})
     rows = []
     for values, group in itertools.groupby(sweep.members(), key=lambda member: member.values):
         members = list(group)
         runs: list[dict[str, Any]] = [
             {"run": member.name, "failed": failed[member.name]}
             if member.name in failed
-            else {"run": member.name, **measure_member(folder, member, sweep.study)}
+            else {"run": member.name, **measure_member(folder, member, sweep.study, labels)}
             for member in members
         ]
         figures = [run["figures"] for run in runs if "figures" in run]
@@ -93,17 +95,22 @@ def summarize(folder: Path, sweep: Sweep, failed: dict[str, str]) -> dict[str, A
             row |= {"best": best, "earliest": min(found[CONVERGENCE], default=None)}
         rows.append(row)
     main = next(iter(sweep.base.data.figures))
-    plan = {"study": sweep.study, "vary": sweep.vary, "seeds": sweep.seeds}
+    plan = {"study": sweep.study, "vary": sweep.axes, "cases": sweep.cases, "seeds": sweep.seeds}
     return {**plan, "figures": labels, "main": main, "rows": rows}
 
 
-def _beside(name: str, results: dict[str, Any]) -> list[str]:
-    """The heads of the columns that stand beside a figure whose best possible value is known."""
+def _beside(name: str, results: dict[str, Any]) -> list[list[str]]:
+    """The columns that stand beside a figure: what is best possible, where that is known, and the report's."""
+    rows, columns = results["rows"], []
     if name == CONVERGENCE:
-        return ["earliest", "runs"]
-    if not any(name in row.get("best", {}) for row in results["rows"]):
-        return []
-    return ["floor" if is_loss(name) else "best possible"]
+        columns.append(["earliest", *(str(row["earliest"] or "–") for row in rows)])
+        converged = [sum(name in run.get("figures", {}) for run in row["runs"]) for row in rows]
+        columns.append(["runs", *(f"{count} of {len(row['runs'])}" for count, row in zip(converged, rows))])
+    elif any(name in row.get("best", {}) for row in rows):
+        columns.append(["floor" if is_loss(name) else "best possible", *(f"{row['best'][name]:.4f}" for row in rows)])
+    if any(name in row["reported"] for row in rows):
+        columns.append([_report(results), *(str(row["reported"].get(name, "")) for row in rows)])
+    return columns
 
 
 def _report(results: dict[str, Any]) -> str:
@@ -130,38 +137,49 @@ def best_row(results: dict[str, Any]) -> dict[str, Any] | None:
     return max(rows, key=lambda row: (sign * row["mean"][main], -row["mean"]["valid_loss"]))
 
 
+def _cell(name: str, row: dict[str, Any]) -> str:
+    """A figure of a row of the table."""
+    digits = 1 if name in ("seconds", CONVERGENCE) else 4
+    text = f"{row['mean'][name]:.{digits}f}" if name in row["mean"] else "–" if row["mean"] else "failed"
+    return f"{text} ± {row['spread'][name]:.{digits}f}" if name in row["spread"] else text
+
+
+def _lay_out(first: list[list[str]], groups: list[list[list[str]]]) -> list[str]:
+    """The lines of Markdown tables that are as wide as `WIDTH` allows.
+
+    Args:
+        first: the columns, cells from top to bottom, that each table begins with.
+        groups: columns that stay side by side.
+    """
+    tables: list[list[list[str]]] = []
+    for group in groups:
+        wide = [*tables[-1], *group] if tables else []
+        if not tables or 1 + sum(3 + max(map(len, column)) for column in wide) > WIDTH:
+            tables.append([*first])
+        tables[-1] += group
+    lines = []
+    for columns in tables:
+        widths = [max(map(len, column)) for column in columns]
+        heads, *cells = zip(*columns)
+        for line in heads, ["-" * (width - 1) + ":" for width in widths], *cells:
+            lines.append(f"| {' | '.join(cell.rjust(width) for cell, width in zip(line, widths))} |")
+        lines.append("")
+    return lines
+
+
 def make_table(results: dict[str, Any]) -> str:
-    """The results as a Markdown table that reads well unrendered too, and notes below it."""
-    rows, report, best, labels = results["rows"], _report(results), best_row(results), results["figures"]
-    reported = [name for name in labels if any(name in row["reported"] for row in rows)]
+    """The results as Markdown that reads well unrendered too: tables, more than one where it is wide, and notes."""
+    rows, best, labels = results["rows"], best_row(results), results["figures"]
+    first, shared = [], _shared([row["values"] for row in rows]) if len(rows) > 1 else {}
+    for name in [name for name in results["vary"] if name not in shared]:
+        values = [str(row["values"].get(name, "–")) for row in rows]
+        bold = (f"**{value}**" if row is best else value for value, row in zip(values, rows))
+        first.append([name.replace("_", " "), *bold])
+    groups = [[[label, *(_cell(name, row) for row in rows)], *_beside(name, results)] for name, label in labels.items()]
+    said = [[run["answers"] for run in row["runs"] if "answers" in run] for row in rows]
     questions = STUDIES[results["study"]].questions if results["study"] else ()
-    lines = [
-        [
-            *(name.replace("_", " ") for name in results["vary"]),
-            *(text for name, label in labels.items() for text in (label, *_beside(name, results))),
-            *(f"{report} {labels[name]}" for name in reported),
-            *questions,
-        ]
-    ]
-    for row in rows:
-        values = [str(row["values"].get(name, "–")) for name in results["vary"]]
-        cells = [f"**{value}**" if row is best else value for value in values]
-        for name in labels:
-            digits = 1 if name in ("seconds", CONVERGENCE) else 4
-            text = f"{row['mean'][name]:.{digits}f}" if name in row["mean"] else "–" if row["mean"] else "failed"
-            cells.append(f"{text} ± {row['spread'][name]:.{digits}f}" if name in row["spread"] else text)
-            if name == CONVERGENCE:
-                converged = sum(name in run.get("figures", {}) for run in row["runs"])
-                cells += [str(row["earliest"] or "–"), f"{converged} of {len(row['runs'])}"]
-            elif _beside(name, results):
-                cells.append(f"{row['best'][name]:.4f}")
-        cells += [str(row["reported"].get(name, "")) for name in reported]
-        cells += [
-            ", ".join(run["answers"][question] for run in row["runs"] if "answers" in run) for question in questions
-        ]
-        lines.append(cells)
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
+    if questions:
+        groups.append([[word, *(", ".join(answers[word] for answers in each) for each in said)] for word in questions])
     notes = []
     if "valid_token_accuracy" in labels:
         notes = ["Token accuracy counts single tokens, the end token too, given the right ones before."]
@@ -169,13 +187,14 @@ def make_table(results: dict[str, Any]) -> str:
         notes = [f"Convergence: the first epoch at whose end {labels[results['main']]} was the best possible."]
     if best:
         notes.insert(0, f"Best by {labels[deciding(results)]}: {_label(best['values'])}.")
+    notes += [f"All runs: {_label(shared)}."] if shared else []
+    notes += [f"{case}: {_label(values)}." for case, values in results.get("cases", {}).items() if values]
     if results["seeds"] > 1:
         notes.append(f"Mean and standard deviation of {results['seeds']} training seeds.")
     if _measures_training(results):
         notes.append("Validated on the problems trained on.")
     notes += [f"{run['run']} failed: {run['failed']}" for row in rows for run in row["runs"] if "failed" in run]
-    table = [f"| {' | '.join(cell.rjust(width) for cell, width in zip(line, widths))} |" for line in lines]
-    return "\n".join([*table, "", *(f"- {note}" for note in notes), ""])
+    return "\n".join([*_lay_out(first, groups), *(f"- {note}" for note in notes), ""])
 
 
 def _by_setting(axis: str, name: str, results: dict[str, Any]) -> list[Line]:
@@ -208,7 +227,7 @@ def _by_epoch(
     Args:
         hidden: settings that its label leaves out.
     """
-    lines = []
+    lines, reports, drawn = [], [], []
     for number, row in enumerate(rows):
         logs = [RunLog(folder / run["run"] / METRICS).read() for run in row["runs"] if "figures" in run]
         points = []
@@ -222,16 +241,20 @@ def _by_epoch(
         own = {key: value for key, value in row["values"].items() if key not in hidden}
         label = _label(own) + (" (best)" if row is best_row(results) else "")
         lines.append(Line(label or "ours", points, f"C{number}"))
-        if points and name in row["reported"]:
-            lines.append(
-                Line(
-                    f"{_report(results)} {label}".strip(),
-                    [(points[-1][0], row["reported"][name], 0.0)],
-                    f"C{number}",
-                    reported=True,
-                )
-            )
-    return lines
+        if points and name in row["reported"] and row["reported"] not in drawn:  # once, where it is that of several
+            drawn.append(row["reported"])
+            alike = [other["values"] for other in rows if other["reported"] == row["reported"]]
+            theirs = {key: value for key, value in _shared(alike).items() if key not in hidden}
+            color = "black" if len(alike) > 1 else f"C{number}"
+            label = f"{_report(results)} {_label(theirs)}".strip()
+            reports.append(Line(label, [(points[-1][0], row["reported"][name], 0.0)], color, reported=True))
+    return lines + reports
+
+
+def _shared(settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The values that all have in common."""
+    first, *others = settings
+    return {key: first[key] for key in first if all(other.get(key) == first[key] for other in others)}
 
 
 def _label(values: dict[str, Any]) -> str:
@@ -246,8 +269,7 @@ def _by_best(folder: Path, figures: dict[str, str], results: dict[str, Any]) -> 
     panels = {}
     for name, panel in figures.items():
         for rows in groups.values():
-            first, best = rows[0]["values"], rows[0]["best"].get(name, 0.0)
-            shared = {key: first[key] for key in first if all(row["values"].get(key) == first[key] for row in rows)}
+            best, shared = rows[0]["best"].get(name, 0.0), _shared([row["values"] for row in rows])
             lines = _by_epoch(folder, name, results, rows, shared)
             ends = [point[0] for line in lines for point in line.points]
             if ends and (best or not is_loss(name)):  # a logarithmic axis has no 0
@@ -264,6 +286,7 @@ def draw(results: dict[str, Any], folder: Path, path: Path) -> bool:
             name
             for name, values in results["vary"].items()
             if len(values) > 1
+            and not results.get("cases")  # which no axis puts in order
             and all(type(value) in (int, float) for value in values)
             and all(name in row["values"] for row in results["rows"])
         ),
@@ -278,8 +301,9 @@ def draw(results: dict[str, Any], folder: Path, path: Path) -> bool:
         ticks = [tick for tick in (1, 5, 50, 500, 5000, 50_000, 500_000) if tick < last]
         return save_panels(panels, "epoch", title, path, [*ticks, last])
     if axis is None:
-        panels = {panel: _by_epoch(folder, name, results, results["rows"]) for name, panel in figures.items()}
-        return save_panels(panels, "epoch", title, path)
+        shared = _shared([row["values"] for row in results["rows"]])
+        panels = {panel: _by_epoch(folder, name, results, results["rows"], shared) for name, panel in figures.items()}
+        return save_panels(panels, "epoch", ", ".join(filter(None, (title, _label(shared)))), path)
     best = best_row(results)
     return save_panels(
         {panel: _by_setting(axis, name, results) for name, panel in figures.items()},

@@ -156,6 +156,7 @@ def save_panels(
 
     _title(figure, title)
     handles: dict[str, Any] = {}
+    epochs = {x for lines in panels.values() for line in lines for x, _, _ in line.points}
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
     for axes, (name, lines) in zip(grid.flat, panels.items()):
         for line in filter(lambda line: line.points, lines):
@@ -176,6 +177,8 @@ def save_panels(
             axes.xaxis.set_minor_locator(NullLocator())
         else:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            if len(epochs) == 1:  # around which an axis would have fractions
+                axes.set_xlim(0, 2 * max(epochs))
         if best is not None:
             handles["best"] = axes.axvline(best, color="0.6", linestyle=":", zorder=0)
         axes.tick_params(labelbottom=True)
@@ -184,7 +187,10 @@ def save_panels(
         elif all(y <= 1 for line in lines for _, y, _ in line.points):  # shares
             axes.set_ylim(-0.03, 1.03)
         axes.grid(alpha=0.3)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_axis_off()
+    fitting = int(figure.get_figwidth() / (0.8 + 0.08 * max(map(len, handles), default=0)))  # inches: line, characters
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=max(1, min(4, fitting)))
     _save(figure, path)
     return True
 

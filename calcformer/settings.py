@@ -198,9 +198,10 @@ class Study:
     Args:
         preset, settings: the run that is varied, as a preset and what differs from it.
         vary: the values of each setting that is varied.
+        cases: where several settings go together, those of each run, by its name.
         seeds: how many training seeds each has.
         epochs: those before the last whose figures the table has too.
-        reported: the report's figures, each with the values of the varied settings it belongs to.
+        reported: the report's figures, each with the values of the varied settings, or the "case", it belongs to.
         questions: asked of every run at the end.
         measure_training: the figures of validation are of the problems trained on.
     """
@@ -209,6 +210,7 @@ class Study:
     vary: dict[str, list[Any]]
     reported: list[tuple[dict[str, Any], dict[str, float]]]
     settings: dict[str, Any] = field(default_factory=dict)
+    cases: dict[str, dict[str, Any]] = field(default_factory=dict)
     questions: tuple[str, ...] = ()
     measure_training: bool = False
     seeds: int = 1

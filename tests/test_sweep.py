@@ -18,7 +18,7 @@ from calcformer.cli import main
 from calcformer.comparison import draw, label_figures, make_table
 from calcformer.config import PRESETS
 from calcformer.errors import InputError
-from calcformer.plots import save_panels
+from calcformer.plots import Line, save_panels
 from calcformer.pool import Worker, run_jobs
 from calcformer.runs.checkpoint import load_run
 from calcformer.studies import STUDIES, Sweep, parse_vary
@@ -133,6 +133,9 @@ def test_sweep_survives_its_file(tmp_path: Path) -> None:
         (changed(study=5), "there is no study 5"),
         (changed(vary={"heads": 3}), "'heads' cannot be varied over 3"),
         (changed(vary={"wings": [3]}), "'wings' cannot be varied"),
+        (changed(cases={"large": {"wings": 3}}), "case 'large' cannot have the settings"),
+        (changed(cases={"large": 3}), "case 'large' cannot have the settings 3"),
+        (changed(cases=[3]), "cannot be used"),
     ],
 )
 def test_damaged_sweeps_are_one_line(text: str | None, match: str, tmp_path: Path) -> None:
@@ -168,6 +171,49 @@ def test_study_can_be_changed() -> None:
         {"learning_rate": 1e-3, "norm": "post"},
     ]
     assert Sweep.of({}, {"epochs": [1, 2]}, study="s0-overfit").members()[1].config.training.epochs == 2
+
+
+def test_the_translation_report_has_four_settings() -> None:
+    members = Sweep.of({}, {}, study="s3").members()
+    found = []
+    for member in members:
+        model, training = member.config.model, member.config.training
+        assert (training.batch_size, training.epochs, training.schedule, training.warmup_steps) == (
+            16,
+            10,
+            "constant",
+            0,
+        )
+        assert (model.norm, model.positions, model.hidden) == ("post", "sinusoid", 4 * model.width)
+        assert model.encoder_layers == model.decoder_layers
+        found.append((model.encoder_layers, model.heads, model.width, model.dropout))
+    assert found == [(2, 8, 512, 0.1), (4, 8, 512, 0.2), (4, 12, 768, 0.2), (6, 12, 768, 0.1)]
+    assert members[3].name == "case=6-wide-layers" and members[3].values == {"case": "6-wide-layers"}
+    best = {"token_accuracy": 0.901, "valid_loss": 2.08, "valid_token_accuracy": 0.740, "bleu": 38.54}
+    assert STUDIES["s3"].reported[2] == ({"case": "4-wide-layers"}, best)
+
+
+def test_cases_can_be_chosen_and_changed(tmp_path: Path) -> None:
+    settings = {"width": 24, "hidden": 8, "epochs": 1, "data": "corpus"}
+    vary = {"case": ["6-wide-layers", "2-layers"], "norm": ["post", "pre"]}
+    sweep = Sweep.of(settings, vary, 2, study="s3")
+    members = sweep.members()
+    assert [member.name for member in members[:3]] == [
+        "case=6-wide-layers,norm=post,seed=0",
+        "case=6-wide-layers,norm=post,seed=1",
+        "case=6-wide-layers,norm=pre,seed=0",
+    ]
+    assert members[4].values == {"case": "2-layers", "norm": "post"}
+    models = [member.config.model for member in (members[0], members[-1])]
+    assert [(model.encoder_layers, model.heads, model.width, model.hidden) for model in models] == [
+        (6, 12, 24, 8),
+        (2, 8, 24, 8),
+    ]
+    assert sweep.cases["2-layers"] == {"encoder_layers": 2, "decoder_layers": 2, "heads": 8, "dropout": 0.1}
+    (tmp_path / "sweep.json").write_text(sweep.to_json())
+    assert read_sweep(tmp_path) == sweep and read_sweep(tmp_path).members() == members
+    by_depth = Sweep.of({}, {"encoder_layers": [1, 3]}, study="s3").members()  # what is varied is not the case's
+    assert [member.config.model.encoder_layers for member in by_depth] == 4 * [1, 3]
 
 
 def test_expressions_of_the_report_can_be_asked() -> None:
@@ -212,6 +258,8 @@ def test_warm_up_that_was_asked_for_is_not_cut() -> None:
         (["--vary", "width=1000000000"], "width must be 1 to 16384, got 1000000000"),
         (["--study", "s9"], "invalid choice: 's9'"),
         (["--study", "s1-positions", "--preset", "formula"], "leave out --preset"),
+        (["--study", "s3", "--vary", "case=2-layers,9-layers"], "no case '9-layers' of s3 (2-layers, 4-layers, "),
+        (["--vary", "case=2-layers"], "no case '2-layers' of a sweep (none)"),
         (["--vary", "device=cpu,cuda:99"], "cuda:99 is not here"),
         (["--resume", "nowhere"], "not a sweep folder"),
         (["--resume", "nowhere", "--epochs", "2"], "leave out --epochs"),
@@ -258,7 +306,8 @@ def test_failed_member_does_not_stop_the_others(swept: Path) -> None:
     assert table == make_table(results)
     lines = table.splitlines()
     assert "| valid size | training loss | validation loss | token accuracy |" in " ".join(lines[0].split())
-    assert len(set(map(len, lines[:5]))) == 1 and lines[3].count(" ± ") == 5 and "failed" in lines[2]
+    assert len(set(map(len, lines[:5]))) == 1 and "failed" in lines[2] and max(map(len, lines[:11])) <= 80
+    assert lines[6].startswith("| valid size |") and sum(lines[row].count(" ± ") for row in (3, 9)) == 5
     assert "valid-size=900,seed=1 failed: complexity 1 has 462 formulas" in table
     assert is_picture(swept / "sweep.png")
 
@@ -357,6 +406,75 @@ def test_the_best_row_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert draw(results, tmp_path, tmp_path / "sweep.png")
 
 
+def test_a_wide_table_is_several(tmp_path: Path) -> None:
+    """Each begins with what is varied; the report's figure stands beside ours, and what a case is below."""
+    sweep = Sweep.of({"width": 24}, {"case": ["2-layers", "6-wide-layers"]}, study="s3")
+    labels = label_figures(sweep.base.data, reported=["token_accuracy", "bleu"])
+    assert list(labels) == ["loss", "token_accuracy", "valid_loss", "valid_token_accuracy", "chrf", "bleu", "seconds"]
+    rows = [
+        {"values": {"case": case}, "mean": dict.fromkeys(labels, 0.5) | {"bleu": bleu}, "spread": {}, "runs": []}
+        | {"reported": {"token_accuracy": 0.9, "bleu": 37.45} if case == "2-layers" else {}}
+        for case, bleu in (("2-layers", 30.0), ("6-wide-layers", 12.5))
+    ]
+    results = {"study": "s3", "vary": sweep.axes, "cases": sweep.cases, "seeds": 1, "figures": labels, "rows": rows}
+    *tables, notes = make_table(results | {"main": "bleu"}).split("\n\n")
+    cells = [[[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()] for table in tables]
+    assert [table[0] for table in cells] == [
+        ["case", "training loss", "training token accuracy", "S3"],
+        ["case", "validation loss", "token accuracy", "chrF", "BLEU", "S3"],
+        ["case", "seconds"],
+    ]
+    assert cells[1][2:] == [
+        ["**2-layers**", "0.5000", "0.5000", "0.5000", "30.0000", "37.45"],
+        ["6-wide-layers", "0.5000", "0.5000", "0.5000", "12.5000", ""],
+    ]
+    assert all(len(line) <= 80 for table in tables for line in table.splitlines())
+    assert "- 2-layers: encoder layers 2, decoder layers 2, heads 8, hidden 2048, dropout 0.1.\n" in notes
+    assert draw(results | {"main": "bleu"}, tmp_path, tmp_path / "sweep.png")
+    for row, norm in zip(rows, ("post", "pre")):
+        row["values"] = {"norm": norm, "case": "2-layers"}
+    table = make_table(results | {"main": "bleu", "vary": {"case": ["2-layers"], "norm": ["post", "pre"]}})
+    assert table.split("|")[1].strip() == "norm" and "- All runs: case 2-layers.\n" in table
+
+
+def test_a_report_is_drawn_once_for_all_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What all rows have in common stands in the title, not in every label."""
+    drawn: list[Any] = []
+    monkeypatch.setattr("calcformer.comparison.save_panels", lambda *arguments: bool(drawn.append(arguments)) or True)
+    sweep = Sweep.of({}, {"case": ["6-wide-layers"], "norm": ["post", "pre"]}, study="s3")
+    theirs = STUDIES["s3"].reported[3][1]
+    rows = []
+    for member in sweep.members():
+        run = tmp_path / member.name
+        run.mkdir()
+        (run / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "valid_loss": 5.0}) + "\n")
+        ours = {"mean": {"valid_loss": 5.0, "bleu": 1.0}, "spread": {}, "runs": [{"run": run.name, "figures": {}}]}
+        rows.append({"values": member.values, "reported": theirs, **ours})
+    results = {"study": "s3", "vary": sweep.axes, "cases": sweep.cases, "seeds": 1, "rows": rows, "main": "bleu"}
+    assert draw(results | {"figures": {"valid_loss": "validation loss"}}, tmp_path, tmp_path / "sweep.png")
+    panels, _, title, _ = drawn[0]
+    assert title == "s3, case 6-wide-layers"
+    assert [(line.label, line.points[0][1], line.color, line.reported) for line in panels["validation loss"]] == [
+        ("norm post (best)", 5.0, "C0", False),
+        ("norm pre", 5.0, "C1", False),
+        ("S3", 4.77, "black", True),
+    ]
+
+
+def test_a_place_without_a_panel_is_empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    figures: list[Any] = []
+    monkeypatch.setattr("calcformer.plots._save", lambda figure, path: figures.append(figure))
+    for epochs in [3.0], [3.0, 4.0]:  # BLEU after the last one only
+        points = [(epoch, 30.0, 0.0) for epoch in epochs]
+        lines = [Line(f"{number}: {'settings ' * 5}", points, f"C{number}") for number in range(4)]
+        panels = {"loss": lines, "chrF": lines, "BLEU": [Line("theirs", points[-1:], "black", reported=True)]}
+        assert save_panels(panels, "epoch", "study", tmp_path / "sweep.png")
+    assert [axes.axison for axes in figures[0].axes] == [True, True, True, False]
+    assert figures[0].axes[0].get_xlim() == (0, 6) and figures[1].axes[0].get_xlim()[0] > 2.5
+    assert figures[0].legends[0].get_window_extent().x0 >= 0
+
+
 @pytest.mark.long
 def test_killed_sweep_continues_to_the_same_results(tmp_path: Path) -> None:
     words = ["sweep", *flags(**TINY | {"epochs": 30}), "--vary", "learning-rate=1e-2,1e-3", "--jobs", "1"]
@@ -434,18 +552,50 @@ def test_control_c_says_how_to_continue(
 def test_study_of_positions_asks_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", "--study", "s1-positions", *flags(**TINY)]) == 0
     folder = tmp_path / "runs" / "s1-positions-1"
-    heading, _, *rows = (line.split("|") for line in capsys.readouterr().out.splitlines()[:4])
-    assert [cell.strip() for cell in heading[-6:-1]] == [
-        "S1 training loss",
-        "S1 validation loss",
-        "S1 token accuracy",
-        "123+123",
-        "321+321",
+    *tables, _ = capsys.readouterr().out.split("\n\n")
+    cells = [[[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()] for table in tables]
+    columns = [column for table in cells for column in zip(*table)]
+    assert [column[0] for column in columns if column[0] != "positions"] == [
+        *("training loss", "S1", "validation loss", "S1", "token accuracy", "S1"),
+        *("exact match", "seconds", "123+123", "321+321"),
     ]
-    assert [cell.strip() for cell in rows[0][-6:-3]] == ["0.126", "0.117", "0.963"]
+    assert [column[2] for column in columns if column[0] == "S1"] == ["0.126", "0.117", "0.963"]
     answers = json.loads((folder / "results.json").read_text())["rows"][1]["runs"][0]["answers"]
-    assert list(answers.values()) == [cell.strip() for cell in rows[1][-3:-1]]
+    assert list(answers.values()) == [column[3] for column in columns[-2:]]
     assert is_picture(folder / "sweep.png")
+
+
+@pytest.mark.long
+def test_study_of_translations_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sacrebleu")
+    (tmp_path / "corpus").mkdir()
+    lines = [f"{a} {b} {c}\n" for a in "abcde" for b in "abcde" for c in "abcde"]
+    for part, chosen in ("train", lines[:100]), ("val", lines[100:]):
+        (tmp_path / "corpus" / f"{part}.en").write_text("".join(chosen))
+        (tmp_path / "corpus" / f"{part}.fr").write_text("".join(line[::-1].strip() + "\n" for line in chosen))
+    tiny = flags(data="corpus", width=24, hidden=8, epochs=2, device="cpu", longest=10)
+    words = ["sweep", "--study", "s3", *tiny, "--vary", "case=2-layers,6-wide-layers", "--jobs", "1", "--out", "out"]
+
+    def interrupted(*arguments: Any) -> Iterator[tuple[str, Any]]:
+        def watch(jobs: list[str]) -> None:
+            if (tmp_path / "out" / "case=6-wide-layers").exists():
+                raise KeyboardInterrupt
+
+        return run_jobs(*arguments[:-1], watch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeps, "run_jobs", interrupted)
+        assert main(words) == 130
+    assert main(["sweep", "--resume", "out"]) == 0
+    first, second = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert first["reported"]["bleu"] == 37.45 and second["reported"]["valid_loss"] == 4.77
+    assert 0 <= first["mean"]["bleu"] <= 100 and 0 < second["mean"]["token_accuracy"] < 1
+    config, _, model, _ = load_run(tmp_path / "out" / "case=6-wide-layers")
+    assert len(model.decoder) == 6 and config.model.heads == 12 and config.training.batch_size == 16
+    assert "- 6-wide-layers: encoder layers 6, decoder layers 6, heads 12, dropout 0.1.\n" in capsys.readouterr().out
+    assert is_picture(tmp_path / "out" / "sweep.png")
 
 
 @pytest.mark.long

@@ -31,7 +31,8 @@ def add(commands: Commands, base: RunConfig) -> None:
         action="append",
         default=[],
         metavar="SETTING=VALUE,VALUE",
-        help="values to compare, such as learning-rate=1e-3,1e-4; several --vary for all combinations",
+        help="values to compare, such as learning-rate=1e-3,1e-4, or case=NAME,NAME of a study; several --vary for all "
+        "combinations",
     )
     parser.add_argument(
         "--seeds", type=whole(1, MOST_SEEDS), metavar="N", help="train each with N seeds, from --seed on (1)"

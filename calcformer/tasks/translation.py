@@ -4,16 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from calcformer.errors import InputError
 from calcformer.model.settings import ModelConfig
-from calcformer.settings import LARGEST_SET, Preset, TaskSettings, TrainingConfig, setting
+from calcformer.settings import LARGEST_SET, Preset, Study, TaskSettings, TrainingConfig, setting
 
 if TYPE_CHECKING:
     from calcformer.tasks.language.translations import TranslationTask
 
 __all__ = ["Translation"]
+
+# S3, a report: layers, heads, width, dropout; accuracy in training, then loss, accuracy and BLEU of its dev set.
+S3 = {
+    "2-layers": (2, 8, 512, 0.1, 0.903, 1.94, 0.748, 37.45),
+    "4-layers": (4, 8, 512, 0.2, 0.898, 1.94, 0.750, 37.96),
+    "4-wide-layers": (4, 12, 768, 0.2, 0.901, 2.08, 0.740, 38.54),
+    "6-wide-layers": (6, 12, 768, 0.1, 0.637, 4.77, 0.633, 31.54),
+}
+
+
+def sizes(layers: int, heads: int, width: int, dropout: float) -> dict[str, Any]:
+    """Settings of S3's model; how wide its feed-forward is it does not say, and 4 x width is the paper's."""
+    both = {"encoder_layers": layers, "decoder_layers": layers}
+    return {**both, "heads": heads, "width": width, "hidden": 4 * width, "dropout": dropout}
+
+
+def reported(*found: float) -> dict[str, float]:
+    """What S3 says of a setting, by the names of metrics.jsonl."""
+    return dict(zip(("token_accuracy", "valid_loss", "valid_token_accuracy", "bleu"), found))
 
 
 @dataclass(frozen=True)
@@ -80,5 +99,24 @@ class Translation(TaskSettings):
                     average=5,
                     exact_match_every=5,
                 ),
+            ),
+            # S3 says no learning rate, here Adam's at a constant 1e-4, and no vocabulary, here plain words.
+            "translation-report": Preset(
+                "S3, a report, by its best setting; needs --data",
+                cls(train_size=30_000, tokenizer="words", vocabularies="separate"),
+                ModelConfig(**sizes(*S3["4-wide-layers"][:4])),
+                TrainingConfig(epochs=10, batch_size=16, learning_rate=1e-4, exact_match_every=1),
+                {name: figure for name, figure in reported(*S3["4-wide-layers"][4:]).items() if name in cls.figures},
+            ),
+        }
+
+    @classmethod
+    def studies(cls) -> dict[str, Study]:
+        return {
+            "s3": Study(
+                "translation-report",
+                {},
+                [({"case": name}, reported(*row[4:])) for name, row in S3.items()],
+                cases={name: sizes(*row[:4]) for name, row in S3.items()},
             )
         }
