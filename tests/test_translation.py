@@ -401,6 +401,9 @@ def test_noam_by_hand() -> None:
     training = TrainingConfig(schedule="noam", warmup_steps=4, learning_rate=1.0)
     rates = [learning_rate(step, 100, training) for step in (0, 3, 4, 15, 99)]
     assert rates == pytest.approx([1 / 4, 1, math.sqrt(4 / 5), 1 / 2, 1 / 5])
+    # A warm-up of 1,000 steps in a run of 20 is one of 2, where steps are not known before the pairs are read.
+    short = TrainingConfig(schedule="constant", warmup_steps=1_000, learning_rate=1.0, batch_tokens=10)
+    assert [learning_rate(step, 20, short) for step in range(4)] == [0.5, 1, 1, 1]
 
 
 def test_the_last_weights_are_averaged(monkeypatch: pytest.MonkeyPatch) -> None:

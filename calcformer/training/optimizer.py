@@ -18,15 +18,17 @@ LARGE = 1 << 16  # numbers of a parameter: to copy the gradient of a larger one 
 def learning_rate(step: int, steps: int, config: TrainingConfig) -> float:
     """The learning rate of step 0..steps-1: a linear warm-up, then constant, half a cosine to 0, or 1 / sqrt(step).
 
-    The last, "noam", is that of Vaswani et al. 2017, section 5.3, whose peak is 1 / sqrt(width * warmup_steps).
+    The last, "noam", is that of Vaswani et al. 2017, section 5.3, whose peak is 1 / sqrt(width * warmup_steps). A
+    warm-up that is longer than the run is a tenth of it.
     """
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
+    warmup = config.warmup_steps if config.warmup_steps <= steps else steps // 10
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
     if config.schedule == "noam":
-        return config.learning_rate * math.sqrt(max(1, config.warmup_steps) / (step + 1))
+        return config.learning_rate * math.sqrt(max(1, warmup) / (step + 1))
     if config.schedule == "constant":
         return config.learning_rate
-    share = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    share = (step - warmup) / max(1, steps - warmup)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
 

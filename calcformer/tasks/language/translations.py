@@ -68,13 +68,11 @@ class TranslationTask(Task):
 
     def make_tokenizers(self) -> list[Tokenizer]:
         """One for both languages, or one each."""
-        sides = self.trained
-        texts = ["\n".join(side) for side in sides]
-        if self.data.vocabularies == "shared":
-            texts = ["\n".join(texts)]
+        sources, targets = self.trained
+        sides = [sources + targets] if self.data.vocabularies == "shared" else [sources, targets]
         if self.is_words:
-            return [Words.of(text, self.data.minimum_count, SPECIAL) for text in texts]
-        return [BytePairs.of(text, self.data.vocabulary_size, SPECIAL[:3]) for text in texts]
+            return [Words.of(" ".join(side), self.data.minimum_count, SPECIAL) for side in sides]
+        return [BytePairs.of("\n".join(side), self.data.vocabulary_size, SPECIAL[:3]) for side in sides]
 
     def read_tokenizers(self, folder: Path) -> list[Tokenizer]:
         """Those that `files` gave."""
