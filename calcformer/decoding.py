@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from calcformer.data import Vocabulary
     from calcformer.model.encoder_decoder import EncoderDecoder
 
-__all__ = ["beam_search", "decode", "greedy_decode", "log_probability"]
+__all__ = ["beam_search", "best_token", "decode", "greedy_decode", "log_probability"]
 
 BATCH = 2_000  # hypotheses at once: with many more, what a layer gives is no longer in a CPU's cache for the next
 WIDEST = 100_000  # beam; of answers with fewer beginnings it finds every one
+BLOCK = 64  # tokens
+MANY = 8 * BLOCK  # tokens, from which on a search by blocks is faster
 KEPT_SHARE = 0.8  # finished rows leave the work when those still running are fewer than this share
 
 
@@ -29,6 +31,28 @@ def behind_end(tokens: torch.Tensor, eos_id: int) -> torch.Tensor:
 def fill_token(vocabulary: Vocabulary) -> int:
     """What stands behind an answer's end token: padding, or the end token where there is no padding."""
     return vocabulary.eos_id if vocabulary.pad_id is None else vocabulary.pad_id
+
+
+def best_token(scores: torch.Tensor) -> torch.Tensor:
+    """`scores.argmax(dim=-1)`: the first of the highest of scores (..., V), (...) int64.
+
+    On a CPU PyTorch finds how high the highest is in a fifth of the time in which it finds its place: so that is done
+    for each block of tokens, and the place looked for in the best block.
+    """
+    size = scores.shape[-1]
+    if size < MANY or not scores.is_cpu or torch.compiler.is_compiling():
+        return scores.argmax(dim=-1)
+    whole = size // BLOCK * BLOCK
+    blocks = scores[..., :whole].unflatten(-1, (-1, BLOCK))
+    best, block = blocks.amax(dim=-1).max(dim=-1)
+    within = blocks.take_along_dim(block[..., None, None], dim=-2).squeeze(-2).argmax(dim=-1)
+    place = block * BLOCK + within
+    if whole < size:
+        last = scores[..., whole:].argmax(dim=-1) + whole
+        highest = scores.take_along_dim(last[..., None], dim=-1).squeeze(-1)
+        # A NaN counts as higher than any number, the first one most.
+        place = torch.where((highest > best) | (highest.isnan() & ~best.isnan()), last, place)
+    return place
 
 
 def check_beam(width: int) -> None:
@@ -62,7 +86,7 @@ def greedy_decode(model: EncoderDecoder, source: torch.Tensor, length: int, voca
         scores = model.next(token, cache)
         if vocabulary.pad_id is not None:
             scores[:, vocabulary.pad_id] = -torch.inf
-        token = scores.argmax(dim=-1)
+        token = best_token(scores)
         said[rows, place] = token
         finished = finished | (token == vocabulary.eos_id)
         running = len(rows) - int(finished.sum())

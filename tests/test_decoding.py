@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from calcformer.data import Examples, Vocabulary
-from calcformer.decoding import beam_search, decode, greedy_decode, log_probability
+from calcformer.decoding import BLOCK, MANY, beam_search, best_token, decode, greedy_decode, log_probability
 from calcformer.errors import InputError
 from calcformer.model.encoder_decoder import EncoderDecoder
 from calcformer.tasks.arithmetic.expressions import EXPRESSION
@@ -279,3 +279,15 @@ def test_exact_match_counts_whole_answers() -> None:
     model = saying(answers)
     assert measure_answers(model, examples, task)["exact_match"] == 0.5
     assert measure_answers(model, examples, task, batch_size=3)["exact_match"] == 0.5
+
+
+@pytest.mark.parametrize("size", [7, MANY, MANY + 1, MANY + BLOCK - 1, 1009])
+def test_the_best_token_is_the_first_of_the_highest(size: int) -> None:
+    scores = torch.randn(3, 211, size).mul_(4).round_()  # of which many are equal
+    scores[0, :5, size - 1] = 1e9
+    scores[0, 5, torch.randperm(size)[:3]] = math.nan
+    scores[0, 6, size - 1] = math.nan
+    scores[0, 7] = -math.inf
+    assert torch.equal(best_token(scores), scores.argmax(dim=-1))
+    assert torch.equal(best_token(scores[:, ::2]), scores[:, ::2].argmax(dim=-1))
+    assert best_token(scores[:, :0]).shape == (3, 0)

@@ -6,7 +6,7 @@ import torch
 from kernels.dropout import LEAST, SPARSE_LIMIT, add_dropped, dropout, dropped_places, keep_factors
 
 
-@pytest.mark.parametrize("p", [0.003, 0.01, SPARSE_LIMIT, 0.5])
+@pytest.mark.parametrize("p", [0.003, 0.01, SPARSE_LIMIT, 0.301, 0.5])
 def test_factors_are_zero_as_often_as_asked_and_keep_the_mean(p: float) -> None:
     factors = keep_factors((211, 1009), p)
     share = (factors == 0).double().mean().item()
