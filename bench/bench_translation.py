@@ -1,6 +1,6 @@
 """Translation on a CPU, eager and in float32: calcformer beside torch.nn.Transformer, with the peak of memory.
 
-    python -m bench.bench_translation [--data FOLDER] [--seconds 20] [--threads 1]
+    python -m bench.bench_translation [--data FOLDER] [--seconds 20] [--threads 1] [--matmul-precision medium]
 
 The model and its training are those of the preset "translate". Without --data sentences are made up, as long as
 captions of pictures in English and French are: 17 byte pairs on average.
@@ -8,8 +8,8 @@ captions of pictures in English and French are: 17 byte pairs on average.
 Training: a step is forward, cross-entropy with label smoothing, backward, clipping and AdamW. calcformer's is
 `Trainer.step`, which counts right tokens too. The peer is nn.Transformer as one writes it, with its own masks; "lean"
 has the fused AdamW. All begin with the same weights, take turns on the same batches, padded to the longest sentence of
-each, and must have the same losses where nothing is dropped. Freed memory is kept (`keep_memory`), for all alike. A
-token is one of source or target, the end among them, not padding.
+each, and must have the same losses where nothing is dropped, at the highest precision of products. Freed memory is kept
+(`keep_memory`), for all alike. A token is one of source or target, the end among them, not padding.
 
 Decoding: greedy, in batches of like sources, as `calcformer.decoding` makes them. Without the cache the decoder is
 given all tokens so far at each step; the encoder's states are made once, scores for the last token only. A model that
@@ -28,6 +28,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache, partial
 from multiprocessing import get_context
@@ -115,15 +116,22 @@ def made_up(size: int, trained: int, tested: int) -> Sentences:
 
 
 class Work(NamedTuple):
-    """What is trained and decoded: a corpus in `data`, or what is made up; `smoke`: as little as shows that it runs."""
+    """What is trained and decoded.
+
+    Args:
+        data: folder of a corpus; empty for what is made up.
+        smoke: as little as shows that it runs.
+        precision: of products in training, as torch.set_float32_matmul_precision has it.
+    """
 
     data: str = ""
     smoke: bool = False
+    precision: str = "highest"
 
     def config(self, batches: str = LIKE, **changes: Any) -> RunConfig:
         """The preset, in one process."""
         small = {"batch_tokens": 300} if batches == LIKE else {"batch_tokens": 0, "batch_size": 16}
-        sizes = {"width": 64, "hidden": 64, "vocabulary_size": 300, **small} if self.smoke else BATCHES[batches]
+        sizes = {"width": 64, "hidden": 64, "vocabulary_size": 300, **small} if self.smoke else BATCHES.get(batches, {})
         known = {"data": self.data, "device": "cpu", "processes": 1, "epochs": 1_000}
         return PRESETS["translate"].with_settings({**known, **sizes, **changes})
 
@@ -246,10 +254,25 @@ def take_turns(rounds: Rounds, seconds: float) -> Speeds:
     return speeds
 
 
-def time_training(task: Sentences, config: RunConfig, seconds: float) -> Speeds:
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def time_training(task: Sentences, config: RunConfig, seconds: float, precision: str = "highest") -> Speeds:
     """Steps in turns, after a check."""
     keep_memory()
     check_training(task, config)
+    with matmul_precision(precision):
+        return time_steps(task, config, seconds)
+
+
+def time_steps(task: Sentences, config: RunConfig, seconds: float) -> Speeds:
     steps = {provider: build_step(provider, task, config) for provider in (OURS, PLAIN, LEAN)}
     batches = draw_batches(task, config)
     warm = next(batches)
@@ -403,8 +426,9 @@ def peak_here(work: Work, provider: str, batches: str, threads: int) -> int:
     before = resident("VmRSS")
     if provider in (OURS, PLAIN, LEAN):
         step, drawn = build_step(provider, task, config), list(itertools.islice(draw_batches(task, config), 20))
-        for batch in drawn:
-            step(batch)
+        with matmul_precision(work.precision):
+            for batch in drawn:
+                step(batch)
     else:
         build_answers(task, config)[provider](next(parts_tested(task)))
     return resident("VmHWM") - before
@@ -421,11 +445,17 @@ def group_of(batches: str, threads: int) -> str:
     return f"translation {what}, fp32 on CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
+def measure(task: Sentences, work: Work, batches: str, seconds: float) -> Speeds:
+    config = work.config(batches)
+    if batches == DECODING:
+        return time_decoding(task, config, seconds)
+    return time_training(task, config, seconds, work.precision)
+
+
 @cache
 def measured(batches: str, smoke: bool) -> Speeds:
     work = Work(smoke=smoke)
-    run = time_decoding if batches == DECODING else time_training
-    return run(work.task(), work.config(batches), 0.0 if smoke else 20.0)
+    return measure(work.task(), work, batches, 0.0 if smoke else 20.0)
 
 
 ROWS = [(batches, provider) for batches in BATCHES for provider in (OURS, PLAIN, LEAN)]
@@ -451,14 +481,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", default="", help="folder with a corpus, English and French")
     parser.add_argument("--seconds", type=float, default=20, help="for each of three tables (20)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (1)")
+    parser.add_argument(
+        "--matmul-precision",
+        choices=("highest", "high", "medium"),
+        default="highest",
+        help="of products in training, as torch.set_float32_matmul_precision has it (highest)",
+    )
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    info, work = describe(), Work(options.data)
-    print(f"CPU, {info['cpu_count']} cores, torch {info['torch']}, commit {info['commit']}")
+    info, work = describe(), Work(options.data, precision=options.matmul_precision)
+    print(f"CPU, {info['cpu_count']} cores, torch {info['torch']}, commit {info['commit']}, {work.precision} precision")
     task = work.task()
     for batches in (*BATCHES, DECODING):
-        run = time_decoding if batches == DECODING else time_training
-        speeds = run(task, work.config(batches), options.seconds)
+        speeds = measure(task, work, batches, options.seconds)
         first = next(iter(speeds.values()))
         print(f"\n{group_of(batches, options.threads)}, medians of {len(first.seconds)} rounds in turns")
         print(f"{'provider':<32} tokens/s  calcformer is  by CPU time  peak MB")

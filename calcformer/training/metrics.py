@@ -18,6 +18,7 @@ __all__ = ["Totals", "count_labels", "evaluate", "measure", "measure_answers", "
 LARGEST_EXPONENT = 27.0  # of perplexity: what is larger is no figure
 FROM_LABELS = "valid_loss", "valid_token_accuracy", "perplexity"
 LARGE = 512  # tokens of a vocabulary, from which on the loss's passes over scores take longer than calling for them
+ROUGH = 1e-30  # probability, below which float32 has fewer digits
 IGNORE = -100  # F.cross_entropy's own default, a label no vocabulary has
 
 
@@ -46,11 +47,15 @@ class SmoothedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: torch.Tensor, labels: torch.Tensor, ignored: int, smoothing: float) -> torch.Tensor:
         """The loss ()."""
-        log_p, counts = scores.log_softmax(dim=1), labels != ignored
+        p, counts = scores.softmax(dim=1), labels != ignored
         labels = labels.where(counts, 0)[:, None]
-        loss = (smoothing - 1) * log_p.gather(1, labels).squeeze(1)
-        loss.sub_(log_p.sum(dim=1), alpha=smoothing / scores.shape[1])
-        ctx.save_for_backward(log_p, labels, counts)
+        own, p_own = scores.gather(1, labels).squeeze(1), p.gather(1, labels).squeeze(1)
+        lse = own - p_own.log()
+        is_rough = p_own < ROUGH
+        if is_rough.any():
+            lse = torch.where(is_rough, scores.logsumexp(dim=1), lse)
+        loss = lse - (1 - smoothing) * own - smoothing / scores.shape[1] * scores.sum(dim=1)
+        ctx.save_for_backward(p, labels, counts)
         ctx.smoothing = smoothing
         return loss.where(counts, 0.0).sum()
 
@@ -58,8 +63,8 @@ class SmoothedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """grad * (softmax(scores) - (1 - smoothing) onehot(label) - smoothing / V); 0 where the label is ignored."""
-        log_p, labels, counts = ctx.saved_tensors
-        found = log_p.exp().sub_(ctx.smoothing / log_p.shape[1])
+        p, labels, counts = ctx.saved_tensors
+        found = p - ctx.smoothing / p.shape[1]
         found.scatter_add_(1, labels, found.new_tensor(ctx.smoothing - 1).expand_as(labels))
         return found.mul_(torch.where(counts, grad, 0.0)[:, None]), None, None, None
 
