@@ -16,7 +16,8 @@ given all tokens so far at each step; the encoder's states are made once, scores
 has not learned ends its answers nowhere or at once: here each ends where the sentence's translation does, in every way,
 and all ways must give the same answers.
 
-The peak is that of the resident set of a process of its own, beyond what it had after its imports; 0 without /proc.
+The peak is that of the resident set of a process of its own, beyond what it had before: Python, its imports and the
+sentences; 0 without /proc.
 """
 
 from __future__ import annotations
@@ -411,6 +412,9 @@ def time_decoding(task: Sentences, config: RunConfig, seconds: float) -> Speeds:
 # Memory
 
 
+RESET = Path("/proc/self/clear_refs")
+
+
 def resident(word: str) -> int:
     """Bytes of this process's resident set: "VmRSS" now, "VmHWM" at most so far."""
     status = Path("/proc/self/status")
@@ -421,8 +425,10 @@ def resident(word: str) -> int:
 def peak_here(work: Work, provider: str, batches: str, threads: int) -> int:
     """Bytes that this process takes at most for a provider's work, beyond what it has now."""
     torch.set_num_threads(threads)
-    keep_memory()
     task, config = work.task(), work.config(batches)
+    keep_memory()
+    if RESET.exists():
+        RESET.write_text("5")  # the peak so far is forgotten
     before = resident("VmRSS")
     if provider in (OURS, PLAIN, LEAN):
         step, drawn = build_step(provider, task, config), list(itertools.islice(draw_batches(task, config), 20))
