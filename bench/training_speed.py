@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.machine import describe, pick_device
-from bench.s1_transformer import TransformerTrainer
+from bench.nn_transformer import TransformerTrainer
 from calcformer.config import PRESETS, RunConfig
 from calcformer.model.settings import ModelConfig
 from calcformer.training.trainer import Trainer

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench import attention, bench_language_model, timing, training_speed
+from bench import attention, bench_language_model, bench_translation, timing, training_speed
 from bench import bench_layer_norm as layer_norm
 from bench.accounting import AttentionCase, NormCase, Work, attention_cases, norm_cases, short_cases
 from bench.ceilings import Ceilings
 from bench.check import WrongResult, relative_error, require_right
+from bench.nn_transformer import PlainTransformer
 from bench.record import Refused, attempt, figures
-from bench.s1_transformer import S1Transformer
 from bench.timing import Samples
 from calcformer.config import PRESETS
 
@@ -296,7 +296,7 @@ def test_pytest_benchmark_sees_the_samples():
 def test_the_training_peer_has_as_many_parameters():
     config = PRESETS["formula"].with_settings({"train_size": 8, "valid_size": 1})
     task = config.data.build()
-    ours, theirs = config.model.build(task), S1Transformer(task, config.model)
+    ours, theirs = config.model.build(task), PlainTransformer(task, config.model)
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
     examples = task.split()[0]
     assert theirs(examples.source, examples.decoder_input).shape == (8, task.target_length - 1, len(task.vocabulary))
@@ -331,3 +331,44 @@ def test_the_language_models_of_a_benchmark_are_one_model(monkeypatch: pytest.Mo
         steps[bench_language_model.LEAN] = lambda scored=scored: 1.001 * scored()
         with pytest.raises(WrongResult, match="torch.nn, lean: losses"):
             bench_language_model.check(steps)
+
+
+@pytest.mark.parametrize("preset", ["formula", "translate"])  # norms last, embeddings apart; norms first, one embedding
+def test_the_peer_is_the_same_model(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
+    task = bench_translation.made_up(31, 13, 7)
+    config = PRESETS[preset].model
+    ours, theirs = config.build(task).eval(), PlainTransformer(task, config).eval()
+    assert sum(x.numel() for x in theirs.parameters()) == sum(x.numel() for x in ours.parameters())
+    theirs.copy_weights(ours)
+    source, target = task.trained.inputs
+    is_real = target != task.vocabulary.pad_id
+    torch.testing.assert_close(theirs(source, target)[is_real], ours(source, target)[is_real])
+
+
+def test_providers_of_translation_do_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have the same losses, and answers that end where they are to; who says something else is not timed."""
+    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
+    work = bench_translation.Work(smoke=True)
+    task, config = work.task(), work.config()
+    bench_translation.check_training(task, config)
+    with pytest.raises(WrongResult, match="nn.Transformer: losses"):
+        bench_translation.require_same_losses({bench_translation.OURS: [2.0], bench_translation.PLAIN: [2.001]})
+
+    answers = bench_translation.build_answers(task, config)
+    said = {provider: answer(task.tested) for provider, answer in answers.items()}
+    bench_translation.require_same_answers(said)
+    pad_id, eos_id = task.vocabulary.pad_id, task.vocabulary.eos_id
+    right = task.tested.labels
+    for tokens in said.values():
+        assert torch.equal(tokens == eos_id, right == eos_id) and torch.equal(tokens == pad_id, right == pad_id)
+    other = said[bench_translation.AGAIN].clone()
+    other[:, 0] += 1
+    with pytest.raises(WrongResult, match="100.0% of the answers"):
+        bench_translation.require_same_answers({**said, bench_translation.AGAIN: other})
+
+
+def test_translation_speed_by_hand() -> None:
+    ours = bench_translation.Speed([1.0, 2.0, 4.0], [1.0, 1.0, 1.0], [10, 40, 60])
+    theirs = bench_translation.Speed([2.0, 6.0, 8.0], [2.0, 2.0, 3.0], [10, 40, 60])
+    assert ours.tokens_per_second == 15.0 and ours.times(theirs) == 2.0 and ours.times(theirs, cpu=True) == 2.0

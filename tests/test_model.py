@@ -163,6 +163,11 @@ def test_rows_hold_each_token_once_and_padding_once() -> None:
     spread = rows.spread(scores)
     torch.testing.assert_close(spread[IDS != PAD], scores[:10])
     assert spread[IDS == PAD].abs().max() == 0
+    upstream = torch.randn(4, 4, 3, dtype=torch.float64)
+    scores = scores.double().requires_grad_()
+    (grad,) = torch.autograd.grad(rows.spread(scores), scores, upstream)
+    assert torch.equal(grad[:10], upstream[IDS != PAD]) and grad[10].abs().max() == 0
+    assert torch.autograd.gradgradcheck(rows.spread, scores)
 
 
 @pytest.mark.parametrize("pad_id", [PAD, None])

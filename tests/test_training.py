@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from calcformer import worker
@@ -32,7 +33,7 @@ from calcformer.solver import Solver
 from calcformer.tasks import TASKS
 from calcformer.tasks.expression import Expressions
 from calcformer.training import evaluate, loop, measure_answers, optimizer, resume, team, train, trainer
-from calcformer.training.metrics import Totals, token_loss
+from calcformer.training.metrics import LARGE, Totals, token_loss
 
 SMALL = {
     "complexity": 1,
@@ -203,6 +204,28 @@ def test_loss_is_the_formula(pad_id: int | None, smoothing: float) -> None:
         losses = [total - score for score in scores]
         expected += (1 - smoothing) * losses[label] + smoothing * sum(losses) / 7
     assert token_loss(logits, labels, pad_id, smoothing).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("pad_id", [None, 3])
+@pytest.mark.parametrize("smoothing", [0.1, 0.9])
+def test_loss_and_gradient_of_many_tokens_are_those_of_pytorch(pad_id: int | None, smoothing: float) -> None:
+    labels = torch.randint(0, LARGE, (3, 5))
+    labels[0, 3:] = 3
+    exact = torch.randn(3, 5, LARGE, dtype=torch.float64).mul_(9)
+    exact[1, 1].mul_(0.1)[labels[1, 1]] = -200.0  # next to no probability
+    exact.requires_grad_()
+    ignored = -100 if pad_id is None else pad_id
+    options = {"ignore_index": ignored, "label_smoothing": smoothing, "reduction": "sum"}
+    expected = F.cross_entropy(exact.flatten(0, 1), labels.flatten(), **options)
+    for dtype, bound in (torch.float64, 1e-12), (torch.float32, 1e-6):
+        scores = exact.detach().to(dtype).requires_grad_()
+        loss = token_loss(scores, labels, pad_id, smoothing)
+        assert loss.grad_fn is not None and "SmoothedLoss" in loss.grad_fn.name()
+        torch.testing.assert_close(loss.double(), expected, rtol=bound, atol=0.0)
+        for upstream in 1.0, 0.3:
+            (found,) = torch.autograd.grad(loss, scores, torch.full_like(loss, upstream), retain_graph=True)
+            (right,) = torch.autograd.grad(expected, exact, torch.full_like(expected, upstream), retain_graph=True)
+            torch.testing.assert_close(found.double(), right, rtol=bound, atol=bound)
 
 
 def test_totals_weigh_batches_by_their_tokens() -> None:

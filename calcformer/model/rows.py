@@ -28,6 +28,26 @@ class Gather(torch.autograd.Function):
         return grad.index_select(0, *ctx.saved_tensors), None, None
 
 
+class Spread(torch.autograd.Function):
+    """Rows of x (R, V) but the last one at their places among `count`, with zeros at the others: (count, V).
+
+    `places` (R,) has some place without a row for the last one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor, count: int) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        is_empty = torch.ones(count, dtype=torch.bool).index_fill_(0, places[:-1], False)
+        found = x.new_empty(count, x.shape[1]).index_copy_(0, places[:-1], x[:-1])
+        return found.index_fill_(0, is_empty.nonzero().squeeze(1), 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        found = grad.index_select(0, *ctx.saved_tensors)
+        found[-1] = 0.0
+        return found, None, None
+
+
 @lru_cache(maxsize=256)
 def _offsets(parts: int, heads: int, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """For `Rows._move`: the place of (part, head) in a row, (parts, 1, H, 1), and in (parts, B, H, T), (parts * H,)."""
@@ -110,6 +130,5 @@ class Rows:
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """x (R, V) as (B, T, V), with zeros where there is padding."""
         if self.compact and self.count < self.batch * self.length:
-            places = self._places[: self.count]
-            x = x.new_zeros(self.batch * self.length, x.shape[1]).index_copy(0, places, x[: self.count])
+            x = Spread.apply(x, self._places, self.batch * self.length)
         return x.view(self.batch, self.length, x.shape[1])

@@ -48,7 +48,7 @@ class Translation(TaskSettings):
     source: str = setting("en", "language that is read; without --data a file of its sentences")
     target: str = setting("fr", "language that is said; without --data a file of its sentences")
     tokenizer: Literal["bpe", "words"] = setting("bpe", "what tokens are: byte pairs; words and punctuation")
-    vocabulary_size: int = setting(4_000, "tokens of bpe, learned from the pairs that are trained on", 300, 1_000_000)
+    vocabulary_size: int = setting(3_000, "tokens of bpe, learned from the pairs that are trained on", 300, 1_000_000)
     minimum_count: int = setting(2, "times a word is seen, to be a token of words", 1, 1_000_000)
     vocabularies: Literal["shared", "separate"] = setting("shared", "one for both languages, or one each")
     longest: int = setting(100, "tokens of a sentence; longer pairs are not trained on", 1, 65_536)
@@ -88,15 +88,14 @@ class Translation(TaskSettings):
                     embeddings="tied",
                 ),
                 TrainingConfig(
-                    epochs=30,
+                    epochs=40,
                     batch_tokens=2_000,
                     learning_rate=3e-3,
-                    schedule="noam",
-                    warmup_steps=1_000,
+                    schedule="cosine",
+                    warmup_steps=500,
                     beta2=0.98,
                     clip_norm=1.0,
                     label_smoothing=0.1,
-                    average=5,
                     exact_match_every=5,
                 ),
             ),

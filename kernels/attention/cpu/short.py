@@ -126,8 +126,11 @@ class ShortAttention(torch.autograd.Function):
         """Output (B, H, L, Ev)."""
         q, k, v = (compact(x) for x in (query, key, value))
         weights = scaled_products(q, k.mT, scale, bias)
-        weights.sub_(weights.amax(-1, keepdim=True)).exp_()
-        weights.div_(weights.sum(-1, keepdim=True))
+        if weights.shape[2] < VECTOR:
+            weights.sub_(weights.amax(-1, keepdim=True)).exp_()
+            weights.div_(weights.sum(-1, keepdim=True))
+        else:
+            weights = weights.softmax(-1)
         output = torch.bmm(weights if kept is None else weights * kept, v)
         ctx.save_for_backward(query, key, value, bias, kept, q, k, v, weights)
         ctx.scale = scale
