@@ -1,5 +1,6 @@
 """What every head of a trained run attends to while it answers a problem, as pictures and for BertViz."""
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from calcformer.solver import Answer, Solver
 __all__ = ["AttentionMaps", "attention_maps", "folder_name", "head_view", "save_head_view", "save_maps"]
 
 MOST_TOKENS = 200  # whose pictures can be looked at
+LONGEST_NAME = 60  # characters of a folder's name: with the hash at most 249 bytes, and 255 is what a name may have
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,11 @@ def save_maps(maps: AttentionMaps, folder: Path) -> list[Path]:
 
 
 def folder_name(question: str) -> str:
-    """A problem as the name of a folder."""
-    return re.sub(r"[^\w+-]+", "_", question.strip())
+    """A problem as the name of a folder; of a long one the beginning and a hash of the whole."""
+    name = re.sub(r"[^\w+-]+", "_", question.strip())
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[:LONGEST_NAME]}-{hashlib.sha256(question.encode('utf-8', 'replace')).hexdigest()[:8]}"
 
 
 def head_view(run: str | PathLike[str], question: str, device: str = "auto") -> dict[str, Any]:

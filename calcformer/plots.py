@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import math
+import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,8 +44,11 @@ def _figure(width: float, height: float) -> "Figure | None":
 
 
 def _title(figure: "Figure", title: str) -> None:
-    """A title of any characters: what looks like a formula to matplotlib is none."""
-    figure.suptitle(title.encode("utf-8", "replace").decode(), parse_math=False)
+    """A title of any characters and length: what looks like a formula to matplotlib is none, lines end at the edge."""
+    width = max(1, int(figure.get_figwidth() / 0.11))  # characters
+    lines = [part for line in title.split("\n") for part in textwrap.wrap(line, width) or [""]]
+    figure.set_figheight(figure.get_figheight() + 0.2 * (len(lines) - 1 - title.count("\n")))
+    figure.suptitle("\n".join(lines).encode("utf-8", "replace").decode(), parse_math=False)
 
 
 def _save(figure: "Figure", path: Path) -> None:
@@ -53,6 +57,11 @@ def _save(figure: "Figure", path: Path) -> None:
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # its box is drawn
         figure.savefig(buffer, format="png", dpi=120)
     write_atomically(path, buffer.getvalue())
+
+
+def _limit_percentages(axes: "Axes") -> None:
+    """An axis from 0 on for figures of 0 to 100, which ends where they end."""
+    axes.set_ylim(0, min(103, axes.get_ylim()[1]))
 
 
 def _label_loss(axes: "Axes") -> None:
@@ -114,6 +123,8 @@ def save_curve(entries: list[dict[str, Any]], title: str, path: Path, data: Task
         axes.grid(alpha=0.3)
         if panel == "loss":
             _label_loss(axes)
+        if panel not in ("loss", "accuracy"):
+            _limit_percentages(axes)
         if axes.lines:
             axes.legend()
     _save(figure, path)
@@ -142,7 +153,8 @@ def save_panels(
     """Draw a panel for each figure of merit to a PNG; returns False where matplotlib is not installed.
 
     Args:
-        panels: the lines of each panel by its title. A loss gets a logarithmic axis; anything else lies in 0..1.
+        panels: the lines of each panel by its title. A loss gets a logarithmic axis; BLEU and chrF lie in 0..100,
+            anything else in 0..1.
         ticks: the values of x that were tried, in order, to be named at the axis, which is logarithmic where they are
             far apart; none for epochs.
         best: the value of x to be marked.
@@ -184,6 +196,8 @@ def save_panels(
         axes.tick_params(labelbottom=True)
         if is_loss(name):
             _label_loss(axes)
+        elif name in PERCENTAGES.values():
+            _limit_percentages(axes)
         elif all(y <= 1 for line in lines for _, y, _ in line.points):  # shares
             axes.set_ylim(-0.03, 1.03)
         axes.grid(alpha=0.3)
@@ -244,6 +258,7 @@ def save_heads(
     figure = _figure(panel_width * columns + 0.9, panel_height * rows + 0.7)
     if figure is None:
         return False
+    figure.set_layout_engine("compressed")  # for panels of square cells; otherwise names may lie outside the picture
     _title(figure, title)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for number, (axes, head) in enumerate(zip(panels, weights), start=1):

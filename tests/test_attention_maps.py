@@ -3,6 +3,7 @@
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from calcformer.config import PRESETS
 from calcformer.plots import save_heads
 from calcformer.solver import Solver
 from calcformer.training import train
-from tests.pictures import is_picture
+from tests.pictures import cut_off, is_picture
 
 QUESTIONS = {"formula": "-9-8", "expression": "NEGATIVE 30 subtract NEGATIVE 34"}
 SOURCES = {"formula": ["-", "9", "-", "8", "<eos>"], "expression": "BOS NEGATIVE 3 0 subtract NEGATIVE 3 4 EOS".split()}
@@ -172,6 +173,41 @@ def test_pictures_of_many_heads_and_tokens_have_several_rows(tmp_path: Path) -> 
         assert save_heads(weights, words, words, ("reads", "attends to"), "title", tmp_path / "heads.png")
         height, width, _ = imread(tmp_path / "heads.png").shape
         assert width < (2_100 if heads > 1 and tokens < 50 else 120 * (0.35 * tokens + 4)), (heads, tokens, width)
+
+
+SENTENCE = (
+    "A small dog sleeps in the garden today and a tall old man sings in the kitchen now . He is happy today .".split()
+)
+SHORT, LONG = ["jardin → aujourd'hui", "<bos> → Un"] * 5, [f"{word} → professeur" for word in SENTENCE]
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [(SHORT, SENTENCE[:10]), (SENTENCE[:10], SENTENCE[:10]), pytest.param(LONG, SENTENCE, marks=pytest.mark.slow)],
+)
+def test_words_and_title_of_a_sentence_are_whole(
+    queries: list[str], keys: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    figures: list[Any] = []
+    monkeypatch.setattr("calcformer.plots._save", lambda figure, path: figures.append(figure))
+    weights = torch.full((4, len(queries), len(keys)), 1 / len(keys)).tolist()
+    for words in SENTENCE[:4], SENTENCE * 2:
+        title = f"{' '.join(words)} -> {' '.join(words)}\ndecoder cross attention, layer 1"
+        assert save_heads(weights, queries, keys, ("token read → said", "attends to"), title, tmp_path / "heads.png")
+    assert cut_off(figures[0]) == cut_off(figures[1]) == []
+    assert figures[1].get_figheight() > figures[0].get_figheight()  # a longer title takes nothing from panels
+    figures[1].set_layout_engine("none")
+    figures[1].suptitle("sentence " * 50)
+    figures[1].axes[0].set_ylabel("a label\nof many lines" * 20)
+    assert {"title", "head 1"} <= set(cut_off(figures[1]))
+
+
+def test_a_long_problem_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    names = [folder_name(f"{'日本語 ' * 50}{end}") for end in "ab"]
+    assert len(set(names)) == 2 and names[0].startswith("日本語_日本語_") and folder_name("A dog, now.") == "A_dog_now_"
+    for name in names:
+        (tmp_path / name).mkdir()  # of at most 255 bytes
 
 
 def test_problem_answer_verdict_and_axes_stand_in_the_picture(

@@ -737,6 +737,18 @@ def test_curve_is_drawn_each_epoch_unless_that_takes_long(tmp_path: Path, monkey
         assert drawn == [(epoch, str(tmp_path)) for epoch in expected]
 
 
+def test_bleu_of_a_curve_lies_between_0_and_100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    figures: list[Any] = []
+    monkeypatch.setattr("calcformer.plots._save", lambda figure, path: figures.append(figure))
+    for bleu in 100.0, 40.0:
+        entries = [{"epoch": epoch, "loss": 1.0 / epoch, "bleu": bleu, "chrf": bleu} for epoch in (1, 2)]
+        assert save_curve(entries, "runs/translate-1", tmp_path / "curve.png")
+    limits = [figure.axes[2].get_ylim() for figure in figures]
+    assert figures[0].axes[2].get_title() == "BLEU and chrF"
+    assert limits[0] == (0, 103) and limits[1][0] == 0 and 40 < limits[1][1] < 60
+
+
 def test_curve_is_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     entries = [

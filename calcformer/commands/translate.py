@@ -17,14 +17,16 @@ def add(commands: Commands, base: RunConfig) -> None:
         "translate",
         help="translate sentences",
         description=(
-            "Translate sentences, one a line, by a run of the task translate. An empty line stays one. Where one "
-            "cannot be read none is translated."
+            "Translate sentences by a run of the task translate; each becomes a line, an empty line stays one. Where "
+            "one cannot be read, such as one that is too long, none is translated."
         ),
     )
     parser.add_argument("run", type=path, metavar="RUN", help="run folder")
-    parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="in quotes (those of standard input)")
-    parser.add_argument("--input", type=path, metavar="FILE", help="a file of sentences, one a line")
-    parser.add_argument("--output", type=path, metavar="FILE", help="where translations are written (standard output)")
+    parser.add_argument(
+        "sentences", nargs="*", metavar="SENTENCE", help="in quotes (those of standard input, one a line)"
+    )
+    parser.add_argument("--input", type=path, metavar="FILE", help="file of sentences, one a line; may be .gz")
+    parser.add_argument("--output", type=path, metavar="FILE", help="file to write translations to (standard output)")
     add_beam(parser)
     add_length_penalty(parser)
     add_device(parser)

@@ -42,15 +42,17 @@ class Translation(TaskSettings):
     noun = "sentences"
     figures = {"bleu": "BLEU", "chrf": "chrF", "valid_token_accuracy": "token accuracy", "valid_loss": "loss"}
 
-    train_size: int = setting(100_000, "most pairs that are trained on", 1, LARGEST_SET)
-    valid_size: int = setting(5_000, "most held-out pairs that are measured", 1, LARGEST_SET)
-    data: str = setting("", "folder with train.LANGUAGE, val.LANGUAGE, test*.LANGUAGE, each may be .gz")
-    source: str = setting("en", "language that is read; without --data a file of its sentences")
-    target: str = setting("fr", "language that is said; without --data a file of its sentences")
-    tokenizer: Literal["bpe", "words"] = setting("bpe", "what tokens are: byte pairs; words and punctuation")
+    train_size: int = setting(100_000, "pairs to train on, at most", 1, LARGEST_SET)
+    valid_size: int = setting(5_000, "held-out pairs to measure, at most", 1, LARGEST_SET)
+    data: str = setting("", "folder with train.LANGUAGE, val.LANGUAGE, test*.LANGUAGE of both, each may be .gz")
+    source: str = setting("en", "language to translate from, the ending of its files; without --data a file")
+    target: str = setting("fr", "language to translate into, the ending of its files; without --data a file")
+    tokenizer: Literal["bpe", "words"] = setting(
+        "bpe", "what tokens are: pieces of words (byte pairs); words, punctuation"
+    )
     vocabulary_size: int = setting(3_000, "tokens of bpe, learned from the pairs that are trained on", 300, 1_000_000)
-    minimum_count: int = setting(2, "times a word is seen, to be a token of words", 1, 1_000_000)
-    vocabularies: Literal["shared", "separate"] = setting("shared", "one for both languages, or one each")
+    minimum_count: int = setting(2, "of words: how often one must be seen to be known", 1, 1_000_000)
+    vocabularies: Literal["shared", "separate"] = setting("shared", "one vocabulary for both languages, or one each")
     longest: int = setting(100, "tokens of a sentence; longer pairs are not trained on", 1, 65_536)
     held_out: float = setting(0.05, "share held out where the corpus has no val", 0.0001, 0.9)
 
