@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from calcformer.attention_maps import attention_maps, save_maps
 from calcformer.cli import main
 from calcformer.config import PRESETS
-from calcformer.data.examples import like_lengths
+from calcformer.data.examples import like_lengths, shared
 from calcformer.decoding import take_best
+from calcformer.memory import memory_to_train
 from calcformer.runs.checkpoint import load_run
 from calcformer.settings import TrainingConfig
 from calcformer.solver import Solver
@@ -237,6 +238,8 @@ def test_a_wrong_encoding_a_missing_language_and_no_corpus_are_one_line(capsys: 
     Path("corpus/wrong.gz").write_bytes(b"no")
     for match, words in wrong.items():
         assert match in fails(capsys, "train", "translate", *LINES, *words), match
+    write_pair("a\nb\n", "c\n", "test_2")  # said before the first epoch, not after the last
+    assert "test_2.en has 2 lines and" in fails(capsys, "train", "translate", "--data", corpus, *LINES)
     Path("corpus/val.en").write_text("a\n")
     assert "has val in one of en and ne only" in fails(capsys, "train", "translate", "--data", corpus, *LINES)
 
@@ -282,6 +285,44 @@ def test_a_run_knows_its_pairs_again(capsys: pytest.CaptureFixture[str]) -> None
     capsys.readouterr()
     (Path("run") / "target.json").write_text("{}")
     assert "target.json is missing or damaged" in fails(capsys, "translate", "run", "a dog")
+
+
+def test_more_is_measured_than_while_training(capsys: pytest.CaptureFixture[str]) -> None:
+    write_corpus(Path("corpus"), train=20, val=9, test=3)
+    train(config(data="corpus", epochs=1, valid_size=2), "run", bar=False)
+    for words, count in ([], 3), (["--part", "valid"], 2), (["--problems", "7"], 7):
+        capsys.readouterr()
+        assert main(["evaluate", "run", "--json", *words]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["n"] == count and len(Path(found["file"]).read_text().splitlines()) == 1 + count
+    assert "--part test is a test; leave one" in fails(capsys, "evaluate", "run", "--part", "test", "--problems", "2")
+
+
+def test_held_out_sentences_that_are_trained_on_are_counted() -> None:
+    """Each side is as wide as its longest sentence."""
+    write_pair("a b\nb a\na b a b\n", "c\nc\nc\n")
+    corpus = write_pair("b a\nb b\na b\n", "c\nd\nd\n", "val")
+    data = Translation(data=str(corpus), target="ne", tokenizer="words", minimum_count=1)
+    assert shared(*data.build().split()) == 2
+
+
+def test_sentences_with_tabs_and_line_ends_stay_one_row_each() -> None:
+    pytest.importorskip("tokenizers")
+    write_pair("a\tb c\nd\re\u2028f\n", "c\tb a\nf\re\u2028d\n")
+    write_pair("a\tb c\nd\re\u2028f\n", "c\tb a\nf\re\u2028d\n", "val")
+    task = Translation(data="corpus", target="ne", vocabulary_size=300).build()
+    held_out = task.split()[1]
+    found = task.describe_answers(held_out.labels, held_out, Path(), "valid")
+    rows = Path(found["file"]).read_text(encoding="utf-8").splitlines()[1:]
+    assert [row.split("\t")[1:] for row in rows] == [["a b c", "c b a", "c b a"], ["d e f", "f e d", "f e d"]]
+    assert task.decode_answer(task.vocabulary.encode("a\nb")) == "a b"
+
+
+def test_a_batch_of_few_tokens_has_one_sentence_in_memory() -> None:
+    write_corpus(Path("corpus"), train=20, val=4)
+    few, one = (config(data="corpus", longest=400, batch_tokens=tokens) for tokens in (10, 402))
+    task = few.data.build()
+    assert memory_to_train(few, task, 1) == memory_to_train(one, task, 1)
 
 
 # Tokens
