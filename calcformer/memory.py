@@ -36,7 +36,7 @@ def memory_to_train(config: RunConfig, task: Task, processes: int) -> int:
     list.
     """
     weights = FLOAT * count_parameters(config, task)
-    problems = config.data.train_size + config.data.valid_size
+    problems = config.data.train_size + config.data.valid_size if task.count is None else task.count
     lists = 0 if task.fresh else 200 * problems
     data = 3 * 8 * (task.source_length + task.target_length) * problems + lists
     tokens = config.training.batch_tokens

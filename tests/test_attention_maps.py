@@ -174,6 +174,13 @@ def test_pictures_of_many_heads_and_tokens_have_several_rows(tmp_path: Path) -> 
         assert width < (2_100 if heads > 1 and tokens < 50 else 120 * (0.35 * tokens + 4)), (heads, tokens, width)
 
 
+def test_tokens_that_look_like_formulas_are_drawn_as_they_are(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    words = ["$$", "$\\nothing$", "$x^$", "\0"]
+    weights = torch.full((1, 4, 4), 0.25).tolist()
+    assert save_heads(weights, words, words, ("reads", "attends to"), "title", tmp_path / "heads.png")
+
+
 def test_problem_answer_verdict_and_axes_stand_in_the_picture(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

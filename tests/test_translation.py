@@ -22,6 +22,7 @@ from calcformer.cli import main
 from calcformer.config import PRESETS
 from calcformer.data.examples import like_lengths, shared
 from calcformer.decoding import take_best
+from calcformer.errors import InputError
 from calcformer.memory import memory_to_train
 from calcformer.runs.checkpoint import load_run
 from calcformer.settings import TrainingConfig
@@ -135,6 +136,11 @@ def test_sentences_are_translated_one_a_line(
     capsys.readouterr()
     assert main(["translate", str(trained), "the red unicorn sees"]) == 0
     assert "words that this run never learned, read as unknown: unicorn" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\ufeffthe red dog sees\r\n".encode())))
+    assert main(["translate", str(trained)]) == 0
+    assert capsys.readouterr().out == "sees dog red the\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("old cat\né".encode("latin-1"))))
+    assert "standard input is no text in UTF-8 (byte 8 is 0xe9)" in fails(capsys, "translate", trained)
     assert main(["solve", "--run", str(trained), "the red dog sees"]) == 0
     assert capsys.readouterr().out.startswith("the red dog sees -> sees dog red the  (probability 0.9")
 
@@ -162,6 +168,7 @@ def test_attention_has_words_at_its_axes(trained: Path) -> None:
         (["translate", "RUN", "--input", "none.txt"], "none.txt"),
         (["translate", "RUN", "a dog", "--input", "long.txt"], "leave out --input or the sentences"),
         (["translate", "RUN", "a dog", "--output", "nowhere/out"], "there is no folder nowhere; make it"),
+        (["translate", "RUN", "a dog", "--output", "."], ". is a folder; give --output a file"),
         (["translate", "RUN", "a dog", "--length-penalty", "1"], "--length-penalty is for a beam"),
         (["translate", "nowhere", "a dog"], "nowhere"),
         (["evaluate", "RUN", "--part", "train"], "has no part 'train' to measure; give --part test or valid"),
@@ -323,6 +330,7 @@ def test_a_batch_of_few_tokens_has_one_sentence_in_memory() -> None:
     few, one = (config(data="corpus", longest=400, batch_tokens=tokens) for tokens in (10, 402))
     task = few.data.build()
     assert memory_to_train(few, task, 1) == memory_to_train(one, task, 1)
+    assert task.count == 24 and memory_to_train(few, task, 1) < 1e9  # of the pairs that there are, and not of 100,000
 
 
 # Tokens
@@ -345,6 +353,8 @@ def test_byte_pairs_of_sentences() -> None:
         ids = again.encode(text)
         assert ids == made.encode(text) and min(ids) > 2
         assert again.decode([1, *ids, 2, 0]) == text
+    with pytest.raises(InputError, match="is no text in UTF-8"):
+        made.encode("cat \udcff")
     assert [made.name(place) for place in (1, *made.encode("the dog"))] == ["<bos>", "the", " ", "##d", "##o", "##g"]
     assert made.name(made.encode("cat")[0]) == "cat" and made.name(made.encode("xx")[-1]) == "##x"
 

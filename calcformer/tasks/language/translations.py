@@ -128,6 +128,10 @@ class TranslationTask(Task):
         return pairs
 
     @property
+    def count(self) -> int:  # type: ignore[override]
+        return len(self.trained[0]) + min(len(self.lines(0)[0]), self.data.valid_size)
+
+    @property
     def tests(self) -> Sequence[str]:  # type: ignore[override]
         return [part for part in self.parts if part.startswith(TEST)]
 
