@@ -21,7 +21,7 @@ from calcformer.attention_maps import attention_maps, save_maps
 from calcformer.cli import main
 from calcformer.config import PRESETS
 from calcformer.data.examples import like_lengths, shared
-from calcformer.decoding import take_best
+from calcformer.decoding import decode, take_best
 from calcformer.errors import InputError
 from calcformer.memory import memory_to_train
 from calcformer.runs.checkpoint import load_run
@@ -303,6 +303,21 @@ def test_more_is_measured_than_while_training(capsys: pytest.CaptureFixture[str]
         found = json.loads(capsys.readouterr().out)
         assert found["n"] == count and len(Path(found["file"]).read_text().splitlines()) == 1 + count
     assert "--part test is a test; leave one" in fails(capsys, "evaluate", "run", "--part", "test", "--problems", "2")
+
+
+def test_a_beam_searches_with_the_length_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus(Path("corpus"), train=20, val=4, test=3)
+    train(config(data="corpus", epochs=1), "run", bar=False)
+    asked: list[tuple[int, float]] = []
+
+    def note(*words: Any) -> torch.Tensor:
+        asked.append((words[4], words[7]))
+        return decode(*words)
+
+    monkeypatch.setattr("calcformer.data.task.decode", note)
+    for command in ["evaluate", "run"], ["translate", "run", "a dog"]:
+        assert main([*command, "--beam", "2", "--length-penalty", "0.6"]) == main([*command, "--beam", "2"]) == 0
+    assert asked == [(2, 0.6), (2, 1.0)] * 2
 
 
 def test_held_out_sentences_that_are_trained_on_are_counted() -> None:
