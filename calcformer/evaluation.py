@@ -181,6 +181,8 @@ def choose_part(solver: Solver, part: str | None, problems: int | None) -> tuple
         raise InputError(f"{solver.folder} has no part {shown(part)} to measure; give --part {known}")
     if problems is not None and "valid_size" not in kinds_of(data):
         raise InputError(f"{data.task} is measured on {data.measured}, all of them; leave out --problems")
+    if problems is not None and part in task.tests:
+        raise InputError(f"--problems is of what is held out, and --part {part} is a test; leave one of them out")
     part = part or (HELD_OUT if problems is not None or not task.tests else task.tests[0])
     if part == HELD_OUT:
         task = task if problems is None else replace(data, valid_size=problems).restore(solver.folder)

@@ -36,10 +36,11 @@ def memory_to_train(config: RunConfig, task: Task, processes: int) -> int:
     list.
     """
     weights = FLOAT * count_parameters(config, task)
-    problems = config.data.train_size + config.data.valid_size
+    problems = config.data.train_size + config.data.valid_size if task.count is None else task.count
     lists = 0 if task.fresh else 200 * problems
     data = 3 * 8 * (task.source_length + task.target_length) * problems + lists
-    size = config.training.batch_tokens // task.target_length or config.training.batch_size
+    tokens = config.training.batch_tokens
+    size = max(1, tokens // task.target_length) if tokens else config.training.batch_size
     batch = activations(config, task, math.ceil(min(size, config.data.train_size) / processes))
     shared = 2 * processes * weights if processes > 1 else 0
     return processes * (PROCESS + 11 * weights + batch + data) + shared

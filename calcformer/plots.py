@@ -264,10 +264,10 @@ def save_heads(
     for number, (axes, head) in enumerate(zip(panels, weights), start=1):
         image = axes.imshow(head, vmin=0, vmax=1, cmap="Blues")
         axes.set_title(f"head {number}", fontsize="medium")
-        axes.set_xticks(range(len(keys)), keys)
+        axes.set_xticks(range(len(keys)), keys, parse_math=False)
         for label in axes.get_xticklabels():
             label.set_rotation(90 if len(label.get_text()) > 1 else 0)
-        axes.set_yticks(range(len(queries)), queries)
+        axes.set_yticks(range(len(queries)), queries, parse_math=False)
         axes.set(ylabel=labels[0], xlabel=labels[1])
     for axes in panels[len(weights) :]:
         axes.set_axis_off()

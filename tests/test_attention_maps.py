@@ -210,6 +210,13 @@ def test_a_long_problem_has_a_folder_of_its_own(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()  # of at most 255 bytes
 
 
+def test_tokens_that_look_like_formulas_are_drawn_as_they_are(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    words = ["$$", "$\\nothing$", "$x^$", "\0"]
+    weights = torch.full((1, 4, 4), 0.25).tolist()
+    assert save_heads(weights, words, words, ("reads", "attends to"), "title", tmp_path / "heads.png")
+
+
 def test_problem_answer_verdict_and_axes_stand_in_the_picture(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from calcformer.attention_maps import attention_maps, save_maps
 from calcformer.cli import main
 from calcformer.config import PRESETS
-from calcformer.data.examples import like_lengths
-from calcformer.decoding import take_best
+from calcformer.data.examples import like_lengths, shared
+from calcformer.decoding import decode, take_best
+from calcformer.errors import InputError
+from calcformer.memory import memory_to_train
 from calcformer.runs.checkpoint import load_run
 from calcformer.settings import TrainingConfig
 from calcformer.solver import Solver
@@ -134,6 +136,11 @@ def test_sentences_are_translated_one_a_line(
     capsys.readouterr()
     assert main(["translate", str(trained), "the red unicorn sees"]) == 0
     assert "words that this run never learned, read as unknown: unicorn" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\ufeffthe red dog sees\r\n".encode())))
+    assert main(["translate", str(trained)]) == 0
+    assert capsys.readouterr().out == "sees dog red the\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("old cat\né".encode("latin-1"))))
+    assert "standard input is no text in UTF-8 (byte 8 is 0xe9)" in fails(capsys, "translate", trained)
     assert main(["solve", "--run", str(trained), "the red dog sees"]) == 0
     assert capsys.readouterr().out.startswith("the red dog sees -> sees dog red the  (probability 0.9")
 
@@ -161,6 +168,7 @@ def test_attention_has_words_at_its_axes(trained: Path) -> None:
         (["translate", "RUN", "--input", "none.txt"], "none.txt"),
         (["translate", "RUN", "a dog", "--input", "long.txt"], "leave out --input or the sentences"),
         (["translate", "RUN", "a dog", "--output", "nowhere/out"], "there is no folder nowhere; make it"),
+        (["translate", "RUN", "a dog", "--output", "."], ". is a folder; give --output a file"),
         (["translate", "RUN", "a dog", "--length-penalty", "1"], "--length-penalty is for a beam"),
         (["translate", "nowhere", "a dog"], "nowhere"),
         (["evaluate", "RUN", "--part", "train"], "has no part 'train' to measure; give --part test or valid"),
@@ -237,6 +245,8 @@ def test_a_wrong_encoding_a_missing_language_and_no_corpus_are_one_line(capsys: 
     Path("corpus/wrong.gz").write_bytes(b"no")
     for match, words in wrong.items():
         assert match in fails(capsys, "train", "translate", *LINES, *words), match
+    write_pair("a\nb\n", "c\n", "test_2")  # said before the first epoch, not after the last
+    assert "test_2.en has 2 lines and" in fails(capsys, "train", "translate", "--data", corpus, *LINES)
     Path("corpus/val.en").write_text("a\n")
     assert "has val in one of en and ne only" in fails(capsys, "train", "translate", "--data", corpus, *LINES)
 
@@ -284,6 +294,60 @@ def test_a_run_knows_its_pairs_again(capsys: pytest.CaptureFixture[str]) -> None
     assert "target.json is missing or damaged" in fails(capsys, "translate", "run", "a dog")
 
 
+def test_more_is_measured_than_while_training(capsys: pytest.CaptureFixture[str]) -> None:
+    write_corpus(Path("corpus"), train=20, val=9, test=3)
+    train(config(data="corpus", epochs=1, valid_size=2), "run", bar=False)
+    for words, count in ([], 3), (["--part", "valid"], 2), (["--problems", "7"], 7):
+        capsys.readouterr()
+        assert main(["evaluate", "run", "--json", *words]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["n"] == count and len(Path(found["file"]).read_text().splitlines()) == 1 + count
+    assert "--part test is a test; leave one" in fails(capsys, "evaluate", "run", "--part", "test", "--problems", "2")
+
+
+def test_a_beam_searches_with_the_length_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus(Path("corpus"), train=20, val=4, test=3)
+    train(config(data="corpus", epochs=1), "run", bar=False)
+    asked: list[tuple[int, float]] = []
+
+    def note(*words: Any) -> torch.Tensor:
+        asked.append((words[4], words[7]))
+        return decode(*words)
+
+    monkeypatch.setattr("calcformer.data.task.decode", note)
+    for command in ["evaluate", "run"], ["translate", "run", "a dog"]:
+        assert main([*command, "--beam", "2", "--length-penalty", "0.6"]) == main([*command, "--beam", "2"]) == 0
+    assert asked == [(2, 0.6), (2, 1.0)] * 2
+
+
+def test_held_out_sentences_that_are_trained_on_are_counted() -> None:
+    """Each side is as wide as its longest sentence."""
+    write_pair("a b\nb a\na b a b\n", "c\nc\nc\n")
+    corpus = write_pair("b a\nb b\na b\n", "c\nd\nd\n", "val")
+    data = Translation(data=str(corpus), target="ne", tokenizer="words", minimum_count=1)
+    assert shared(*data.build().split()) == 2
+
+
+def test_sentences_with_tabs_and_line_ends_stay_one_row_each() -> None:
+    pytest.importorskip("tokenizers")
+    write_pair("a\tb c\nd\re\u2028f\n", "c\tb a\nf\re\u2028d\n")
+    write_pair("a\tb c\nd\re\u2028f\n", "c\tb a\nf\re\u2028d\n", "val")
+    task = Translation(data="corpus", target="ne", vocabulary_size=300).build()
+    held_out = task.split()[1]
+    found = task.describe_answers(held_out.labels, held_out, Path(), "valid")
+    rows = Path(found["file"]).read_text(encoding="utf-8").splitlines()[1:]
+    assert [row.split("\t")[1:] for row in rows] == [["a b c", "c b a", "c b a"], ["d e f", "f e d", "f e d"]]
+    assert task.decode_answer(task.vocabulary.encode("a\nb")) == "a b"
+
+
+def test_a_batch_of_few_tokens_has_one_sentence_in_memory() -> None:
+    write_corpus(Path("corpus"), train=20, val=4)
+    few, one = (config(data="corpus", longest=400, batch_tokens=tokens) for tokens in (10, 402))
+    task = few.data.build()
+    assert memory_to_train(few, task, 1) == memory_to_train(one, task, 1)
+    assert task.count == 24 and memory_to_train(few, task, 1) < 1e9  # of the pairs that there are, and not of 100,000
+
+
 # Tokens
 
 
@@ -304,6 +368,8 @@ def test_byte_pairs_of_sentences() -> None:
         ids = again.encode(text)
         assert ids == made.encode(text) and min(ids) > 2
         assert again.decode([1, *ids, 2, 0]) == text
+    with pytest.raises(InputError, match="is no text in UTF-8"):
+        made.encode("cat \udcff")
     assert [made.name(place) for place in (1, *made.encode("the dog"))] == ["<bos>", "the", " ", "##d", "##o", "##g"]
     assert made.name(made.encode("cat")[0]) == "cat" and made.name(made.encode("xx")[-1]) == "##x"
 

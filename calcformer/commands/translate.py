@@ -35,7 +35,7 @@ def add(commands: Commands, base: RunConfig) -> None:
 
 def read_sentences(arguments: argparse.Namespace) -> list[str]:
     """The sentences given, in a file or else at standard input."""
-    from calcformer.tasks.language.corpus import read_file
+    from calcformer.tasks.language.corpus import read_bytes, read_file
 
     if arguments.sentences:
         if arguments.input is not None:
@@ -46,7 +46,7 @@ def read_sentences(arguments: argparse.Namespace) -> list[str]:
     else:
         if sys.stdin.isatty():
             tell("Type sentences, one a line, and Ctrl-D to end.")
-        text = sys.stdin.buffer.read().decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
+        text = read_bytes(sys.stdin.buffer.read(), "standard input")
     lines = text.split("\n")
     return lines[:-1] if lines[-1] == "" else lines
 
@@ -64,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError('no sentence was given; give one, such as: calcformer translate RUN "A man is sleeping."')
     if arguments.output is not None and not arguments.output.parent.is_dir():
         raise InputError(f"{arguments.output}: there is no folder {arguments.output.parent}; make it, or name another")
+    if arguments.output is not None and arguments.output.is_dir():
+        raise InputError(f"{arguments.output} is a folder; give --output a file")
     solver = Solver(arguments.run, arguments.device)
     task = solver.task
     if not task.translates:

@@ -178,9 +178,9 @@ def like_lengths(lengths: torch.Tensor, order: torch.Tensor, most: int) -> tuple
 
 def shared(trained: Examples, held_out: Examples) -> int:
     """How many of the held-out examples ask what one of the others asks."""
-    if trained.inputs[0].shape[1:] != held_out.inputs[0].shape[1:]:
-        return 0
-    rows = torch.cat((trained.inputs[0], held_out.inputs[0])).flatten(1)
+    asked = trained.inputs[0].flatten(1), held_out.inputs[0].flatten(1)
+    width = max(rows.shape[1] for rows in asked)  # sentences are padded by zeros, on each side to its longest
+    rows = torch.cat([torch.nn.functional.pad(rows, (0, width - rows.shape[1])) for rows in asked])
     factors = torch.randint(-(2**62), 2**62, rows.shape[1:], generator=torch.Generator().manual_seed(0))
     keys = (rows * factors.to(rows.device)).sum(dim=1)  # wraps; of different rows it is alike once in 2^63
     return int(torch.isin(keys[len(trained) :], keys[: len(trained)]).sum())

@@ -60,6 +60,7 @@ class Task:
     source_length: int  # tokens of the longest source, end token included
     target_length: int  # tokens of the longest target, begin and end token included
     size: int | None = None  # distinct problems, where they are numbered: those have `encode` and `trained_on`
+    count: int | None = None  # examples on both sides, where that is not what the settings say
     fresh = False  # each epoch draws its problems anew, by `draw`
     has_answers = True  # what is held out has an answer that a model can say by itself
     translates = False  # a question is a sentence, which may be translated in more ways than one

@@ -66,7 +66,10 @@ class Translation(TaskSettings):
                 "there is no corpus to learn; give --data FOLDER with --source LANGUAGE and --target LANGUAGE, or "
                 "--source FILE and --target FILE"
             )
-        return TranslationTask(self)
+        task = TranslationTask(self)
+        for number in range(1 + len(task.tests)):  # what is wrong with a test is said now, and not after the last epoch
+            task.lines(number)
+        return task
 
     def restore(self, folder: Path) -> TranslationTask:
         from calcformer.tasks.language.translations import TranslationTask

@@ -144,8 +144,8 @@ class Trainer:
             if is_short and not training.compile:  # compiled code is made for one shape
                 part = part.trim(self.task.vocabulary.pad_id)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=training.precision == "bfloat16"):
-                logits = self.forward(*part.inputs).float()
-            loss = token_loss(logits, part.labels, ignored, training.label_smoothing)
+                logits = self.forward(*part.inputs)
+            loss = token_loss(logits.float(), part.labels, ignored, training.label_smoothing)
             self.gradient.fill(loss / count)
             self.totals.add(loss, logits, part.labels)
         else:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from calcformer.errors import InputError
 
-__all__ = ["read_file", "read_text"]
+__all__ = ["read_bytes", "read_file", "read_text"]
 
 ENDINGS = ".txt", ".txt.gz"
 
@@ -42,11 +42,16 @@ def read_file(path: Path) -> str:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"{path} is no gzip file, or not all of one ({error}); give another one") from None
+    return read_bytes(content, str(path))
+
+
+def read_bytes(content: bytes, name: str) -> str:
+    """A text in UTF-8, with "\\n" at the ends of lines; InputError, which calls it by a name, for something else."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path} is no text in UTF-8 (byte {error.start} is {content[error.start]:#04x}); convert it, or give "
+            f"{name} is no text in UTF-8 (byte {error.start} is {content[error.start]:#04x}); convert it, or give "
             "another one"
         ) from None
     return text.replace("\r\n", "\n")

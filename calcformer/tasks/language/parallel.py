@@ -25,7 +25,7 @@ def find_parts(folder: Path, source: str, target: str) -> dict[str, tuple[Path, 
         InputError: the folder has no files to train on in one of the languages, or a part in only one.
     """
     if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}; give --data one, or leave it out and name two files")
+        raise InputError(f"there is no folder {folder}; give --data another one, or put it back")
     names = [path.name.removesuffix(".gz").rpartition(".") for path in sorted(folder.iterdir()) if path.is_file()]
     languages = sorted({language for part, _, language in names if part == TRAIN and language != "gz"})
     for flag, language in ("--source", source), ("--target", target):

@@ -219,7 +219,10 @@ class BytePairs(Tokenizer):
         return cls(made)
 
     def encode(self, text: str) -> list[int]:
-        return self.made.encode(text).ids
+        try:
+            return self.made.encode(text).ids
+        except (TypeError, UnicodeEncodeError):  # bytes of a command line that are no UTF-8
+            raise InputError(f"{shown(text)} is no text in UTF-8; leave out what is none") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         text = self.made.decode(list(ids))

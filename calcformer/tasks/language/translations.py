@@ -128,16 +128,17 @@ class TranslationTask(Task):
         return pairs
 
     @property
+    def count(self) -> int:  # type: ignore[override]
+        return len(self.trained[0]) + min(len(self.lines(0)[0]), self.data.valid_size)
+
+    @property
     def tests(self) -> Sequence[str]:  # type: ignore[override]
         return [part for part in self.parts if part.startswith(TEST)]
 
     def lines(self, number: int) -> tuple[list[str], list[str]]:
-        """The pairs that are measured, source and target: number 0 while training, the others at its end."""
+        """The pairs that can be measured, source and target: number 0 is what is held out, the others are the tests."""
         if number not in self.kept:
-            size, sides = self.data.valid_size, self.sides["valid"] if number == 0 else None
-            self.kept[number] = (
-                read_pairs(*self.parts[self.tests[number - 1]]) if sides is None else (sides[0][:size], sides[1][:size])
-            )
+            self.kept[number] = self.sides["valid"] if number == 0 else read_pairs(*self.parts[self.tests[number - 1]])
         return self.kept[number]
 
     def test(self, name: str) -> Pairs:
@@ -160,7 +161,9 @@ class TranslationTask(Task):
         return Pairs(pad_rows(sources), pad_rows(targets), problem=problem)
 
     def split(self) -> tuple[Examples, Examples]:
-        return self.encode_pairs(self.trained, None), self.encode_pairs(self.lines(0), 0)
+        sources, targets = self.lines(0)
+        held_out = sources[: self.data.valid_size], targets[: self.data.valid_size]
+        return self.encode_pairs(self.trained, None), self.encode_pairs(held_out, 0)
 
     # What a model says
 
@@ -184,7 +187,7 @@ class TranslationTask(Task):
 
     def decode_answer(self, ids: list[int]) -> str:
         end = self.vocabulary.eos_id
-        return self.vocabulary.decode(ids[: ids.index(end)] if end in ids else ids)
+        return one_line(self.vocabulary.decode(ids[: ids.index(end)] if end in ids else ids))
 
     def answer(
         self,
@@ -210,7 +213,7 @@ class TranslationTask(Task):
         """sacrebleu's signature, and all sentences by chrF: the worst and the best, and a file with each."""
         translations, right = self.compare(said, examples)
         scores = sentence_scores(translations, right)
-        rows = sorted(zip(scores, self.questions(examples), translations, right))
+        rows = sorted(zip(scores, *(map(one_line, texts) for texts in (self.questions(examples), translations, right))))
         path = folder / f"translations-{part}.tsv"
         text = "".join("\t".join([f"{row[0]:.2f}", *row[1:]]) + "\n" for row in rows)
         write_atomically(path, f"chrF\tsource\tsaid\tright\n{text}".encode())
@@ -237,6 +240,11 @@ class TranslationTask(Task):
     @property
     def is_words(self) -> bool:
         return self.data.tokenizer == "words"
+
+
+def one_line(text: str) -> str:
+    """A text with one space for all between its words: byte pairs can say tabs and line ends too."""
+    return " ".join(text.split())
 
 
 def pad_rows(rows: list[list[int]]) -> torch.Tensor:
