@@ -174,7 +174,7 @@ def test_attention_has_words_at_its_axes(trained: Path) -> None:
         (["evaluate", "RUN", "--part", "train"], "has no part 'train' to measure; give --part test or valid"),
         (["evaluate", "RUN", "--exhaustive"], "--exhaustive is for problems that are numbered, which sentences"),
         (["explain", "the red dog " * 50, "--run", "RUN"], "has 150 tokens"),
-        (["generate", "RUN", "a dog"], "calcformer solve --run RUN"),
+        (["generate", "RUN", "a dog"], "ask it by: calcformer translate RUN"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )

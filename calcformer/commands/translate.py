@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"{solver.folder} is a run of {solver.config.data.task}, which translates nothing; give another"
         )
     set_length_penalty(solver, arguments.beam, arguments.length_penalty)
-    torch.set_num_threads(count_cores())
+    torch.set_num_threads(min(solver.config.training.threads or 1, count_cores()))
     lines = [number for number, sentence in enumerate(sentences) if sentence.strip()]
     unknown: dict[str, None] = {}
     for number in lines:

@@ -182,7 +182,10 @@ class Task:
 
     def beginning(self, text: str | None) -> list[int]:
         """The tokens of a text that a language model goes on with, None for one of its own; InputError for others."""
-        raise InputError("this run answers problems and goes on with no text; ask it by: calcformer solve --run RUN")
+        raise InputError(
+            "this run answers problems and goes on with no text; ask it by: calcformer "
+            f"{'translate RUN' if self.translates else 'solve --run RUN'}"
+        )
 
     def answer(
         self,

@@ -87,9 +87,7 @@ class Totals:
         """Add a batch: its summed loss (), its scores (B, T, V) and its labels (B, T)."""
         real = torch.ones_like(labels, dtype=torch.bool) if self.pad_id is None else labels != self.pad_id
         scores = logits.detach()
-        if (
-            scores.is_cpu and scores.dtype == torch.float32
-        ):  # whose highest is found sooner than its place, and seldom twice
+        if scores.is_cpu and scores.dtype == torch.float32:  # the highest is found sooner than its place
             same = scores.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1) == scores.amax(dim=-1)
         else:
             same = scores.argmax(dim=-1) == labels
