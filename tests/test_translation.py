@@ -460,6 +460,10 @@ def test_batches_by_tokens_have_little_padding_and_change() -> None:
     assert not torch.equal(one, other) and [len(batch) for batch in first] != sorted(len(batch) for batch in first)
 
 
+def test_batches_by_tokens_are_of_examples_that_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "batch_tokens needs formulas that stay the same" in fails(capsys, "train", "--fresh", "--batch-tokens", "99")
+
+
 # Training
 
 

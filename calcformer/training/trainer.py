@@ -77,6 +77,10 @@ class Trainer:
         self.team = team or Team()
         self.device = pick_device(config.training.device)
         self.task = config.data.build() if task is None else task
+        if config.training.batch_tokens and self.task.fresh:
+            raise InputError(
+                f"batch_tokens needs {config.data.noun} that stay the same; leave it out, and set batch_size"
+            )
         train, valid = self.task.split()
         for side, what in (train, "train on"), (valid, "hold out"):
             if not len(side):
